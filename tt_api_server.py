@@ -1,0 +1,1934 @@
+#!/usr/bin/env python3
+"""tt_api_server: a Llama 3 model behind HTTP, on a Tenstorrent card or on the CPU, in one file.
+
+    python3 tt_api_server.py --port 8080                     # a tiny demo model, made here in seconds
+    python3 tt_api_server.py --model ~/models/Llama-3.1-8B-Instruct
+
+    curl -s localhost:8080/chat -H 'Content-Type: application/json' -d '{"prompt": "What is machine learning?"}' | jq
+
+The model is loaded once and stays loaded. Requests that come together are answered together: each holds a slot of one
+batch, joins it between two steps, and leaves it when its answer is complete (continuous batching).
+
+    GET  /health   is it ready, with which model, on what, and how busy
+    POST /chat     {"prompt": ...} or {"messages": [...]}, with max_tokens, temperature, top_p, top_k, seed, stop, stream
+
+The rooms of this file, top to bottom; each uses only those above it:
+
+    Libraries      what is imported late, and why
+    Checkpoint     from --model, HF_MODEL or LLAMA_DIR to weights that can be read, or to one clear error
+    Text           messages to token ids, token ids to text
+    Sampling       from logits to the next token
+    Engines        token ids in, token ids out
+    Demo model     a tiny Llama, trained on the spot when no model is given
+    Scheduler      the one thread that runs the engine: who is in the batch, what each slot reads next
+    HTTP           the socket, the JSON, the errors
+    CLI            options, banner, signals, start and stop
+
+A request goes down through them once, and its answer comes up once:
+
+    socket - ApiHandler - read_chat - ChatTokenizer - Scheduler.submit - queue
+                                                                           |
+    socket - ApiHandler - dialect  - TextStream  -  Generation  -  Scheduler - Engine
+
+The handler's thread owns the socket and the text; the scheduler's one thread owns the engine and the token ids; a
+Generation is all that they share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import difflib
+import errno
+import importlib
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import queue
+import random
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+
+__version__ = "1.0.0"
+
+logger = logging.getLogger("tt_api_server")
+
+
+class UserError(Exception):
+    """Something that the person at the terminal can put right: one plain sentence, what is wrong and what to do."""
+
+
+# ======================================================================================================================
+# Libraries
+# ======================================================================================================================
+
+
+def import_torch() -> None:
+    """Bind the name `torch` in this module: all rooms below use it, and the first second of a start does without.
+
+    PyTorch takes seconds to import. A wrong option, a missing folder or a taken port is reported before that.
+    """
+    global torch, F
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # NumPy is not used here
+        try:
+            import torch
+            import torch.nn.functional as F
+        except ImportError as error:
+            raise UserError(f"PyTorch cannot be imported ({error}): pip install -r requirements.txt") from error
+
+
+def import_llama_models(name: str) -> Any:
+    """Import module `name` of llama-models, which keeps it in llama3.api up to 0.0.61 and in llama3 from 0.1 on."""
+    error: ImportError | None = None
+    for package in ("llama_models.llama3.api", "llama_models.llama3"):
+        try:
+            return importlib.import_module(f"{package}.{name}")
+        except ImportError as caught:
+            error = caught
+    raise UserError(f"llama-models cannot be imported ({error}): pip install -r requirements.txt")
+
+
+# ======================================================================================================================
+# Checkpoint
+# ======================================================================================================================
+
+VOCAB_SIZE = 128256  # of every Llama 3 text model
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3.1's stretching of the rotary wavelengths, as in config.json's rope_scaling."""
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama 3, under the names of Meta's params.json where it has one."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position: int
+
+    @staticmethod
+    def from_meta(params: dict[str, Any], hf_config: dict[str, Any] | None) -> LlamaConfig:
+        """Read Meta's params.json; what it does not say comes from the config.json beside it, if there is one."""
+        if "vision_chunk_size" in params:
+            raise UserError("this is a vision model, and only text models are served: name a Llama 3 text model")
+        if "quantization_args" in params or "lora_args" in params:
+            raise UserError("this is a quantized or LoRA checkpoint: name the plain bfloat16 one of the same model")
+        dim, heads = params["dim"], params["n_heads"]
+        multiple = params.get("multiple_of", 256)
+        ffn_dim = int(params.get("ffn_dim_multiplier", 1.0) * int(8 * dim / 3))
+        scaling = None
+        if hf_config is not None:
+            scaling = LlamaConfig.from_hf(hf_config).rope_scaling
+        elif params.get("use_scaled_rope"):
+            # params.json does not tell Llama 3.2's factor from 3.1's and 3.3's. The shape does: the text models of 3.2
+            # are the 1B and the 3B, 2048 and 3072 wide, and all the others are 4096 wide or more.
+            scaling = RopeScaling(factor=32.0 if dim <= 3072 else 8.0)
+        return LlamaConfig(
+            dim=dim,
+            n_layers=params["n_layers"],
+            n_heads=heads,
+            n_kv_heads=params.get("n_kv_heads") or heads,
+            head_dim=params.get("head_dim") or dim // heads,
+            ffn_dim=-(-ffn_dim // multiple) * multiple,
+            norm_eps=params.get("norm_eps", 1e-5),
+            rope_theta=params.get("rope_theta", 500000.0),
+            rope_scaling=scaling,
+            max_position=131072 if scaling else 8192,
+        )
+
+    @staticmethod
+    def from_hf(config: dict[str, Any]) -> LlamaConfig:
+        """Read Hugging Face's config.json."""
+        if config.get("model_type") != "llama":
+            kind = config.get("model_type", "unknown")
+            raise UserError(f"this is a model of type {kind!r}, and only Llama 3 text models are served: name one")
+        if config.get("quantization_config"):
+            raise UserError("this is a quantized checkpoint: name the plain bfloat16 one of the same model")
+        # transformers 5 writes the two rotary settings into one dictionary, rope_parameters.
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        scaling = None
+        if rope.get("rope_type", rope.get("type", "default")) == "llama3":
+            scaling = RopeScaling(**{name: rope[name] for name in RopeScaling._fields if name in rope})
+        heads = config["num_attention_heads"]
+        return LlamaConfig(
+            dim=config["hidden_size"],
+            n_layers=config["num_hidden_layers"],
+            n_heads=heads,
+            n_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            ffn_dim=config["intermediate_size"],
+            norm_eps=config.get("rms_norm_eps", 1e-5),
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta", 500000.0),
+            rope_scaling=scaling,
+            max_position=config.get("max_position_embeddings", 8192),
+        )
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name (Meta's) and shape of every weight but output.weight, which a tied checkpoint may lack."""
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        layer = {
+            "attention_norm": (self.dim,),
+            "attention.wq": (q, self.dim),
+            "attention.wk": (kv, self.dim),
+            "attention.wv": (kv, self.dim),
+            "attention.wo": (self.dim, q),
+            "ffn_norm": (self.dim,),
+            "feed_forward.w1": (self.ffn_dim, self.dim),
+            "feed_forward.w2": (self.dim, self.ffn_dim),
+            "feed_forward.w3": (self.ffn_dim, self.dim),
+        }
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (VOCAB_SIZE, self.dim)}
+        for i in range(self.n_layers):
+            shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        return shapes | {"norm.weight": (self.dim,)}
+
+
+HF_NAMES = {  # Meta's name of a weight, and Hugging Face's
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a Llama 3 in it, found and described; its weights are read by `open_weights`."""
+
+    folder: Path  # where the weights are
+    layout: str  # "meta" or "hf"
+    config: LlamaConfig
+    name: str  # for people and for the OpenAI dialect
+    note: str  # what is worth telling about the choice
+
+    @property
+    def tokenizer_model(self) -> Path | None:
+        """The checkpoint's own tokenizer.model; None where it has none, and llama-models' copy serves."""
+        for path in (self.folder / "tokenizer.model", self.folder / "original" / "tokenizer.model"):
+            if path.is_file():
+                return path
+        return None
+
+    def open_weights(self) -> Callable[[str], torch.Tensor]:
+        """Map the checkpoint's files and return a reader: Meta's name of a weight to the tensor, still on disk.
+
+        Every tensor's presence and shape are checked first. A tied model's output.weight is its embedding. Rotary pairs
+        stand half a head apart in wq and wk, as Hugging Face stores them; Meta's, which are neighbours, are moved.
+        """
+        read, found = (self._open_meta if self.layout == "meta" else self._open_hf)()
+        for name, shape in self.config.weight_shapes().items():
+            if name not in found:
+                raise UserError(f"{self.folder}: the tensor {name} is missing: download the checkpoint again")
+            if found[name] != shape:
+                raise UserError(
+                    f"{self.folder}: the tensor {name} has the shape {list(found[name])}, and the configuration asks "
+                    f"for {list(shape)}: the weights and the configuration are of two models; download them again"
+                )
+        if "output.weight" in found:
+            return read
+        return lambda name: read("tok_embeddings.weight" if name == "output.weight" else name)
+
+    def _open_meta(self) -> tuple[Callable[[str], torch.Tensor], dict[str, tuple[int, ...]]]:
+        path = self.folder / "consolidated.00.pth"
+        try:
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... by where the file ends
+            if "weights_only" in str(error).lower() or "Unsupported global" in str(error):
+                raise UserError(f"{path} holds more than tensors and is not opened: use the original file") from error
+            raise UserError(f"{path} is cut short or damaged: download it again") from error
+
+        def read(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = tensors[name]
+            if name.endswith(("wq.weight", "wk.weight")):  # pairs i, i + 1 to pairs i, i + head_dim / 2
+                pairs = tensor.view(-1, self.config.head_dim // 2, 2, self.config.dim)
+                return pairs.transpose(1, 2).reshape(tensor.shape)
+            return tensor
+
+        return read, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def _open_hf(self) -> tuple[Callable[[str], torch.Tensor], dict[str, tuple[int, ...]]]:
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError as error:
+            raise UserError(f"{self.folder} holds *.safetensors, which need: pip install safetensors") from error
+        files: dict[str, Any] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                shard = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"{path} is cut short or damaged: download it again") from error
+            files |= dict.fromkeys(shard.keys(), shard)
+
+        def hf_name(name: str) -> str:
+            match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
+            assert match is not None
+            prefix = f"model.{match[1]}" if match[1] else ""
+            return f"{prefix}{HF_NAMES[match[2]]}.weight"
+
+        def read(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = files[hf_name(name)].get_tensor(hf_name(name))
+            return tensor
+
+        names = {name: hf_name(name) for name in [*self.config.weight_shapes(), "output.weight"]}
+        shapes = {name: tuple(files[hf].get_slice(hf).get_shape()) for name, hf in names.items() if hf in files}
+        return read, shapes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the JSON file `path`."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): download the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object: download the checkpoint again")
+    return content
+
+
+def model_folder(name: str, source: str) -> Path:
+    """The folder that `name` means: a path, or a Hugging Face name whose files have been downloaded to its cache."""
+    folder = Path(name).expanduser()  # a quoted "~" reaches us as it is
+    if folder.is_dir():
+        return folder.resolve()
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+        cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
+        with contextlib.suppress(OSError):
+            folder = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
+            if folder.is_dir():
+                return folder
+        base = name.rpartition("/")[2]
+        raise UserError(
+            f"{source} is {name}, which is neither a folder here nor in Hugging Face's cache: "
+            f"hf download {name} --local-dir ~/models/{base} && python3 tt_api_server.py --model ~/models/{base}"
+        )
+    problem = "is a file, not a folder" if folder.is_file() else "does not exist"
+    raise UserError(f"{source} is {name}, which {problem}: name the folder that holds the model's files")
+
+
+def find_checkpoint(model: str | None) -> Checkpoint | None:
+    """The checkpoint named by --model (`model`), else HF_MODEL, else LLAMA_DIR; None where none of them is set.
+
+    Raises UserError where one is set and no Llama 3 that can be served is there.
+    """
+    named = [("--model", model), *((variable, os.environ.get(variable)) for variable in ("HF_MODEL", "LLAMA_DIR"))]
+    source, name = next(((source, name) for source, name in named if name), ("", None))
+    return read_checkpoint(model_folder(name, source)) if name else None
+
+
+def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
+    """Look at `folder` and its `original` subfolder, choose the layout, and read the configuration."""
+    meta = next((path for path in (folder, folder / "original") if (path / "params.json").is_file()), None)
+    hf = next((path for path in (folder, folder.parent) if (path / "config.json").is_file()), None)
+    if hf == folder.parent and folder.name != "original":
+        hf = None
+    parts = len(list(meta.glob("consolidated.*.pth"))) if meta else 0
+    has_hf_weights = hf is not None and any(hf.glob("*.safetensors"))
+    name = name or (folder.parent if folder.name == "original" else folder).name
+    try:
+        # Meta's file needs no further package, and config.json, which alone tells the rotary scaling, is read with it.
+        if meta and parts == 1:
+            hf_config = read_json(hf / "config.json") if hf else None
+            config = LlamaConfig.from_meta(read_json(meta / "params.json"), hf_config)
+            note = "both layouts are here: Meta's weights are used" if has_hf_weights else ""
+            return Checkpoint(meta, "meta", config, name, note)
+        if hf and has_hf_weights:
+            note = f"Meta's layout is here in {parts} parts: Hugging Face's is used" if parts else ""
+            return Checkpoint(hf, "hf", LlamaConfig.from_hf(read_json(hf / "config.json")), name, note)
+    except KeyError as error:
+        raise UserError(f"{folder}: the model's configuration lacks {error}: download the checkpoint again") from error
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    if parts > 1:
+        raise UserError(
+            f"{meta} holds a model split in {parts} parts (consolidated.*.pth), and one is taken: "
+            "name the folder with the same model's *.safetensors"
+        )
+    raise UserError(
+        f"{folder} holds no Llama 3 checkpoint: it needs params.json and consolidated.00.pth, "
+        "or config.json and *.safetensors"
+    )
+
+
+# ======================================================================================================================
+# Text
+# ======================================================================================================================
+
+
+class ChatTokenizer:
+    """Llama 3's tokenizer and chat format, as llama-models has them.
+
+    Text that spells a special token is plain text here, always: only the chat format itself writes special tokens.
+    """
+
+    def __init__(self, tokenizer_model: Path | None = None) -> None:
+        tokenizer_class = import_llama_models("tokenizer").Tokenizer
+        if tokenizer_model is None:
+            tokenizer_model = Path(import_llama_models("tokenizer").__file__).parent / "tokenizer.model"
+        try:
+            self._tokenizer = tokenizer_class(str(tokenizer_model))
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"{tokenizer_model} is not a Llama 3 tokenizer: download it again") from error
+        if self._tokenizer.n_words != VOCAB_SIZE:
+            raise UserError(f"{tokenizer_model} is not a Llama 3 tokenizer: it has {self._tokenizer.n_words} tokens")
+        self._format = import_llama_models("chat_format").ChatFormat(self._tokenizer)
+        self.stop_tokens = frozenset(self._tokenizer.stop_tokens)
+        self.end_of_turn: int = self._tokenizer.eot_id
+        self._first_special = min(self._tokenizer.special_tokens.values())
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Token ids of a conversation of (role, text), up to where the assistant's answer starts."""
+        # Written with the format's own parts, of which both layouts of llama-models have the same: its message classes
+        # differ between them, and refuse some text that a user may well send.
+        tokens = [self._tokenizer.bos_id]
+        for role, text in messages:
+            tokens += self._format._encode_header(role) + self.encode_text(text) + [self.end_of_turn]
+        tokens += self._format._encode_header("assistant")
+        return tokens
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+        tokens: list[int] = self._tokenizer.encode(text, bos=False, eos=False)
+        return tokens
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The bytes that the tokens stand for, which may end inside a character; special tokens stand for none."""
+        text: bytes = self._tokenizer.model.decode_bytes([token for token in tokens if token < self._first_special])
+        return text
+
+
+class TextStream:
+    """Token ids to text, piece by piece: never half a character, never a piece of a stop string that may complete."""
+
+    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._held = ""  # decoded, and the start of a stop string for all we know
+        self.stopped = False  # a stop string has come: the text ended before it
+
+    def push(self, tokens: Iterable[int], final: bool = False) -> str:
+        """The text that these tokens make certain; with `final`, all that is left. Empty once a stop string came."""
+        if self.stopped:
+            return ""
+        text = self._held + self._decode(self._tokenizer.decode_bytes(tokens), final)
+        ends = [index for index in (text.find(stop) for stop in self._stop) if index >= 0]
+        if ends:
+            self.stopped = True
+            return text[: min(ends)]
+        hold = 0 if final else max((overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a start of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# ======================================================================================================================
+# Sampling
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 0.7  # 0: the likeliest token, always
+    top_p: float = 0.9  # of the likeliest tokens, so many as have this probability together
+    top_k: int = 0  # of the likeliest tokens, so many; 0: all
+    seed: int = 0  # the same seed, prompt and parameters give the same answer
+
+
+def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    """Draw the next token of each row.
+
+    logits: [rows, vocabulary], any float type. params, positions: one entry a row; the random numbers of a row depend
+    on its seed and position alone, and so not on its neighbours in the batch.
+
+    Nothing here sorts the vocabulary. A token is drawn from all of them. It lies in the nucleus (Holtzman et al. 2020)
+    if the tokens likelier than it have less than top_p of the probability; if not, the nucleus lies among those
+    likelier ones, and the next draw is from them alone. So the draws close in, as a quickselect does.
+    """
+    tokens: list[int] = logits.argmax(-1).tolist()
+    rows = [row for row, wanted in enumerate(params) if wanted.temperature > 0]
+    if not rows:
+        return tokens
+    weights = (logits[rows].float() / torch.tensor([[params[row].temperature] for row in rows])).softmax(-1)
+    largest_k = min(max(params[row].top_k for row in rows), weights.shape[-1])
+    if largest_k:
+        likeliest = weights.topk(largest_k).values
+        for i, row in enumerate(rows):
+            if 0 < params[row].top_k <= largest_k:
+                weights[i][weights[i] < likeliest[i, params[row].top_k - 1]] = 0.0
+    limits = [params[row].top_p * total for row, total in zip(rows, weights.sum(-1).tolist())]
+    generators = [random.Random(f"{params[row].seed} {positions[row]}") for row in rows]
+    while rows:
+        cumulative = weights.cumsum(-1)
+        draws = torch.tensor([[generator.random()] for generator in generators]) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, draws, right=True).clamp_(max=weights.shape[-1] - 1)
+        likelier = weights * (weights > weights.gather(-1, drawn))
+        missed = []
+        for i, (token, mass) in enumerate(zip(drawn[:, 0].tolist(), likelier.sum(-1).tolist())):
+            if mass == 0 or mass < limits[i]:
+                tokens[rows[i]] = token
+            else:
+                missed.append(i)
+        rows, limits = [rows[i] for i in missed], [limits[i] for i in missed]
+        generators, weights = [generators[i] for i in missed], likelier[missed]
+    return tokens
+
+
+# ======================================================================================================================
+# Engines
+# ======================================================================================================================
+
+
+class Work(NamedTuple):
+    """What one slot reads in one step: a piece of its prompt, or the token that it was given last."""
+
+    slot: int
+    tokens: Sequence[int]  # at the positions position, position + 1, ...
+    position: int  # how many tokens the slot holds already
+    sampling: SamplingParams | None  # None: more of the prompt follows, and no next token is wanted
+
+
+class Engine(Protocol):
+    """Tokens in, tokens out: an engine knows nothing of HTTP, of text or of requests.
+
+    One thread, the scheduler's, makes every call.
+    """
+
+    device: str  # "n150", "t3k", "cpu" ...
+    max_batch_size: int  # slots that are read in one step
+    max_seq_len: int  # tokens that a slot can hold, prompt and answer
+    prefill_chunk: int  # the most prompt tokens that are worth reading in one step
+
+    def reserve(self, slot: int, length: int) -> bool:
+        """Keep room for `length` tokens in the slot, and those it holds up to there; False if there is none now."""
+
+    def release(self, slot: int) -> None:
+        """Forget what the slot holds, and give its room back."""
+
+    def step(self, batch: Sequence[Work]) -> list[int]:
+        """Read each item's tokens into its slot; return the next token of each, -1 where none is wanted."""
+
+    def close(self) -> None:
+        """Give the device back. The engine is not used again."""
+
+
+class Progress(Protocol):
+    """Called while something long goes on: what it is, and how much of it is done, 0 to 1, if that is known."""
+
+    def __call__(self, doing: str, done: float | None = None) -> None: ...
+
+
+class Run(NamedTuple):
+    """Neighbouring slots of a step that read equally many tokens: their attention is one operation."""
+
+    rows: slice  # of the step's rows, B * n of them
+    slots: slice  # B
+    length: int  # L: the positions in use, of the slot that uses most
+    mask: torch.Tensor  # [B, 1, G * n, L], 0 where a row may look and -inf where not
+
+
+class Layer(NamedTuple):
+    """The weights of one transformer block; the products are functions of rows [T, in] to rows [T, out]."""
+
+    attention_norm: torch.Tensor
+    query_key_value: Callable[[torch.Tensor], torch.Tensor]
+    output: Callable[[torch.Tensor], torch.Tensor]
+    ffn_norm: torch.Tensor
+    gate_up: Callable[[torch.Tensor], torch.Tensor]
+    down: Callable[[torch.Tensor], torch.Tensor]
+
+
+class TorchEngine:
+    """A Llama 3 in plain PyTorch, for the CPU.
+
+    A step takes all the tokens of its batch, prompts and answers alike, as rows of one matrix [T, dim]: so a prompt is
+    read in the shadow of the weights that decoding must fetch from memory anyway. Only attention looks at slots.
+
+    The KV cache is [slots, positions, KV heads, head_dim] a layer, in memory that the system provides when it is first
+    written to.
+    """
+
+    device = "cpu"
+    prefill_chunk = 512
+
+    def __init__(
+        self, checkpoint: Checkpoint, max_batch_size: int, max_seq_len: int, progress: Progress, dtype: str = "auto"
+    ) -> None:
+        config = self.config = checkpoint.config
+        self.max_batch_size = max_batch_size
+        self.max_seq_len = max_seq_len
+        # bfloat16 where the processor multiplies it: elsewhere it is emulated, many times slower than float32.
+        fast_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if fast_bfloat16 else torch.float32
+        read = checkpoint.open_weights()
+
+        def weight(name: str) -> torch.Tensor:
+            return read(f"{name}.weight").to(self.dtype)
+
+        # Rows are gathered straight from the mapped file, of which only those that are read take memory.
+        self.embedding = read("tok_embeddings.weight")
+        self.layers = []
+        for i in range(config.n_layers):
+            progress("loading the weights", i / config.n_layers)
+            self.layers.append(self._read_layer(weight, f"layers.{i}."))
+        self.norm = weight("norm")
+        self.output = linear(weight("output"))
+        self.cos, self.sin = rotary_tables(config, max_seq_len)
+        shape = (max_batch_size, max_seq_len, config.n_kv_heads, config.head_dim)
+        self.keys = [torch.empty(shape, dtype=self.dtype) for _ in self.layers]
+        self.values = [torch.empty(shape, dtype=self.dtype) for _ in self.layers]
+
+    @staticmethod
+    def _read_layer(weight: Callable[[str], torch.Tensor], prefix: str) -> Layer:
+        query_key_value = [weight(f"{prefix}attention.{name}") for name in ("wq", "wk", "wv")]
+        gate_up = [weight(f"{prefix}feed_forward.{name}") for name in ("w1", "w3")]
+        return Layer(
+            attention_norm=weight(f"{prefix}attention_norm"),
+            query_key_value=linear(torch.cat(query_key_value)),
+            output=linear(weight(f"{prefix}attention.wo")),
+            ffn_norm=weight(f"{prefix}ffn_norm"),
+            gate_up=linear(torch.cat(gate_up)),
+            down=linear(weight(f"{prefix}feed_forward.w2")),
+        )
+
+    def step(self, batch: Sequence[Work]) -> list[int]:
+        with torch.inference_mode():
+            logits = self.logits(batch)
+            wanted = [work for work in batch if work.sampling is not None]
+            positions = [work.position + len(work.tokens) for work in wanted]
+            drawn = iter(sample(logits, [work.sampling for work in wanted if work.sampling], positions))
+            return [-1 if work.sampling is None else next(drawn) for work in batch]
+
+    def logits(self, batch: Sequence[Work]) -> torch.Tensor:
+        """Read the batch; return the logits [items, vocabulary] of the items whose next token is wanted."""
+        config = self.config
+        tokens = torch.tensor([token for work in batch for token in work.tokens])
+        slots = torch.tensor([work.slot for work in batch for _ in work.tokens])
+        positions = torch.tensor([work.position + i for work in batch for i in range(len(work.tokens))])
+        cos, sin = self.cos[positions, None], self.sin[positions, None]  # [T, 1, head_dim / 2]
+        runs = self._runs(batch)
+        x = self.embedding[tokens].to(self.dtype)  # [T, dim]
+        for layer, keys, values in zip(self.layers, self.keys, self.values):
+            rows = layer.query_key_value(rms_norm(x, layer.attention_norm, config.norm_eps))
+            rows = rows.view(len(tokens), -1, config.head_dim)
+            query_key, value = torch.split(rows, [config.n_heads + config.n_kv_heads, config.n_kv_heads], dim=1)
+            query, key = torch.split(rotate(query_key, cos, sin), [config.n_heads, config.n_kv_heads], dim=1)
+            keys[slots, positions] = key
+            values[slots, positions] = value
+            attended = [attend(query[run.rows], keys, values, run) for run in runs]
+            x = x + layer.output(attended[0] if len(attended) == 1 else torch.cat(attended))
+            gate, up = layer.gate_up(rms_norm(x, layer.ffn_norm, config.norm_eps)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
+        ends = itertools.accumulate(len(work.tokens) for work in batch)
+        last = [end - 1 for end, work in zip(ends, batch) if work.sampling is not None]
+        return self.output(rms_norm(x[last], self.norm, config.norm_eps))
+
+    def _runs(self, batch: Sequence[Work]) -> list[Run]:
+        """Cut the batch into runs: items of one token in neighbouring slots together, a piece of a prompt alone."""
+        runs: list[list[Work]] = []
+        for work in batch:
+            last = runs[-1][-1] if runs else None
+            if last and len(last.tokens) == len(work.tokens) == 1 and last.slot + 1 == work.slot:
+                runs[-1].append(work)
+            else:
+                runs.append([work])
+        group = self.config.n_heads // self.config.n_kv_heads
+        result, row = [], 0
+        for run in runs:
+            n = len(run[0].tokens)
+            length = max(work.position for work in run) + n
+            last_seen = torch.tensor([[work.position + i for i in range(n)] for work in run])  # [B, n]
+            hidden = torch.arange(length) > last_seen[:, None, None, :, None]  # [B, 1, 1, n, L]
+            mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf"))
+            mask = mask.expand(-1, -1, group, -1, -1).reshape(len(run), 1, group * n, length)
+            slots = slice(run[0].slot, run[0].slot + len(run))
+            result.append(Run(slice(row, row + len(run) * n), slots, length, mask))
+            row += len(run) * n
+        return result
+
+    def reserve(self, slot: int, length: int) -> bool:
+        return length <= self.max_seq_len
+
+    def release(self, slot: int) -> None:
+        """Nothing to give back: what the slot holds is overwritten."""
+
+    def close(self) -> None:
+        """Nothing to give back: the memory goes with the process."""
+
+
+def linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The product of rows [T, in] with a weight [out, in], laid out once as oneDNN reads it fastest."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return lambda rows: F.linear(rows, weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # 32: the rows that the layout is chosen for
+    return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Zhang and Sennrich 2019, over the last dimension, in float32 whatever x is."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotary_tables(config: LlamaConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, each [length, head_dim / 2], of the angle that a position turns each pair of a head by.
+
+    Su et al. 2021, with the scaling of Llama 3.1: wavelengths longer than the original context are stretched by the
+    factor, short ones left alone, and those between go over smoothly.
+    """
+    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    if scaling := config.rope_scaling:
+        turns = scaling.original_max_position_embeddings * frequency / (2 * torch.pi)  # in the original context
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / scaling.factor)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + head_dim / 2) of x [T, heads, head_dim] by the angles [T, 1, head_dim / 2]."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: Run) -> torch.Tensor:
+    """Attention of the run's rows, query [B * n, heads, head_dim], over its slots' cache; [B * n, heads * head_dim].
+
+    The G query heads that share a KV head are laid side by side as G * n queries of that one head: nothing is repeated.
+    """
+    batch = run.slots.stop - run.slots.start
+    kv_heads, head_dim = keys.shape[2:]
+    n = query.shape[0] // batch
+    query = query.view(batch, n, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)  # [B, KV heads, G, n, head_dim]
+    attended = F.scaled_dot_product_attention(
+        query.reshape(batch, kv_heads, -1, head_dim),
+        keys[run.slots, : run.length].transpose(1, 2),
+        values[run.slots, : run.length].transpose(1, 2),
+        attn_mask=run.mask,
+    )
+    return attended.view(batch, kv_heads, -1, n, head_dim).permute(0, 3, 1, 2, 4).reshape(batch * n, -1)
+
+
+# ======================================================================================================================
+# Demo model
+# ======================================================================================================================
+
+DEMO_NAME = "demo-llama-tiny"
+DEMO_NOTE = "demo"
+
+
+def demo_checkpoint(progress: Progress) -> Checkpoint:
+    raise UserError("no demo yet")
+
+
+# ======================================================================================================================
+# Scheduler
+# ======================================================================================================================
+
+
+class TooLong(Exception):
+    """The request can never fit the context; the message has both figures."""
+
+
+class Unavailable(Exception):
+    """The request is not taken now: loading, queue full, stopping, or the engine has failed for good."""
+
+
+class EngineError(Exception):
+    """The engine failed while it worked on the request."""
+
+
+class LoadingStopped(Exception):
+    """Ctrl+C came while the engine was loading."""
+
+
+class Generation:
+    """One request below the text: what the handler's thread and the scheduler's thread share.
+
+    The scheduler fills it, the handler reads `steps` and may call Scheduler.cancel. Times are time.monotonic()'s.
+    """
+
+    def __init__(
+        self, prompt: list[int], max_tokens: int, sampling: SamplingParams, stop_tokens: frozenset[int]
+    ) -> None:
+        self.prompt = prompt
+        self.max_tokens = max_tokens
+        self.sampling = sampling
+        self.stop_tokens = stop_tokens
+        self.submitted = time.monotonic()
+        self.first_token: float | None = None
+        self.count = 0  # tokens generated, the stop token aside
+        self.cached = 0  # prompt tokens that the slot held already
+        self.finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
+        self.cancelled = False
+        self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None: no more
+
+    def put(self, token: int) -> None:
+        """The scheduler's side: one more token."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        self.count += 1
+        self._tokens.put(token)
+
+    def finish(self, reason: str) -> None:
+        """The scheduler's side: no more tokens."""
+        self.finish_reason = reason
+        self._tokens.put(None)
+
+    def steps(self, poll: Callable[[], None], interval: float = 0.25) -> Iterator[list[int]]:
+        """The handler's side: the token ids as they come, all there are each time. Calls `poll` while there are none.
+
+        Raises EngineError if the engine failed.
+        """
+        while True:
+            try:
+                tokens = [self._tokens.get(timeout=interval)]
+            except queue.Empty:
+                poll()
+                continue
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    tokens.append(self._tokens.get_nowait())
+            if found := [token for token in tokens if token is not None]:
+                yield found
+            if tokens[-1] is None:
+                if self.finish_reason == "error":
+                    raise EngineError("the engine failed on this request: the server's log says why; send it again")
+                return
+
+
+@dataclass
+class Slot:
+    """One place in the engine's batch. What it holds stays after an answer, for a request that starts the same way."""
+
+    index: int
+    generation: Generation | None = None
+    tokens: list[int] = field(default_factory=list)  # prompt and answer
+    held: int = 0  # how many of the tokens the engine has read
+    used: float = 0.0  # when the last request left it
+    reserved: int = 0  # how many tokens the engine keeps room for
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to read: 1 while an answer is generated, more while a prompt is read."""
+        return len(self.tokens) - self.held
+
+
+class Pace:
+    """How many prompt tokens a step may read while others wait for their next token: a step may become twice as long.
+
+    Learned from the steps themselves, as running means of the seconds of a step without prompt tokens and of what
+    each prompt token adds.
+    """
+
+    def __init__(self, prefill_chunk: int) -> None:
+        self._chunk = prefill_chunk
+        self._decode: float | None = None
+        self._token: float | None = None
+
+    def budget(self, streaming: bool) -> int:
+        """Prompt tokens for the next step."""
+        if not streaming:
+            return self._chunk
+        if not self._decode or not self._token:
+            return min(32, self._chunk)
+        return max(8, min(self._chunk, int(self._decode / self._token)))
+
+    def observe(self, seconds: float, streams: int, prompt_tokens: int) -> None:
+        """Learn from a step."""
+        if not prompt_tokens:
+            self._decode = seconds if self._decode is None else 0.8 * self._decode + 0.2 * seconds
+        elif streams and self._decode is not None:
+            cost = max((seconds - self._decode) / prompt_tokens, self._decode / self._chunk)
+            self._token = cost if self._token is None else 0.8 * self._token + 0.2 * cost
+
+
+class Scheduler:
+    """Continuous batching: one thread that loads the engine, runs it, and closes it.
+
+    Between two steps requests leave and join. First come, first served. A step reads one token of every answer under
+    way, and of the prompts so much as keeps the step short. `state` is "loading", "healthy", "unhealthy" or "stopping".
+    """
+
+    FAILURES = 3  # failed steps in a row after which the engine is given up
+
+    def __init__(
+        self,
+        load: Callable[[Progress], Engine],
+        max_queue: int,
+        progress: Progress,
+        notify: Callable[[str], None] = lambda event: None,
+    ) -> None:
+        self.state = "loading"
+        self.error = ""  # why it is unhealthy
+        self.failure: BaseException | None = None  # why loading failed
+        self.doing: tuple[str, float | None] = ("starting", None)
+        self.since = time.monotonic()  # of the state
+        self.max_queue = max_queue
+        self.max_seq_len = 0
+        self.device = ""
+        self._load = load
+        self._progress = progress
+        self._notify = notify  # called with "ready" when the engine is loaded, and with "ended" when the thread ends
+        self._slots: list[Slot] = []
+        self._queue: deque[Generation] = deque()
+        self._wake = threading.Condition()  # guards the state, the queue, and who is in which slot
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.ended = False
+
+    def start(self) -> None:
+        """Start to load."""
+        self._thread.start()
+
+    # What the handlers' threads call:
+
+    def submit(self, generation: Generation) -> None:
+        """Queue a request. Raises Unavailable where it cannot be taken now, TooLong where it never fits."""
+        with self._wake:
+            self.check_available()
+            wanted = len(generation.prompt) + generation.max_tokens
+            if wanted > self.max_seq_len:
+                raise TooLong(
+                    f"the prompt has {len(generation.prompt)} tokens and max_tokens is {generation.max_tokens}: "
+                    f"together {wanted}, and the context holds {self.max_seq_len}; shorten the prompt or lower max_tokens"
+                )
+            if len(self._queue) >= self.max_queue:
+                raise Unavailable(f"the queue is full ({self.max_queue} requests wait): try again in a moment")
+            self._queue.append(generation)
+            self._wake.notify()
+
+    def check_available(self) -> None:
+        """Raise Unavailable unless requests are taken."""
+        reasons = {
+            "loading": "the model is still loading: GET /health shows how far it is",
+            "unhealthy": f"the engine has failed and the server must be started again: {self.error}",
+            "stopping": "the server is stopping",
+        }
+        if self.state != "healthy":
+            raise Unavailable(reasons[self.state])
+
+    def cancel(self, generation: Generation) -> None:
+        """Give the request up, wherever it is; its slot is free before the next step."""
+        with self._wake:
+            generation.cancelled = True
+            if generation in self._queue:
+                self._queue.remove(generation)
+                generation.finish("cancelled")
+            self._wake.notify()
+
+    def stop(self, drain: bool) -> None:
+        """Take no more requests and end: with `drain` after those in flight, else after the step under way."""
+        with self._wake:
+            if self.state in ("loading", "healthy"):
+                self._set_state("stopping")
+            for generation in [*self._queue, *(slot.generation for slot in self._slots)]:
+                if generation and not drain:
+                    generation.cancelled = True
+            self._wake.notify()
+
+    def slots(self) -> dict[str, int]:
+        """How many slots there are, and how many are busy."""
+        return {"total": len(self._slots), "busy": sum(slot.generation is not None for slot in self._slots)}
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._queue)
+
+    # The scheduler's own thread:
+
+    def _set_state(self, state: str) -> None:
+        self.state, self.since = state, time.monotonic()
+
+    def _report(self, doing: str, done: float | None = None) -> None:
+        if self.state == "stopping":
+            raise LoadingStopped
+        self.doing = (doing, done)
+        self._progress(doing, done)
+
+    def _run(self) -> None:
+        try:
+            with contextlib.closing(self._load(self._report)) as engine:
+                self._engine = engine
+                with self._wake:
+                    self._slots = [Slot(index) for index in range(engine.max_batch_size)]
+                    self.max_seq_len, self.device = engine.max_seq_len, engine.device
+                    if self.state == "loading":
+                        self._set_state("healthy")
+                self._progress("ready", 1.0)
+                self._notify("ready")
+                self._serve(engine)
+        except LoadingStopped:
+            pass
+        except BaseException as error:
+            self.failure = error
+            self._give_up(f"{type(error).__name__}: {error}")
+        finally:
+            self.ended = True
+            self._notify("ended")
+
+    def _serve(self, engine: Engine) -> None:
+        pace = Pace(engine.prefill_chunk)
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._queue or self.state != "healthy" or self.slots()["busy"])
+                self._drop_cancelled()
+                self._admit()
+                if self.state != "healthy" and not self._queue and not self.slots()["busy"]:
+                    return
+            batch = self._plan(pace)
+            if not batch:
+                continue
+            started = time.monotonic()
+            try:
+                tokens = engine.step(batch)
+            except Exception as error:
+                self._step_failed(batch, error)
+                continue
+            self._failures = 0
+            streams = sum(len(work.tokens) == 1 for work in batch)
+            pace.observe(time.monotonic() - started, streams, sum(len(work.tokens) for work in batch) - streams)
+            self._deliver(batch, tokens)
+
+    def _drop_cancelled(self) -> None:
+        for generation in [generation for generation in self._queue if generation.cancelled]:
+            self._queue.remove(generation)
+            generation.finish("cancelled")
+        for slot in self._slots:
+            if slot.generation and slot.generation.cancelled:
+                self._leave(slot, "cancelled")
+
+    def _admit(self) -> None:
+        """Give free slots to those who wait longest, while there is room."""
+        while self._queue and (free := [slot for slot in self._slots if slot.generation is None]):
+            generation = self._queue[0]
+            # The slot that holds most of the prompt already; else an empty one; else the one left longest ago.
+            slot = max(free, key=lambda slot: (self._common(slot, generation), not slot.held, -slot.used, -slot.index))
+            if not self._make_room(slot, len(generation.prompt) + generation.max_tokens):
+                return
+            self._queue.popleft()
+            slot.held = generation.cached = self._common(slot, generation)
+            slot.generation, slot.tokens = generation, list(generation.prompt)
+
+    @staticmethod
+    def _common(slot: Slot, generation: Generation) -> int:
+        """How many tokens of the prompt the slot can serve with; at least one is left to read, for the logits.
+
+        0 where less than half of what it holds would be of use: it is better kept for the chat that it belongs to.
+        """
+        most = min(slot.held, len(generation.prompt) - 1)
+        pairs = zip(slot.tokens[:most], generation.prompt)
+        common = next((i for i, (held, wanted) in enumerate(pairs) if held != wanted), most)
+        return common if 2 * common > slot.held else 0
+
+    def _make_room(self, slot: Slot, length: int) -> bool:
+        """Reserve `length` tokens for the slot; what idle slots hold for later makes way, the oldest first."""
+        while not self._reserve(slot, length):
+            idle = [other for other in self._slots if other.generation is None and other.reserved and other is not slot]
+            if not idle:
+                return False
+            self._forget(min(idle, key=lambda other: other.used))
+        return True
+
+    def _reserve(self, slot: Slot, length: int) -> bool:
+        if not self._engine.reserve(slot.index, length):
+            return False
+        slot.reserved = length
+        return True
+
+    def _forget(self, slot: Slot) -> None:
+        self._engine.release(slot.index)
+        slot.tokens, slot.held, slot.reserved = [], 0, 0
+
+    def _plan(self, pace: Pace) -> list[Work]:
+        """The next step: every answer's last token, then prompts, the one that came first first, within the budget."""
+        busy = [slot for slot in self._slots if slot.generation]
+        streams = [slot for slot in busy if slot.pending == 1]
+        prompts = [slot for slot in busy if slot.pending > 1]
+        budget = pace.budget(streaming=bool(streams))
+        batch = []
+        for slot in [*streams, *sorted(prompts, key=lambda slot: slot.generation.submitted if slot.generation else 0)]:
+            assert slot.generation is not None
+            count = slot.pending if slot.pending == 1 else min(slot.pending, budget)
+            if not count:
+                break
+            if slot.pending > 1:
+                budget -= count
+            tokens = slot.tokens[slot.held : slot.held + count]
+            batch.append(
+                Work(slot.index, tokens, slot.held, slot.generation.sampling if count == slot.pending else None)
+            )
+        return batch
+
+    def _deliver(self, batch: list[Work], tokens: list[int]) -> None:
+        for work, token in zip(batch, tokens):
+            slot = self._slots[work.slot]
+            slot.held += len(work.tokens)
+            generation = slot.generation
+            if work.sampling is None or generation is None:
+                continue
+            if token in generation.stop_tokens:
+                self._leave(slot, "stop")
+                continue
+            slot.tokens.append(token)
+            generation.put(token)
+            if generation.count >= generation.max_tokens:
+                self._leave(slot, "length")
+
+    def _leave(self, slot: Slot, reason: str) -> None:
+        assert slot.generation is not None
+        slot.generation.finish(reason)
+        slot.generation, slot.used = None, time.monotonic()
+        del slot.tokens[slot.held :]
+        self._reserve(slot, slot.held)
+
+    def _step_failed(self, batch: list[Work], error: Exception) -> None:
+        """The requests of the step fail, and what their slots hold is not trusted; the others go on."""
+        logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
+        for work in batch:
+            self._leave(self._slots[work.slot], "error")
+            self._forget(self._slots[work.slot])
+        self._failures += 1
+        if self._failures >= self.FAILURES:
+            self._give_up(f"{self._failures} steps in a row failed, the last with {type(error).__name__}")
+
+    def _give_up(self, error: str) -> None:
+        with self._wake:
+            self.error = error
+            if self.state != "stopping":
+                self._set_state("unhealthy")
+            for generation in self._queue:
+                generation.finish("error")
+            self._queue.clear()
+            for slot in self._slots:
+                if slot.generation:
+                    self._leave(slot, "error")
+
+
+# ======================================================================================================================
+# HTTP
+# ======================================================================================================================
+
+MAX_BODY_BYTES = 8 * 1024 * 1024
+SOCKET_TIMEOUT = 30.0  # seconds that a client may take for each read or write
+
+
+class ApiError(Exception):
+    """An answer that is not 200: the status, and one plain sentence for the caller."""
+
+    def __init__(self, status: int, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class ClientGone(Exception):
+    """The client has closed the connection."""
+
+
+class Fields:
+    """A JSON object from a client, read field by field; each check names the field and what is allowed.
+
+    null is the same as absent. The names that were asked for are remembered, so that others can be refused.
+    """
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self._body = body
+        self._known: list[str] = []
+
+    def get(self, name: str) -> Any:
+        """The field as it came, None if it is absent."""
+        self._known.append(name)
+        return self._body.get(name)
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        """A number from low to high."""
+        value = self.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ApiError(400, f"{name} must be a number from {low:g} to {high:g}, not {shown(value)}")
+        return float(value)
+
+    def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
+        """A whole number from low to high."""
+        value = self.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ApiError(400, f"{name} must be a whole number from {low} to {high}, not {shown(value)}")
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """true or false."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ApiError(400, f"{name} must be true or false, not {shown(value)}")
+        return default if value is None else value
+
+    def text(self, name: str) -> str | None:
+        """A string."""
+        value = self.get(name)
+        return None if value is None else clean_text(value, name)
+
+    def stop(self) -> list[str]:
+        """`stop`: a string, or up to four."""
+        value = self.get("stop")
+        strings = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(strings, list) or len(strings) > 4 or not all(isinstance(s, str) and s for s in strings):
+            raise ApiError(400, "stop must be a string or a list of up to four strings, none of them empty")
+        return [clean_text(string, "stop") for string in strings]
+
+    def messages(self) -> list[tuple[str, str]]:
+        """`messages`: a list of {"role", "content"}, as (role, text); a content is a string or a list of text parts."""
+        value = self.get("messages")
+        if value is None:
+            return []
+        if not isinstance(value, list) or not value:
+            raise ApiError(400, 'messages must be a list of at least one {"role": ..., "content": ...}')
+        messages = []
+        for i, message in enumerate(value):
+            where = f"messages[{i}]"
+            if not isinstance(message, dict):
+                raise ApiError(400, f'{where} must be an object, {{"role": ..., "content": ...}}, not {shown(message)}')
+            role = message.get("role")
+            if role not in ROLES:
+                raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}, not {shown(role)}")
+            parts = message.get("content")
+            if isinstance(parts, list):
+                for part in parts:
+                    if (
+                        not isinstance(part, dict)
+                        or part.get("type") != "text"
+                        or not isinstance(part.get("text"), str)
+                    ):
+                        raise ApiError(400, f'{where}.content has a part that is not {{"type": "text", "text": ...}}')
+                parts = "".join(part["text"] for part in parts)
+            messages.append((ROLES[role], clean_text(parts, f"{where}.content")))
+        return messages
+
+    def refuse_unknown(self) -> None:
+        """Raise ApiError for a name that was never asked for, with the nearest that was."""
+        for name in self._body:
+            if name not in self._known:
+                near = difflib.get_close_matches(name, self._known, 1)
+                hint = f": did you mean {near[0]}?" if near else f": the fields are {', '.join(self._known)}"
+                raise ApiError(400, f"unknown field {shown(name)}{hint}")
+
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def shown(value: Any) -> str:
+    """A client's value as an error shows it: as JSON, and short."""
+    text = json.dumps(value, ensure_ascii=False)
+    return clean_text(text if len(text) <= 60 else f"{text[:57]}...", "")
+
+
+def clean_text(value: Any, name: str) -> str:
+    """`value`, which must be a string; lone surrogates, which JSON can spell and UTF-8 cannot, become U+FFFD."""
+    if not isinstance(value, str):
+        raise ApiError(400, f"{name} must be a string, not {shown(value)}")
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@dataclass
+class ChatRequest:
+    """What the dialects make of a body."""
+
+    messages: list[tuple[str, str]]
+    max_tokens: int | None  # None: so many as the context holds
+    sampling: SamplingParams
+    stop: list[str]
+    stream: bool
+
+
+def read_sampling(fields: Fields, temperature: float, top_p: float) -> SamplingParams:
+    """The sampling fields, which all dialects share; the two arguments are the dialect's defaults."""
+    seed = fields.integer("seed", None, -(2**63), 2**64 - 1)
+    return SamplingParams(
+        temperature=fields.number("temperature", temperature, 0, 2),
+        top_p=fields.number("top_p", top_p, 0, 1),
+        top_k=fields.integer("top_k", 0, 0, VOCAB_SIZE) or 0,
+        seed=secrets.randbits(32) if seed is None else seed,
+    )
+
+
+class Answer:
+    """A request under way, on the handler's side: its text as it comes, and at the end its figures."""
+
+    def __init__(self, request: ChatRequest, generation: Generation, tokenizer: ChatTokenizer) -> None:
+        self.request = request
+        self.generation = generation
+        self.text = ""
+        self.finish_reason = ""
+        self.seconds = 0.0  # from submission to now or, after the end, to the end
+        self._stream = TextStream(tokenizer, request.stop)
+
+    def pieces(self, poll: Callable[[], None]) -> Iterator[str]:
+        """The answer's text, piece by piece, none of them empty. `poll` is called in between, and may raise."""
+        for tokens in itertools.chain(self.generation.steps(poll), [None]):
+            piece = self._stream.push(tokens or [], final=tokens is None)
+            self.text += piece
+            self.seconds = time.monotonic() - self.generation.submitted
+            if piece:
+                yield piece
+                poll()
+            if self._stream.stopped:
+                break
+        if self.generation.finish_reason == "cancelled":
+            raise ApiError(503, "the server stopped before the answer was complete: send the request again")
+        self.finish_reason = "stop" if self._stream.stopped else self.generation.finish_reason or ""
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds from submission."""
+        return (self.generation.first_token or time.monotonic()) - self.generation.submitted
+
+    def figures(self) -> dict[str, Any]:
+        """The figures, as /chat gives them."""
+        return {
+            "tokens_generated": self.generation.count,
+            "time_seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.generation.count / max(self.seconds, 1e-9), 1),
+            "prompt_tokens": len(self.generation.prompt),
+            "time_to_first_token_seconds": round(self.time_to_first_token, 3),
+            "finish_reason": self.finish_reason,
+        }
+
+
+class ChatDialect:
+    """POST /chat: plain JSON, or newline-delimited JSON as it comes."""
+
+    content_type = "application/x-ndjson"
+    default_max_tokens = 128
+
+    def read(self, fields: Fields) -> ChatRequest:
+        """Check the body. Raises ApiError."""
+        prompt, system, stop, stream = (
+            fields.text("prompt"),
+            fields.text("system"),
+            fields.stop(),
+            fields.flag("stream"),
+        )
+        max_tokens = fields.integer("max_tokens", None, 1, 2**31)
+        sampling = read_sampling(fields, temperature=0.7, top_p=0.9)
+        messages = fields.messages()
+        fields.refuse_unknown()
+        if bool(messages) == (prompt is not None):
+            raise ApiError(400, 'give either "prompt", a string, or "messages", a list: {"prompt": "Hello!"}')
+        if prompt == "":
+            raise ApiError(400, "prompt is empty: give it some text")
+        messages = messages or [("user", prompt or "")]
+        if system is not None:
+            messages = [("system", system), *messages]
+        return ChatRequest(messages, max_tokens, sampling, stop, stream)
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """The body of a plain answer."""
+        prompt = answer.request.messages[-1][1]
+        return {"success": True, "prompt": prompt, "response": answer.text, **answer.figures()}
+
+    def piece(self, answer: Answer, text: str) -> bytes:
+        """A piece of a streamed answer."""
+        return json_line({"response": text})
+
+    def end(self, answer: Answer) -> bytes:
+        """What closes a streamed answer."""
+        return json_line({"done": True, **self.whole(answer)})
+
+    def error(self, message: str) -> dict[str, Any]:
+        """The body of an error, or the last piece of a stream that fails."""
+        return {"error": message}
+
+
+def json_line(value: dict[str, Any]) -> bytes:
+    """`value` as one line of JSON in UTF-8."""
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+class ApiHandler(BaseHTTPRequestHandler):
+    """One connection: reads requests, answers them, one after the other."""
+
+    server: ApiServer
+    protocol_version = "HTTP/1.1"
+    timeout = SOCKET_TIMEOUT
+    # Without these two an answer leaves in two small packets, the second of which Nagle's algorithm holds back until
+    # the client's delayed acknowledgement of the first: 40 ms for every request of a kept-alive connection.
+    disable_nagle_algorithm = True
+    wbufsize = 65536
+
+    # Requests and routes
+
+    def handle_request(self) -> None:
+        """Answer the request whose header has just been read."""
+        self.began = time.monotonic()
+        self.status, self.outcome, self.streaming, self.dialect = 0, "", False, ChatDialect()
+        try:
+            with self.server.request_in_flight():
+                self._route()
+                self.wfile.flush()
+        except ApiError as error:
+            self._send_error(error)
+        except EngineError as error:
+            self._send_error(ApiError(500, str(error)))
+        except (ClientGone, ConnectionError, TimeoutError):
+            self.outcome += " client gone"
+            self.close_connection = True
+        except Exception:
+            logger.exception("an error in the server while it answered %s", self._target())
+            self._send_error(ApiError(500, "the server failed on this request: its log says why"))
+        self._log()
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_request
+
+    def _route(self) -> None:
+        path = self.path.partition("?")[0]
+        body = self._read_body()
+        self._check_site()
+        if path not in ROUTES:
+            endpoints = ", ".join(f"{method} {known}" for known, (method, _) in ROUTES.items())
+            raise ApiError(404, f"there is no {printable(path)} here: the endpoints are {endpoints}")
+        method, answer = ROUTES[path]
+        allowed = ", ".join(["OPTIONS", "GET", "HEAD"] if method == "GET" else ["OPTIONS", method])
+        if self.command == "OPTIONS":
+            self._send(204, b"", "", Allow=allowed, **self._preflight(method))
+        elif self.command not in allowed:
+            raise ApiError(405, f"{path} takes {method}, not {printable(self.command)}", Allow=allowed)
+        else:
+            answer(self, body)
+
+    def _read_body(self) -> bytes:
+        """The request's body, read whole whatever becomes of it, so that the connection can go on."""
+        length = self.headers.get("Content-Length")
+        if "Transfer-Encoding" in self.headers:
+            self.close_connection = True
+            raise ApiError(411, "chunked bodies are not read: send the body with a Content-Length")
+        if length is None:
+            return b""
+        if not re.fullmatch(r"[0-9]{1,18}", length) or len(self.headers.get_all("Content-Length", [])) > 1:
+            self.close_connection = True
+            raise ApiError(400, "Content-Length must be given once, and be a number")
+        if int(length) > MAX_BODY_BYTES:
+            self.close_connection = True
+            raise ApiError(413, f"the body has {length} bytes, and {MAX_BODY_BYTES} are taken")
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.wfile.flush()
+        try:
+            body = self.rfile.read(int(length))
+        except TimeoutError:
+            self.close_connection = True
+            raise ApiError(408, f"the body did not come within {SOCKET_TIMEOUT:.0f} seconds: send it again") from None
+        if len(body) < int(length):
+            raise ClientGone
+        return body
+
+    def _check_site(self) -> None:
+        """Refuse pages of other sites, which a browser lets ask any server that its user can reach.
+
+        An Origin must be a page of this machine. While the server listens on this machine alone, the Host must be this
+        machine too: another name that leads here is another site's (DNS rebinding).
+        """
+        host, origin = self.headers.get("Host"), self.headers.get("Origin")
+        if host and self.server.on_loopback and not is_loopback(f"//{host}"):
+            raise ApiError(403, f"the Host {printable(host)} is not this machine's: ask localhost")
+        if origin and not is_loopback(origin):
+            raise ApiError(403, f"pages of {printable(origin)} may not use this server")
+
+    def _preflight(self, method: str) -> dict[str, str]:
+        return {
+            "Access-Control-Allow-Methods": method,
+            "Access-Control-Allow-Headers": "Content-Type, Authorization",
+            "Access-Control-Max-Age": "600",
+        }
+
+    def health(self, _body: bytes) -> None:
+        """GET /health."""
+        status, report = self.server.health()
+        self._send(status, json_line(report), "application/json", **({} if status == 200 else {"Retry-After": "1"}))
+
+    def chat(self, body: bytes) -> None:
+        """POST /chat."""
+        self._complete(body, ChatDialect())
+
+    def _complete(self, body: bytes, dialect: ChatDialect) -> None:
+        """The one path of a request for text, in any dialect, streamed or not."""
+        self.dialect = dialect
+        request = dialect.read(Fields(self._json_object(body)))
+        answer = self.server.submit(request, dialect.default_max_tokens)
+        try:
+            for piece in answer.pieces(self._check_client):
+                if request.stream:
+                    self._write_piece(dialect.piece(answer, piece))
+            if request.stream:
+                self._write_piece(dialect.end(answer), last=True)
+            else:
+                self._send(200, json_line(dialect.whole(answer)), "application/json")
+        finally:
+            if answer.generation.finish_reason is None:
+                self.server.scheduler.cancel(answer.generation)
+            figures = answer.figures()
+            self.outcome = (
+                f" prompt={figures['prompt_tokens']} generated={figures['tokens_generated']}"
+                f" first={figures['time_to_first_token_seconds']:.3f}s {figures['tokens_per_second']:.1f} tokens/s"
+            )
+
+    def _json_object(self, body: bytes) -> dict[str, Any]:
+        if "Content-Length" not in self.headers:
+            raise ApiError(411, "the request has no body: send one, with its Content-Length")
+        media_type = self.headers.get_content_type() if "Content-Type" in self.headers else "nothing"
+        if media_type != "application/json":
+            raise ApiError(
+                415, f"the body is {printable(media_type)}: send JSON, with -H 'Content-Type: application/json'"
+            )
+        try:
+            value = json.loads(body, parse_constant=lambda name: float(name))
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, json.JSONDecodeError) else "it cannot be decoded"
+            raise ApiError(400, f"the body is not JSON: {reason}") from error
+        if not isinstance(value, dict):
+            raise ApiError(400, f'the body must be a JSON object, such as {{"prompt": "Hello!"}}, not {shown(value)}')
+        return value
+
+    def _check_client(self) -> None:
+        """Raise ClientGone if the client has closed its side."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ClientGone
+
+    # Answers
+
+    def _send(self, status: int, body: bytes, content_type: str, **headers: str) -> None:
+        """Send a whole answer."""
+        self._start(status, content_type, {"Content-Length": str(len(body)), **headers})
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        self.wfile.flush()
+
+    def _write_piece(self, data: bytes, last: bool = False) -> None:
+        """Send a piece of a streamed answer. The header leaves with the first: a failure before it has its own status."""
+        chunked = self.request_version != "HTTP/1.0"
+        if not self.streaming:
+            self.streaming = True
+            self.close_connection |= not chunked
+            framing = {"Transfer-Encoding": "chunked"} if chunked else {}
+            self._start(200, self.dialect.content_type, {**framing, "Cache-Control": "no-cache"})
+        end = b"0\r\n\r\n" if last else b""
+        self.wfile.write(b"%x\r\n%b\r\n%b" % (len(data), data, end) if chunked else data)
+        self.wfile.flush()
+
+    def _start(self, status: int, content_type: str, headers: dict[str, str]) -> None:
+        self.status = status
+        self.send_response_only(status)
+        self.send_header("Date", self.date_time_string())
+        if content_type:
+            self.send_header("Content-Type", content_type)
+        origin = self.headers.get("Origin") if hasattr(self, "headers") else None
+        if origin and is_loopback(origin):
+            self.send_header("Access-Control-Allow-Origin", origin)
+            self.send_header("Vary", "Origin")
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+
+    def _send_error(self, error: ApiError) -> None:
+        """Answer with an error; a stream that has begun ends with it."""
+        logger.debug("%s: %s", self._target(), error)
+        body = json_line(self.dialect.error(str(error)))
+        headers = {"Retry-After": "1", **error.headers} if error.status == 503 else error.headers
+        try:
+            if self.streaming:
+                self._write_piece(body, last=True)
+            else:
+                self._send(error.status, body, "application/json", **headers)
+        except OSError:
+            self.close_connection = True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """http.server's own refusals, of what is not HTTP, in our form."""
+        self.began, self.outcome, self.streaming, self.dialect = time.monotonic(), "", False, ChatDialect()
+        self.close_connection = True
+        self._send_error(ApiError(code, f"the request is not HTTP that this server reads: {message or code}"))
+        self._log()
+
+    def handle_expect_100(self) -> bool:
+        """Nothing yet: "100 Continue" is sent by _read_body, once the header has been found good."""
+        return True
+
+    def finish(self) -> None:
+        """Close so that the last answer arrives: a socket closed with unread input resets the connection."""
+        super().finish()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(0.2)
+            deadline = time.monotonic() + 2
+            while self.connection.recv(65536) and time.monotonic() < deadline:
+                pass
+
+    # The log
+
+    def _target(self) -> str:
+        return f"{printable(self.command or '-')} {printable(getattr(self, 'path', '-').partition('?')[0])}"
+
+    def _log(self) -> None:
+        """One line for each request; never a prompt's text."""
+        logger.info("%s %s%s", self._target(), self.status or "-", self.outcome)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """http.server's own lines are for --verbose."""
+        logger.debug(format, *(printable(str(arg)) for arg in args))
+
+
+ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
+    "/health": ("GET", ApiHandler.health),
+    "/chat": ("POST", ApiHandler.chat),
+}
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL, or a host written as //host:port, leads to this machine by a name that only this machine has."""
+    with contextlib.suppress(ValueError):
+        host = urllib.parse.urlsplit(url).hostname or ""
+        return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def printable(text: str) -> str:
+    """A client's text as a log or an error may show it: no control characters, no escapes, and short."""
+    return "".join(c if c.isprintable() else "?" for c in text[:100])
+
+
+class ApiServer(ThreadingHTTPServer):
+    """The listening socket, and what its handlers share."""
+
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), ApiHandler)
+        self.on_loopback = is_loopback(f"//[{host}]" if ":" in host else f"//{host}")
+        self.scheduler: Scheduler
+        self.tokenizer: ChatTokenizer
+        self.model = ""  # the model's name, folder and what is worth saying of it; known early, shown by /health
+        self.folder = ""
+        self.note = "Model is loaded in memory for fast inference"
+        self._started = time.monotonic()
+        self._in_flight = 0
+        self._idle = threading.Condition()
+
+    def server_bind(self) -> None:
+        """Bind without http.server's look-up of this machine's name, which can take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def submit(self, request: ChatRequest, default_max_tokens: int) -> Answer:
+        """Encode the request and queue it. Raises ApiError."""
+        scheduler = self.scheduler
+        try:
+            scheduler.check_available()
+            prompt = self.tokenizer.encode_chat(request.messages)
+            room = scheduler.max_seq_len - len(prompt)
+            if room < 1:
+                raise TooLong(
+                    f"the prompt has {len(prompt)} tokens, and the context holds {scheduler.max_seq_len}, "
+                    "the answer with it: shorten the prompt"
+                )
+            max_tokens = request.max_tokens or min(default_max_tokens, room)
+            generation = Generation(prompt, max_tokens, request.sampling, self.tokenizer.stop_tokens)
+            scheduler.submit(generation)
+        except TooLong as error:
+            raise ApiError(400, str(error)) from error
+        except Unavailable as error:
+            raise ApiError(503, str(error)) from error
+        return Answer(request, generation, self.tokenizer)
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of GET /health."""
+        scheduler = self.scheduler
+        state = scheduler.state
+        report: dict[str, Any] = {
+            "status": state,
+            "model_loaded": state == "healthy",
+            "model": self.model,
+            "device": scheduler.device,
+            "llama_dir": self.folder,
+            "note": self.note,
+            "uptime_seconds": round(time.monotonic() - self._started, 1),
+        }
+        if state == "loading":
+            doing, done = scheduler.doing
+            seconds = round(time.monotonic() - self._started, 1)
+            report["progress"] = {"doing": doing, "done": done and round(done, 2), "seconds": seconds}
+        if state == "unhealthy":
+            report["error"] = scheduler.error
+        return (200 if state == "healthy" else 503), {**report, "slots": scheduler.slots(), "queued": scheduler.queued}
+
+    @contextlib.contextmanager
+    def request_in_flight(self) -> Iterator[None]:
+        """Count a request while it is answered."""
+        with self._idle:
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._in_flight -= 1
+                self._idle.notify_all()
+
+    def wait_until_idle(self, seconds: float) -> None:
+        """Wait, so many seconds at most, until no request is being answered."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._in_flight == 0, timeout=seconds)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke outside any request is no news; anything else is."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            logger.exception("an error in the server on a connection")
+
+
+# ======================================================================================================================
+# CLI
+# ======================================================================================================================
+
+DRAIN_SECONDS = 60  # that requests in flight have to finish when the server is asked to stop
+DEFAULT_MAX_SEQ_LEN = 8192
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+
+    def count(low: int, high: int) -> Callable[[str], int]:
+        def parse(text: str) -> int:
+            if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+                raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
+            return int(text)
+
+        return parse
+
+    parser = argparse.ArgumentParser(
+        prog="tt_api_server.py",
+        description=(__doc__ or "").partition("\nThe rooms of this file")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--port", type=count(0, 65535), default=8080, help="port to listen on; 0: any free one (default: 8080)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    add(
+        "--model",
+        metavar="DIR",
+        help="folder of a Llama 3 model (default: $HF_MODEL, else $LLAMA_DIR, else a demo)",
+    )
+    add("--device", choices=("auto", "tt", "cpu"), default="auto", help="where the model runs (default: auto)")
+    add("--max-batch-size", type=count(1, 1024), default=32, help="requests that are answered together (default: 32)")
+    add(
+        "--max-seq-len",
+        type=count(32, 1_000_000),
+        help=f"tokens of a prompt and its answer (default: the model's own, {DEFAULT_MAX_SEQ_LEN} at most)",
+    )
+    add("--max-queue", type=count(0, 1_000_000), default=256, help="requests that may wait for a slot (default: 256)")
+    add("--verbose", action="store_true", help="log more: prompts, and why requests were refused")
+    add("--version", action="version", version=f"tt_api_server {__version__}")
+    return parser.parse_args(arguments)
+
+
+def bind(host: str, port: int) -> ApiServer:
+    """Listen, or say in one line why not. Done before anything is loaded."""
+    try:
+        return ApiServer(host, port)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise UserError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
+        for other in range(port + 1, min(port + 100, 65536)):
+            with contextlib.suppress(OSError):
+                ApiServer(host, other).server_close()
+                raise UserError(
+                    f"port {port} is in use: stop the program that has it, or take another port: "
+                    f"python3 tt_api_server.py --port {other}"
+                ) from error
+        raise UserError(f"port {port} is in use: stop the program that has it, or take another with --port") from error
+
+
+class Terminal:
+    """Progress for people: one line that is written over on a terminal, a line for each stage elsewhere."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._shown = ""
+        self._began = time.monotonic()
+
+    def __call__(self, doing: str, done: float | None = None) -> None:
+        """Show it."""
+        seconds = time.monotonic() - self._began
+        if self._live:
+            filled = "" if done is None else f" [{'#' * round(30 * done):30}] {done:4.0%}"
+            line = f"  {doing}{filled}  {seconds:.0f} s"
+            ending = "\n" if doing == "ready" else ""
+            print(f"\r{line.ljust(len(self._shown))}", end=ending, file=sys.stderr, flush=True)
+            self._shown = line
+        elif doing != self._shown:
+            print(f"  {doing}  {seconds:.0f} s", file=sys.stderr, flush=True)
+            self._shown = doing
+
+
+def open_engine(checkpoint: Checkpoint, options: argparse.Namespace, progress: Progress) -> Engine:
+    """Load the model on the device that the options ask for."""
+    longest = checkpoint.config.max_position
+    if (options.max_seq_len or 0) > longest:
+        raise UserError(f"--max-seq-len {options.max_seq_len} is more than the model was made for: {longest} at most")
+    max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+    return TorchEngine(checkpoint, options.max_batch_size, max_seq_len, progress)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Bind, load, serve, stop; returns the exit status."""
+    server = bind(options.host, options.port)
+    host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
+    url = f"http://{host}:{server.server_port}"
+    found = find_checkpoint(options.model)
+    print("Llama API Server on Tenstorrent\n" + "=" * 60)
+    if found:
+        print(f"Model:  {found.name}, {found.folder}" + (f" ({found.note})" if found.note else ""))
+    else:
+        print(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served instead")
+    print(f"Health: {url}/health, while it loads too\n", flush=True)
+
+    def load(progress: Progress) -> Engine:
+        progress("importing PyTorch")
+        import_torch()
+        checkpoint = found or demo_checkpoint(progress)
+        server.model, server.folder = checkpoint.name, str(checkpoint.folder)
+        if found is None:
+            server.note = DEMO_NOTE
+        progress("loading the tokenizer")
+        server.tokenizer = ChatTokenizer(checkpoint.tokenizer_model)
+        return open_engine(checkpoint, options, progress)
+
+    # What happens to the process: "signal" from Ctrl+C and SIGTERM, "ready" and "ended" from the scheduler.
+    events: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: events.put("signal"))
+    server.scheduler = scheduler = Scheduler(load, options.max_queue, Terminal(), events.put)
+    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    scheduler.start()
+    event = events.get()
+    if event == "ready":
+        print(ready_message(url, scheduler.device), flush=True)
+        event = events.get()
+        if event == "ended":  # the engine has failed for good: /health says so until someone stops the server
+            event = events.get()
+    if event == "ended" and isinstance(scheduler.failure, UserError):
+        raise scheduler.failure
+    status = 1 if scheduler.failure or scheduler.state == "unhealthy" else 0
+    if event == "signal" and not scheduler.ended:
+        busy = scheduler.slots()["busy"] + scheduler.queued
+        if busy:
+            print(f"\nStopping: {busy} requests finish first. Press CTRL+C again to cut them short.", flush=True)
+        status = stop(scheduler, events, status)
+    server.wait_until_idle(seconds=2)
+    server.shutdown()
+    print("\nStopped." if status == 0 else "\nStopped before all was done.", flush=True)
+    return status
+
+
+def stop(scheduler: Scheduler, events: queue.SimpleQueue[str], status: int) -> int:
+    """Let the requests in flight finish, within DRAIN_SECONDS and until the next signal; returns the exit status."""
+    for drain, seconds in ((True, DRAIN_SECONDS), (False, 10)):
+        scheduler.stop(drain)
+        with contextlib.suppress(queue.Empty):
+            event = events.get(timeout=seconds)
+            while event == "ready":
+                event = events.get(timeout=seconds)
+            if event == "ended":
+                return status if drain else 128 + signal.SIGINT
+    return 128 + signal.SIGINT
+
+
+def ready_message(url: str, device: str) -> str:
+    """The second half of the banner."""
+    endpoints = "\n".join(f"  {method:4} {url}{path}" for path, (method, _) in ROUTES.items())
+    return f"""
+Server ready on {url} ({device})
+
+Endpoints:
+{endpoints}
+
+Try it:
+  curl -s {url}/chat -H 'Content-Type: application/json' -d '{{"prompt": "What is machine learning?"}}'
+
+Press CTRL+C to stop the server
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program. Exit status: 0 stopped as asked, 1 the engine failed, 2 wrong usage, 130 requests were cut short."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    try:
+        return serve(options)
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
