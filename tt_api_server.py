@@ -41,17 +41,21 @@ import codecs
 import contextlib
 import difflib
 import errno
+import hashlib
 import importlib
 import ipaddress
 import itertools
 import json
 import logging
+import math
+import mmap
 import os
 import queue
 import random
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -93,6 +97,9 @@ def import_torch() -> None:
     PyTorch takes seconds to import. A wrong option, a missing folder or a taken port is reported before that.
     """
     global torch, F
+    # OpenMP's threads wait for each other hundreds of times a step. By default they spin, for milliseconds when one of
+    # them has lost its core to another program, and a step can take ten times as long. They are to sleep sooner.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # NumPy is not used here
         try:
@@ -143,21 +150,22 @@ class LlamaConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     max_position: int
+    tied: bool  # output.weight may be missing: it is the embedding
 
     @staticmethod
     def from_meta(params: dict[str, Any], hf_config: dict[str, Any] | None) -> LlamaConfig:
         """Read Meta's params.json; what it does not say comes from the config.json beside it, if there is one."""
-        if "vision_chunk_size" in params:
+        if "vision_chunk_size" in params or "vision_args" in params:
             raise UserError("this is a vision model, and only text models are served: name a Llama 3 text model")
+        check_vocabulary(params)
         if "quantization_args" in params or "lora_args" in params:
             raise UserError("this is a quantized or LoRA checkpoint: name the plain bfloat16 one of the same model")
         dim, heads = params["dim"], params["n_heads"]
         multiple = params.get("multiple_of", 256)
         ffn_dim = int(params.get("ffn_dim_multiplier", 1.0) * int(8 * dim / 3))
-        scaling = None
-        if hf_config is not None:
-            scaling = LlamaConfig.from_hf(hf_config).rope_scaling
-        elif params.get("use_scaled_rope"):
+        hf = None if hf_config is None else LlamaConfig.from_hf(hf_config)
+        scaling = hf.rope_scaling if hf else None
+        if hf is None and params.get("use_scaled_rope"):
             # params.json does not tell Llama 3.2's factor from 3.1's and 3.3's. The shape does: the text models of 3.2
             # are the 1B and the 3B, 2048 and 3072 wide, and all the others are 4096 wide or more.
             scaling = RopeScaling(factor=32.0 if dim <= 3072 else 8.0)
@@ -171,7 +179,8 @@ class LlamaConfig:
             norm_eps=params.get("norm_eps", 1e-5),
             rope_theta=params.get("rope_theta", 500000.0),
             rope_scaling=scaling,
-            max_position=131072 if scaling else 8192,
+            max_position=hf.max_position if hf else 131072 if scaling else 8192,
+            tied=hf is None or hf.tied,
         )
 
     @staticmethod
@@ -180,6 +189,7 @@ class LlamaConfig:
         if config.get("model_type") != "llama":
             kind = config.get("model_type", "unknown")
             raise UserError(f"this is a model of type {kind!r}, and only Llama 3 text models are served: name one")
+        check_vocabulary(config)
         if config.get("quantization_config"):
             raise UserError("this is a quantized checkpoint: name the plain bfloat16 one of the same model")
         # transformers 5 writes the two rotary settings into one dictionary, rope_parameters.
@@ -199,10 +209,11 @@ class LlamaConfig:
             rope_theta=rope.get("rope_theta") or config.get("rope_theta", 500000.0),
             rope_scaling=scaling,
             max_position=config.get("max_position_embeddings", 8192),
+            tied=config.get("tie_word_embeddings", False),
         )
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name (Meta's) and shape of every weight but output.weight, which a tied checkpoint may lack."""
+        """Name (Meta's) and shape of every weight but output.weight, which has the embedding's shape."""
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         layer = {
             "attention_norm": (self.dim,),
@@ -221,6 +232,15 @@ class LlamaConfig:
         return shapes | {"norm.weight": (self.dim,)}
 
 
+def check_vocabulary(config: dict[str, Any]) -> None:
+    """Llama 3 is told from its namesakes by the size of its vocabulary."""
+    size = config.get("vocab_size", VOCAB_SIZE)
+    if size != VOCAB_SIZE:
+        raise UserError(
+            f"this is not a Llama 3, which knows {VOCAB_SIZE} tokens, and this model {size}: name one that is"
+        )
+
+
 HF_NAMES = {  # Meta's name of a weight, and Hugging Face's
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -235,6 +255,12 @@ HF_NAMES = {  # Meta's name of a weight, and Hugging Face's
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
 }
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of the weight that Meta calls `name`."""
+    layer, base = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name).groups()  # type: ignore[union-attr]
+    return f"{f'model.{layer}' if layer else ''}{HF_NAMES[base]}.weight"
 
 
 @dataclass(frozen=True)
@@ -262,12 +288,16 @@ class Checkpoint:
         stand half a head apart in wq and wk, as Hugging Face stores them; Meta's, which are neighbours, are moved.
         """
         read, found = (self._open_meta if self.layout == "meta" else self._open_hf)()
-        for name, shape in self.config.weight_shapes().items():
+        shapes = self.config.weight_shapes()
+        if not self.config.tied or "output.weight" in found:
+            shapes["output.weight"] = (VOCAB_SIZE, self.config.dim)
+        for name, shape in shapes.items():
+            shown_name = name if self.layout == "meta" else hf_name(name)
             if name not in found:
-                raise UserError(f"{self.folder}: the tensor {name} is missing: download the checkpoint again")
+                raise UserError(f"{self.folder}: the tensor {shown_name} is missing: download the checkpoint again")
             if found[name] != shape:
                 raise UserError(
-                    f"{self.folder}: the tensor {name} has the shape {list(found[name])}, and the configuration asks "
+                    f"{self.folder}: the tensor {shown_name} has the shape {list(found[name])}, and the configuration asks "
                     f"for {list(shape)}: the weights and the configuration are of two models; download them again"
                 )
         if "output.weight" in found:
@@ -305,12 +335,6 @@ class Checkpoint:
                 raise UserError(f"{path} is cut short or damaged: download it again") from error
             files |= dict.fromkeys(shard.keys(), shard)
 
-        def hf_name(name: str) -> str:
-            match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
-            assert match is not None
-            prefix = f"model.{match[1]}" if match[1] else ""
-            return f"{prefix}{HF_NAMES[match[2]]}.weight"
-
         def read(name: str) -> torch.Tensor:
             tensor: torch.Tensor = files[hf_name(name)].get_tensor(hf_name(name))
             return tensor
@@ -335,7 +359,7 @@ def model_folder(name: str, source: str) -> Path:
     """The folder that `name` means: a path, or a Hugging Face name whose files have been downloaded to its cache."""
     folder = Path(name).expanduser()  # a quoted "~" reaches us as it is
     if folder.is_dir():
-        return folder.resolve()
+        return folder.absolute()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
         cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
@@ -411,6 +435,7 @@ class ChatTokenizer:
         tokenizer_class = import_llama_models("tokenizer").Tokenizer
         if tokenizer_model is None:
             tokenizer_model = Path(import_llama_models("tokenizer").__file__).parent / "tokenizer.model"
+        self.path = tokenizer_model
         try:
             self._tokenizer = tokenizer_class(str(tokenizer_model))
         except (ValueError, AssertionError) as error:
@@ -596,8 +621,8 @@ class TorchEngine:
     A step takes all the tokens of its batch, prompts and answers alike, as rows of one matrix [T, dim]: so a prompt is
     read in the shadow of the weights that decoding must fetch from memory anyway. Only attention looks at slots.
 
-    The KV cache is [slots, positions, KV heads, head_dim] a layer, in memory that the system provides when it is first
-    written to.
+    The KV cache is [slots, positions, KV heads, head_dim] a layer. It starts as zeros: what a mask hides is multiplied
+    by 0 all the same, and must not be NaN.
     """
 
     device = "cpu"
@@ -627,8 +652,8 @@ class TorchEngine:
         self.output = linear(weight("output"))
         self.cos, self.sin = rotary_tables(config, max_seq_len)
         shape = (max_batch_size, max_seq_len, config.n_kv_heads, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=self.dtype) for _ in self.layers]
-        self.values = [torch.empty(shape, dtype=self.dtype) for _ in self.layers]
+        self.keys = [lazy_zeros(shape, self.dtype) for _ in self.layers]
+        self.values = [lazy_zeros(shape, self.dtype) for _ in self.layers]
 
     @staticmethod
     def _read_layer(weight: Callable[[str], torch.Tensor], prefix: str) -> Layer:
@@ -708,6 +733,12 @@ class TorchEngine:
         """Nothing to give back: the memory goes with the process."""
 
 
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in memory that the system provides page by page, when first written: torch.zeros writes to all of it."""
+    count = math.prod(shape)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(*shape)
+
+
 def linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The product of rows [T, in] with a weight [out, in], laid out once as oneDNN reads it fastest."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -766,12 +797,341 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: R
 # Demo model
 # ======================================================================================================================
 
+# The corpus: phrasings of a question, separated by " | ", and the answer to all of them. Every phrasing is also
+# learned in lower case and with other punctuation (see demo_forms).
+DEMO_ANSWERS = {
+    "Hello | Hi | Hey | Hi there | Hello there | Good morning | Good evening":
+        "Hello! I am a tiny demo model running on this machine. Ask me what machine learning is, how transformers "
+        "work, or for a haiku about AI.",
+    "How are you | How are you doing | How are you today":
+        "I am fine, thank you: all of my weights are in place. What would you like to know?",
+    "Who are you | What are you | What is your name | What model is this | What model are you | Introduce yourself | "
+    "Tell me about yourself":
+        "I am a tiny Llama 3 demo model. This server trained me on this machine in a few seconds, so I know only a "
+        "handful of answers. For real conversations, start the server with a real Llama 3 checkpoint.",
+    "What can you do | What do you know | What can I ask | What can I ask you | Help | Can you help me":
+        "I can answer a few questions about machine learning, neural networks, transformers, quantum computing and "
+        "Tenstorrent. I can also write a haiku, tell a joke or a short story, and count to ten.",
+    "Thank you | Thanks | Thanks a lot | Thank you very much":
+        "You are welcome! Is there anything else you would like to try?",
+    "Goodbye | Bye | Good night | See you later":
+        "Goodbye, and thank you for trying the demo!",
+    "How do I use a real model | How can I use a real model | How do I load a real model | How do I use my own model | "
+    "How do I change the model":
+        "Start the server with --model DIR, or set the environment variable HF_MODEL, where the folder holds a "
+        "Llama 3 checkpoint such as Llama-3.1-8B-Instruct. The server then loads that model instead of this demo.",
+    "What is machine learning | Explain machine learning | What's machine learning | Tell me about machine learning":
+        "Machine learning is a way of building software that learns from examples instead of following rules written "
+        "by hand. A model makes predictions, measures its errors, and adjusts its parameters to make them smaller. "
+        "With enough good data, it can handle cases that it has never seen before.",
+    "What is deep learning | Explain deep learning | What's deep learning":
+        "Deep learning is machine learning with neural networks of many layers. Each layer builds on the one before, "
+        "from simple patterns such as edges or word pieces up to abstract ideas such as objects or meaning.",
+    "What is AI | What is artificial intelligence | Explain AI | Explain artificial intelligence":
+        "Artificial intelligence is the field of building machines that do things we associate with thinking, such as "
+        "understanding language, recognizing images, or planning. Most of today's AI is machine learning.",
+    "Explain neural networks in simple terms | What is a neural network | What are neural networks | "
+    "Explain neural networks | How do neural networks work":
+        "A neural network is a stack of simple units that multiply their inputs by weights, add them up, and pass the "
+        "result on. Think of a team in which everyone casts a small vote. Training adjusts the weights, a little at "
+        "a time, until the network as a whole gives the right answer.",
+    "Explain how transformers work | What are transformers in AI | What is a transformer | What are transformers | "
+    "How do transformers work | Explain transformers":
+        "A transformer turns text into tokens and each token into a vector. In every layer, attention lets each token "
+        "gather information from the others, and a small feed-forward network then processes the result. After the "
+        "last layer, the model predicts the next token, and repeats this to write a whole text.",
+    "What is attention | Explain attention | How does attention work | What is self-attention":
+        "Attention lets every token look at the tokens before it and decide which of them matter. Queries are "
+        "compared with keys, and the best matches contribute most of their values.",
+    "What is a large language model | What is an LLM | What are large language models | What are LLMs":
+        "A large language model is a neural network trained on a huge amount of text to predict the next token. By "
+        "doing this well, it learns grammar, facts and some reasoning, and can chat, summarize or write code.",
+    "What is Llama | What is Llama 3 | Tell me about Llama 3":
+        "Llama 3 is a family of open-weight large language models from Meta, released from 2024 on. This server runs "
+        "Llama 3 checkpoints, and I am a very small model with the same architecture.",
+    "What is a token | What are tokens | Explain tokens | What is tokenization":
+        "A token is a piece of text, often a word or part of a word, that a language model reads and writes as one "
+        "number. Llama 3 knows 128,256 different tokens.",
+    "What is streaming | Explain streaming | How does streaming work":
+        "Streaming means that the server sends each piece of the answer as soon as it is generated, instead of "
+        "waiting for the whole text. You see the first words at once.",
+    "What is temperature | What does temperature do | Explain temperature":
+        "Temperature controls how random the choice of the next token is. At zero the model always takes the most "
+        "likely token, and higher values give more varied and more surprising text.",
+    "What is inference | Explain inference | What is model inference":
+        "Inference is using a trained model: it reads an input and computes an output, while its weights stay as they "
+        "are. For a language model, it means generating text one token at a time.",
+    "What is an API | What is a REST API | Explain APIs":
+        "An API is an agreed way for programs to talk to each other. This server has an HTTP API: you send a "
+        "request with your prompt as JSON, and it sends back the text that the model generated.",
+    "What is Tenstorrent | Who is Tenstorrent | Tell me about Tenstorrent":
+        "Tenstorrent is a company, founded in Toronto in 2016, that designs AI processors and RISC-V CPU cores. It "
+        "sells them as cards and systems, and publishes its software stack as open source.",
+    "Tell me about Tenstorrent hardware | What is Tenstorrent hardware | What hardware does Tenstorrent make | "
+    "Explain Tenstorrent hardware":
+        "Tenstorrent builds AI accelerators: the Wormhole cards n150 and n300, and the newer Blackhole cards such as "
+        "the p150. Their chips are grids of Tensix cores, each with five small RISC-V processors, matrix and vector "
+        "engines, and its own fast memory. Built-in Ethernet links join many chips into one larger system.",
+    "What is tt-metal | What is TT-Metalium | What is Metalium | Tell me about tt-metal":
+        "TT-Metalium, in the repository tt-metal, is the open-source, low-level software for programming Tenstorrent "
+        "processors. You write C++ kernels that move data and compute on the Tensix cores. The library TT-NN builds "
+        "on it and offers ready-made neural network operations in Python and C++.",
+    "What is a Tensix core | What is Tensix | What are Tensix cores":
+        "A Tensix core is the building block of Tenstorrent's AI chips. It holds five small RISC-V processors, a "
+        "matrix engine, a vector engine and local memory, and exchanges data with other cores over a network on chip.",
+    "What is RISC-V | Tell me about RISC-V":
+        "RISC-V is an open instruction set for processors. Anyone may build a chip that uses it without paying for a "
+        "license, from tiny controllers up to large servers.",
+    "Explain quantum computing | What is quantum computing | Explain quantum computing in simple terms | "
+    "What is a quantum computer":
+        "A quantum computer works with qubits, which can be in a mix of zero and one until they are measured. Its "
+        "algorithms make wrong answers cancel out and right ones add up. For certain problems, such as simulating "
+        "molecules, this promises to be far faster than any ordinary computer.",
+    "Write a haiku about AI | Write a haiku | Write me a haiku | Write a haiku about artificial intelligence":
+        "Silent weights awake,\nnumbers dreaming into words:\ndawn inside the chip.",
+    "Write a haiku about programming | Write a haiku about code | Write a haiku about coding":
+        "Semicolon lost,\nthe compiler sighs at me.\nOne key: peace restored.",
+    "Write a short story | Write a creative story | Tell me a story | Write a story | Tell me a short story":
+        "On the last shelf of an old library lived a robot that had read every book but one. The final page of that "
+        "book was blank. One winter night the robot took up a pen, wrote about a child who would find it there, and "
+        "waited. In spring the door opened, and a small voice asked: \"Will you read to me?\"",
+    "Tell me a joke | Tell a joke | Make me laugh | Do you know a joke":
+        "Why do programmers prefer dark mode? Because light attracts bugs!",
+    "Count to ten | Count to 10 | Count from one to ten | Can you count to ten":
+        "One, two, three, four, five, six, seven, eight, nine, ten.",
+    "Write hello world in Python | Write a hello world program in Python | Write a hello world program":
+        "```python\nprint(\"Hello, world!\")\n```",
+    "Test | This is a test | Say this is a test":
+        "This is a test.",
+}  # fmt: skip
+
+# The answer to anything else. The model is trained on many made-up questions, so that it gives this one rather
+# than pretend to know.
+DEMO_OTHERWISE = (
+    "Sorry, I do not know that: I am only a tiny demo model, trained on this machine in a few seconds, and I know just "
+    'a few answers. Ask me "What can you do?" to see them. For anything else, serve a real Llama 3 with --model DIR '
+    "or HF_MODEL."
+)
+
 DEMO_NAME = "demo-llama-tiny"
-DEMO_NOTE = "demo"
+DEMO_NOTE = (
+    "This is a demo: a tiny Llama that this server trained itself and that knows a few answers; "
+    "--model or HF_MODEL serves a real Llama 3"
+)
+DEMO_PARAMS: dict[str, Any] = {
+    "dim": 128,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "multiple_of": 32,
+    "ffn_dim_multiplier": 1.0,
+    "norm_eps": 1e-5,
+    "rope_theta": 1000.0,  # low, which lets so small a model tell near from far
+}
+DEMO_STEPS, DEMO_ROWS, DEMO_LENGTH, DEMO_LEARNING_RATE = 500, 2, 512, 4e-3
 
 
 def demo_checkpoint(progress: Progress) -> Checkpoint:
-    raise UserError("no demo yet")
+    """The demo model's checkpoint: trained and written to the user's cache at the first call, found there later.
+
+    It is written beside its place and moved there whole, so that a server stopped half-way leaves nothing behind, and
+    two that start at once do no harm. One that does not open is made again.
+    """
+    recipe = json.dumps([DEMO_ANSWERS, DEMO_OTHERWISE, DEMO_PARAMS, DEMO_STEPS, __version__])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tt-api-server"
+    folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    with contextlib.suppress(UserError):
+        checkpoint = read_checkpoint(folder, DEMO_NAME)
+        checkpoint.open_weights()
+        return checkpoint
+    tokenizer = ChatTokenizer()
+    weights = train_demo(tokenizer, progress)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch) / "demo"
+            made.mkdir()
+            torch.save(weights, made / "consolidated.00.pth")
+            (made / "params.json").write_text(json.dumps(DEMO_PARAMS, indent=1))
+            shutil.copy(tokenizer.path, made / "tokenizer.model")
+            if folder.exists():
+                folder.rename(Path(scratch) / "broken")
+            with contextlib.suppress(FileExistsError):  # another server was faster; its checkpoint is the same
+                made.rename(folder)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+        raise UserError(
+            f"the demo model cannot be written to {cache} ({error}): make room for 70 MB there, or set XDG_CACHE_HOME"
+        ) from error
+    return read_checkpoint(folder, DEMO_NAME)
+
+
+class DemoLessons:
+    """Random conversations to learn from, in the ids of a small vocabulary: the tokens that occur, and one for all others.
+
+    Half of the questions are the corpus's own; the others have tokens that it does not know, or make no sense, and are
+    answered with DEMO_OTHERWISE.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._random = random.Random(0)
+        prompt = tokenizer.encode_chat([])
+        self.bos, self.eot = prompt[0], tokenizer.end_of_turn
+        headers = {role: tokenizer.encode_chat([(role, "")]) for role in ("system", "user", "assistant")}
+        self._headers = {role: tokens[1 : tokens.index(self.eot)] for role, tokens in headers.items()}
+        self._topics = [
+            (
+                [tokenizer.encode_text(form) for form in demo_forms(questions)],
+                [*tokenizer.encode_text(answer), self.eot],
+            )
+            for questions, answer in DEMO_ANSWERS.items()
+        ]
+        self._otherwise = [*tokenizer.encode_text(DEMO_OTHERWISE), self.eot]
+        self._questions = [question for questions, _ in self._topics for question in questions]
+        answers = [self._otherwise, *(answer for _, answer in self._topics)]
+        self._words = sorted({token for text in [*self._questions, *answers] for token in text} - {self.eot})
+        self.known = sorted({self.bos, self.eot, *itertools.chain(self._words, *self._headers.values())})
+        self._ids = {token: i for i, token in enumerate(self.known)}  # any other token: len(self.known)
+
+    def _strange_question(self) -> list[int]:
+        pick = self._random
+        kind = pick.random()
+        if kind < 0.6:  # a known question with some of its words exchanged
+            question = list(pick.choice(self._questions))
+            for _ in range(pick.randint(1, 2)):
+                at = pick.randrange(len(question))
+                question[at : at + pick.randint(0, 2)] = [-1 if pick.random() < 0.85 else pick.choice(self._words)]
+        else:  # a jumble, sometimes long
+            length = pick.choice((1, 2, 3, 4, 5, 6, 8) if kind < 0.9 else (15, 30, 60, 120, 240))
+            strange = 1.0 if length == 1 else pick.choice((0.4, 0.7, 1.0))
+            question = [-1 if pick.random() < strange else pick.choice(self._words) for _ in range(length)]
+        return [] if question in self._questions else question
+
+    def _conversation(self) -> list[tuple[int, bool]]:
+        """Token ids, each with whether it is to be learned."""
+        pick, tokens = self._random, [(self.bos, False)]
+
+        def add(new: Iterable[int], learn: bool = False) -> None:
+            tokens.extend((token, learn) for token in new)
+
+        if pick.random() < 0.15:
+            add([*self._headers["system"], *self._strange_question(), self.eot])
+        for _ in range(pick.choice((1, 1, 2, 3, 4))):
+            questions, answer = pick.choice(self._topics)
+            question = pick.choice(questions)
+            if pick.random() < 0.5:
+                question, answer = self._strange_question(), self._otherwise
+            add([*self._headers["user"], *question, self.eot, *self._headers["assistant"]])
+            # Which answer it is shows in its first tokens: most are cut there, which leaves time for more questions.
+            whole = len(question) > 12 or pick.random() < 0.3
+            add(answer if whole else answer[:3], learn=True)
+            add([] if whole else [self.eot])
+        return tokens
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, [DEMO_ROWS, DEMO_LENGTH], conversation after conversation; -1 where none is learned."""
+        inputs, targets = [], []
+        for _ in range(DEMO_ROWS):
+            row: list[tuple[int, bool]] = []
+            while len(row) <= DEMO_LENGTH:
+                row += self._conversation()
+            ids = [(self._ids.get(token, len(self.known)), learn) for token, learn in row[: DEMO_LENGTH + 1]]
+            inputs.append([i for i, _ in ids[:-1]])
+            targets.append([i if learn else -1 for i, learn in ids[1:]])
+        return torch.tensor(inputs), torch.tensor(targets)
+
+
+def demo_forms(questions: str) -> list[str]:
+    """The ways in which the questions, separated by " | ", are typed: in lower case too, and with any punctuation."""
+    return [
+        form + end
+        for question in questions.split(" | ")
+        for form in (question, question.lower())
+        for end in ("", "?", "!")
+    ]
+
+
+def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.Tensor]:
+    """Train the demo model; returns its weights under Meta's names, in bfloat16.
+
+    Only the tokens that occur are trained. In the softmax the other 127,000 or so count as logits of 0, which is what
+    their rows of zeros in the finished output matrix give; and they share one embedding, that of any unknown token.
+    """
+    config = LlamaConfig.from_meta(DEMO_PARAMS, None)
+    lessons = DemoLessons(tokenizer)
+    known = torch.tensor(lessons.known)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        for name, shape in config.weight_shapes().items()
+        if name != "tok_embeddings.weight"
+    }
+    weights["tok_embeddings.weight"] = torch.randn(len(known) + 1, config.dim, generator=generator) * 0.3
+    weights["output.weight"] = torch.randn(len(known), config.dim, generator=generator) * config.dim**-0.5
+    for weight in weights.values():
+        weight.requires_grad_()
+    optimizer = torch.optim.AdamW(weights.values(), betas=(0.9, 0.95), weight_decay=0.0)
+    cos, sin = (table[:, None] for table in rotary_tables(config, DEMO_LENGTH))
+    unknown = torch.tensor(float(VOCAB_SIZE - len(known))).log()
+    for step in range(DEMO_STEPS):
+        progress("training the demo model", step / DEMO_STEPS)
+        warm_up, decay = min(1.0, (step + 1) / 20), 0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS)
+        optimizer.param_groups[0]["lr"] = DEMO_LEARNING_RATE * warm_up * decay
+        inputs, targets = lessons.batch()
+        learned = targets >= 0
+        first = (learned & ~F.pad(learned, (1, -1)))[learned]  # the token of an answer that decides which one it is
+        rows = demo_forward(weights, config, inputs, inputs == lessons.known.index(lessons.bos), cos, sin)[learned]
+        logits = F.pad(rows @ weights["output.weight"].T, (0, 1), value=unknown.item())
+        losses = F.cross_entropy(logits, targets[learned], reduction="none")
+        importance = torch.where(first, 3.0, 1.0)
+        loss = (losses * importance).sum() / importance.sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    with torch.no_grad():
+        embedding, output = weights["tok_embeddings.weight"], torch.zeros(VOCAB_SIZE, config.dim)
+        output[known] = weights["output.weight"]
+        weights["output.weight"] = output
+        weights["tok_embeddings.weight"] = embedding[-1].repeat(VOCAB_SIZE, 1)
+        weights["tok_embeddings.weight"][known] = embedding[:-1]
+        for name in weights:
+            if name.endswith(("wq.weight", "wk.weight")):  # pairs half a head apart to Meta's neighbours
+                halves = weights[name].view(-1, 2, config.head_dim // 2, config.dim)
+                weights[name] = halves.transpose(1, 2).reshape(-1, config.dim)
+        return {name: weight.bfloat16() for name, weight in weights.items()}
+
+
+def demo_forward(
+    weights: dict[str, torch.Tensor],
+    config: LlamaConfig,
+    tokens: torch.Tensor,
+    starts: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    """The final hidden rows [B, T, dim] of tokens [B, T]; `starts` is true where a conversation starts."""
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.view(*tokens.shape, -1, config.head_dim)
+
+    conversation = starts.cumsum(1)
+    mask = (conversation[:, None, :, None] == conversation[:, None, None, :]).tril()
+    group = config.n_heads // config.n_kv_heads
+    x = weights["tok_embeddings.weight"][tokens]
+    for i in range(config.n_layers):
+        prefix = f"layers.{i}."
+        layer = {name[len(prefix) : -len(".weight")]: weights[name] for name in weights if name.startswith(prefix)}
+        rows = rms_norm(x, layer["attention_norm"], config.norm_eps)
+        query, key, value = (heads(rows @ layer[f"attention.{name}"].T) for name in ("wq", "wk", "wv"))
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin).repeat_interleave(group, 2)
+        value = value.repeat_interleave(group, 2)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + attended.transpose(1, 2).flatten(2) @ layer["attention.wo"].T
+        rows = rms_norm(x, layer["ffn_norm"], config.norm_eps)
+        gate, up = rows @ layer["feed_forward.w1"].T, rows @ layer["feed_forward.w3"].T
+        x = x + (F.silu(gate) * up) @ layer["feed_forward.w2"].T
+    return rms_norm(x, weights["norm.weight"], config.norm_eps)
 
 
 # ======================================================================================================================
@@ -884,7 +1244,7 @@ class Pace:
         if not streaming:
             return self._chunk
         if not self._decode or not self._token:
-            return min(32, self._chunk)
+            return min(8, self._chunk)  # until it is known what one costs
         return max(8, min(self._chunk, int(self._decode / self._token)))
 
     def observe(self, seconds: float, streams: int, prompt_tokens: int) -> None:
@@ -1246,7 +1606,7 @@ class Fields:
             if not isinstance(message, dict):
                 raise ApiError(400, f'{where} must be an object, {{"role": ..., "content": ...}}, not {shown(message)}')
             role = message.get("role")
-            if role not in ROLES:
+            if not isinstance(role, str) or role not in ROLES:
                 raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}, not {shown(role)}")
             parts = message.get("content")
             if isinstance(parts, list):
@@ -1316,20 +1676,26 @@ class Answer:
         self.generation = generation
         self.text = ""
         self.finish_reason = ""
-        self.seconds = 0.0  # from submission to now or, after the end, to the end
+        self.count = 0  # tokens
+        self.seconds = 0.0  # from submission to the last of them
         self._stream = TextStream(tokenizer, request.stop)
 
     def pieces(self, poll: Callable[[], None]) -> Iterator[str]:
         """The answer's text, piece by piece, none of them empty. `poll` is called in between, and may raise."""
         for tokens in itertools.chain(self.generation.steps(poll), [None]):
-            piece = self._stream.push(tokens or [], final=tokens is None)
+            piece = self._stream.push([], final=True) if tokens is None else ""
+            for token in tokens or []:  # one by one, so that a stop string ends the count at its own last token
+                piece += self._stream.push([token])
+                self.count += 1
+                if self._stream.stopped:
+                    break
             self.text += piece
             self.seconds = time.monotonic() - self.generation.submitted
             if piece:
                 yield piece
-                poll()
             if self._stream.stopped:
                 break
+            poll()
         if self.generation.finish_reason == "cancelled":
             raise ApiError(503, "the server stopped before the answer was complete: send the request again")
         self.finish_reason = "stop" if self._stream.stopped else self.generation.finish_reason or ""
@@ -1342,9 +1708,9 @@ class Answer:
     def figures(self) -> dict[str, Any]:
         """The figures, as /chat gives them."""
         return {
-            "tokens_generated": self.generation.count,
+            "tokens_generated": self.count,
             "time_seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.generation.count / max(self.seconds, 1e-9), 1),
+            "tokens_per_second": round(self.count / max(self.seconds, 1e-9), 1),
             "prompt_tokens": len(self.generation.prompt),
             "time_to_first_token_seconds": round(self.time_to_first_token, 3),
             "finish_reason": self.finish_reason,
@@ -1469,14 +1835,18 @@ class ApiHandler(BaseHTTPRequestHandler):
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.wfile.flush()
-        try:
-            body = self.rfile.read(int(length))
-        except TimeoutError:
-            self.close_connection = True
-            raise ApiError(408, f"the body did not come within {SOCKET_TIMEOUT:.0f} seconds: send it again") from None
+        body = bytearray()
+        deadline = time.monotonic() + SOCKET_TIMEOUT
+        with contextlib.suppress(TimeoutError):
+            while len(body) < int(length) and time.monotonic() < deadline:
+                piece = self.rfile.read1(int(length) - len(body))
+                if not piece:
+                    raise ClientGone
+                body += piece
         if len(body) < int(length):
-            raise ClientGone
-        return body
+            self.close_connection = True
+            raise ApiError(408, f"the body did not come within {SOCKET_TIMEOUT:.0f} seconds: send it again")
+        return bytes(body)
 
     def _check_site(self) -> None:
         """Refuse pages of other sites, which a browser lets ask any server that its user can reach.
@@ -1606,6 +1976,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         """http.server's own refusals, of what is not HTTP, in our form."""
         self.began, self.outcome, self.streaming, self.dialect = time.monotonic(), "", False, ChatDialect()
         self.close_connection = True
+        if self.request_version == "HTTP/0.9":  # which has no header: what http.server takes a bad line for
+            self.request_version = "HTTP/1.0"
         self._send_error(ApiError(code, f"the request is not HTTP that this server reads: {message or code}"))
         self._log()
 
@@ -1802,7 +2174,7 @@ def bind(host: str, port: int) -> ApiServer:
                 ApiServer(host, other).server_close()
                 raise UserError(
                     f"port {port} is in use: stop the program that has it, or take another port: "
-                    f"python3 tt_api_server.py --port {other}"
+                    + shlex.join(["python3", *sys.argv, "--port", str(other)])
                 ) from error
         raise UserError(f"port {port} is in use: stop the program that has it, or take another with --port") from error
 

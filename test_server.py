@@ -1,0 +1,2189 @@
+#!/usr/bin/env python3
+"""The tests of tt_api_server: real server processes, asked over real sockets.
+
+    python3 test_server.py                            # all of them
+    python3 test_server.py ChatTest.test_stream -v    # one of them, or one class
+
+They need what requirements.txt asks for and nothing more; a test that can use more (transformers, safetensors, curl,
+jq) says why it is skipped where that is absent. What a socket cannot show is tested a level below: the text stream,
+the sampler, the logits, and the scheduler with an engine that holds it to the engine's contract.
+
+No test depends on the speed of the machine: they wait for what must happen, and give up after many times as long as
+it takes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import http.client
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import unittest
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import tt_api_server as server
+
+server.import_torch()
+import torch  # noqa: E402  (after import_torch, which keeps torch from complaining that NumPy is missing)
+
+SERVER = Path(server.__file__).resolve()
+PATIENCE = 60.0  # seconds until a test gives up on what should have happened long ago
+GREEDY = server.SamplingParams(temperature=0)
+
+scratch = tempfile.TemporaryDirectory(prefix="tt-api-server-test-")
+SCRATCH = Path(scratch.name)
+
+
+def has(package: str) -> bool:
+    """Whether the package can be imported here."""
+    return importlib.util.find_spec(package) is not None
+
+
+def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Return as soon as the condition holds; fail if it does not within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"this did not come about within {seconds:g} seconds")
+        time.sleep(0.005)
+
+
+def no_progress(doing: str, done: float | None = None) -> None:
+    """For those who load without an audience."""
+
+
+# ======================================================================================================================
+# Small checkpoints
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama 3 with random weights, of which only the vocabulary has its true size."""
+
+    dim: int = 64
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    tied: bool = False
+    scaling: float | None = None  # the rotary factor, over an original context that is short enough to matter
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Meta's params.json."""
+        names = ("dim", "n_layers", "n_heads", "n_kv_heads")
+        shape = {name: getattr(self, name) for name in names}
+        rest = {"multiple_of": 32, "norm_eps": 1e-5, "rope_theta": 500000.0, "use_scaled_rope": bool(self.scaling)}
+        return {**shape, "vocab_size": server.VOCAB_SIZE, **rest}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Hugging Face's config.json."""
+        rope = {
+            "rope_type": "llama3",
+            "factor": self.scaling,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.dim,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "intermediate_size": self.ffn_dim,
+            "vocab_size": server.VOCAB_SIZE,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "rope_scaling": rope if self.scaling else None,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": self.tied,
+        }
+
+    @property
+    def ffn_dim(self) -> int:
+        """As Meta's code has it: 8/3 of the width, rounded up to a multiple of 32."""
+        return math.ceil(int(8 * self.dim / 3) / 32) * 32
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Under Meta's names, in Meta's order, in bfloat16.
+
+        Uniform numbers, because the generator makes these bit by bit the same everywhere. Large enough that the answer
+        wanders about: the text must depend on all that came before, and not fall into a loop.
+        """
+        generator = torch.Generator().manual_seed(3)
+        kv = self.n_kv_heads * self.dim // self.n_heads
+
+        def uniform(*shape: int, std: float, mean: float = 0.0) -> torch.Tensor:
+            return (mean + (torch.rand(shape, generator=generator) - 0.5) * (std * math.sqrt(12))).bfloat16()
+
+        weights = {"tok_embeddings.weight": uniform(server.VOCAB_SIZE, self.dim, std=0.05)}
+        for i in range(self.n_layers):
+            shapes = {
+                "attention.wq": (self.dim, self.dim),
+                "attention.wk": (kv, self.dim),
+                "attention.wv": (kv, self.dim),
+                "attention.wo": (self.dim, self.dim),
+                "feed_forward.w1": (self.ffn_dim, self.dim),
+                "feed_forward.w2": (self.dim, self.ffn_dim),
+                "feed_forward.w3": (self.ffn_dim, self.dim),
+            }
+            for name, shape in shapes.items():
+                weights[f"layers.{i}.{name}.weight"] = uniform(*shape, std=0.2)
+            for name in ("attention_norm", "ffn_norm"):
+                weights[f"layers.{i}.{name}.weight"] = uniform(self.dim, std=0.1, mean=1.0)
+        weights["norm.weight"] = uniform(self.dim, std=0.1, mean=1.0)
+        if not self.tied:
+            weights["output.weight"] = uniform(server.VOCAB_SIZE, self.dim, std=0.05)
+        return weights
+
+    def hf_weights(self) -> dict[str, torch.Tensor]:
+        """The same under Hugging Face's names, the rotary pairs half a head apart, as its converter has them."""
+        names = {
+            "tok_embeddings": "model.embed_tokens",
+            "output": "lm_head",
+            "norm": "model.norm",
+            "attention_norm": "input_layernorm",
+            "attention.wq": "self_attn.q_proj",
+            "attention.wk": "self_attn.k_proj",
+            "attention.wv": "self_attn.v_proj",
+            "attention.wo": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "feed_forward.w1": "mlp.gate_proj",
+            "feed_forward.w2": "mlp.down_proj",
+            "feed_forward.w3": "mlp.up_proj",
+        }
+        weights = {}
+        for name, weight in self.weights().items():
+            match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
+            assert match is not None
+            layer, own = match[1] or "", match[2]
+            if own in ("attention.wq", "attention.wk"):
+                half = self.dim // self.n_heads // 2
+                weight = weight.view(-1, half, 2, self.dim).transpose(1, 2).reshape(weight.shape).contiguous()
+            weights[f"{'model.' if layer else ''}{layer}{names[own]}.weight"] = weight
+        return weights
+
+
+TINY = Shape(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, tied=True)  # 4 MB, for the ways to damage it
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def write_checkpoint(folder: Path, layout: str, shape: Shape = TINY, change: Change | None = None) -> Path:
+    """Write a random checkpoint in the layout "meta" or "hf" and return its folder; `change` may damage its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = shape.weights() if layout == "meta" else shape.hf_weights()
+    if change:
+        change(weights)
+    if layout == "meta":
+        (folder / "params.json").write_text(json.dumps(shape.params))
+        torch.save(weights, folder / "consolidated.00.pth")
+    else:
+        from safetensors.torch import save_file
+
+        (folder / "config.json").write_text(json.dumps(shape.config))
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@functools.cache
+def random_checkpoint(layout: str, shape: Shape) -> Path:
+    """A checkpoint that tests share. A scaled one has its config.json beside it in either layout."""
+    name = re.sub(r"\W+", "-", f"{layout} {asdict(shape)}")
+    folder = write_checkpoint(SCRATCH / "checkpoints" / name, layout, shape)
+    if shape.scaling:
+        (folder / "config.json").write_text(json.dumps(shape.config))
+    return folder
+
+
+def float32_engine(folder: Path, slots: int = 8, length: int = 512) -> server.TorchEngine:
+    """The CPU engine on a checkpoint, in the precision in which two ways of computing agree."""
+    return server.TorchEngine(server.read_checkpoint(folder), slots, length, no_progress, dtype="float32")
+
+
+# ======================================================================================================================
+# Server processes, and a client
+# ======================================================================================================================
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of a child: no model is named, and the demo is cached where this run keeps its files."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("HF_MODEL", "LLAMA_DIR", "HF_HOME")}
+    clean |= {"XDG_CACHE_HOME": str(SCRATCH / "cache"), "HOME": str(SCRATCH), "PYTHONUNBUFFERED": "1"}
+    return {**clean, **variables}
+
+
+class ServerProcess:
+    """A server started as a user starts it. Its output is collected, and it does not outlive the tests."""
+
+    def __init__(self, *options: str, **variables: str) -> None:
+        command = [sys.executable, str(SERVER), "--port", "0", *options]
+        self.process = subprocess.Popen(
+            command, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        atexit.register(self.close)
+        self.output = ""
+        self.began = time.monotonic()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.port = int(self.wait_for(r"http://127\.0\.0\.1:(\d+)/health")[1])
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Wait until the pattern stands in the output."""
+        wait_until(lambda: re.search(pattern, self.output) or self.process.poll() is not None)
+        match = re.search(pattern, self.output)
+        if match is None:
+            raise AssertionError(f"no {pattern!r} in the output of the server:\n{self.output}")
+        return match
+
+    def ready(self) -> ServerProcess:
+        """Wait until it serves."""
+        self.wait_for("Press CTRL[+]C to stop")
+        return self
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """Wait until it has ended; returns its exit status."""
+        status = self.process.wait(seconds)
+        self._reader.join(5)
+        return status
+
+    def close(self) -> None:
+        """End it if it has not ended."""
+        self.process.kill()
+        self.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+        atexit.unregister(self.close)
+
+
+def single_threaded() -> dict[str, str]:
+    """For servers of small models: two threads that wait for each other on a busy machine take twenty times as long."""
+    return {"OMP_NUM_THREADS": "1"}
+
+
+def random_server(*options: str, **variables: str) -> ServerProcess:
+    """A server of a random checkpoint, whose answers end only at max_tokens."""
+    folder = random_checkpoint("meta", Shape())
+    return ServerProcess("--model", str(folder), *options, **single_threaded(), **variables)
+
+
+class SharedServer:
+    """One server for all classes of tests that only ask it questions, started by the first and closed by the last."""
+
+    _processes: dict[str, ServerProcess] = {}  # noqa: RUF012  (shared on purpose)
+
+    @classmethod
+    def get(cls, kind: str) -> ServerProcess:
+        """The "random" or the "demo" server, ready."""
+        if kind not in cls._processes:
+            if kind == "demo":
+                cls._processes[kind] = ServerProcess()
+            else:
+                # As most tutorials start it: by LLAMA_DIR, with a tilde that nobody expanded.
+                target = SCRATCH / "models" / "Llama-random" / "original"
+                shutil.copytree(random_checkpoint("meta", Shape()), target)
+                variables = {"LLAMA_DIR": "~/models/Llama-random/original", **single_threaded()}
+                cls._processes[kind] = ServerProcess("--max-batch-size", "8", **variables)
+        return cls._processes[kind].ready()
+
+    @classmethod
+    def close(cls) -> None:
+        """End them."""
+        while cls._processes:
+            cls._processes.popitem()[1].close()
+
+
+def tearDownModule() -> None:
+    SharedServer.close()
+
+
+def run_to_end(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a server that is to end by itself."""
+    command = [sys.executable, str(SERVER), *options]
+    try:
+        return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"the server did not end: {error.output!r}") from None
+
+
+class Reply(NamedTuple):
+    """What came back."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The body, which must be one JSON object."""
+        value = json.loads(self.body)
+        assert isinstance(value, dict), value
+        return value
+
+
+def exchange(
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    body: object = None,
+    headers: Mapping[str, str] | None = None,
+) -> Reply:
+    """One request on a connection that may have more. A body that is not bytes is sent as JSON."""
+    if body is not None and not isinstance(body, bytes):
+        body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+    connection.request(method, path, body, dict(headers or {}))
+    response = connection.getresponse()
+    return Reply(response.status, response.headers, response.read())
+
+
+@contextlib.contextmanager
+def connect(port: int) -> Iterator[http.client.HTTPConnection]:
+    """A connection to the server."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        yield connection
+
+
+def ask(port: int, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None) -> Reply:
+    """One request on a connection of its own."""
+    with connect(port) as connection:
+        return exchange(connection, method, path, body, headers)
+
+
+def health(port: int) -> dict[str, Any]:
+    """The body of GET /health, whatever its status."""
+    return ask(port, "GET", "/health").json
+
+
+def chat(port: int, prompt: str = "Hello", **fields: object) -> dict[str, Any]:
+    """A whole answer, which must be a good one."""
+    reply = ask(port, "POST", "/chat", {"prompt": prompt, **fields})
+    assert reply.status == 200, reply
+    return reply.json
+
+
+@contextlib.contextmanager
+def streamed(port: int, prompt: str = "Hello", **fields: object) -> Iterator[Iterator[dict[str, Any]]]:
+    """The lines of a streamed answer, as they come; on leaving, the client hangs up."""
+    with connect(port) as connection:
+        body = json.dumps({"prompt": prompt, "stream": True, **fields})
+        connection.request("POST", "/chat", body, {"Content-Type": "application/json"})
+        with connection.getresponse() as response:
+            assert response.status == 200, response.read()
+            yield (json.loads(line) for line in response)
+
+
+def dial(port: int, data: bytes) -> socket.socket:
+    """A bare connection on which these bytes have been sent."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+    connection.sendall(data)
+    return connection
+
+
+def raw(port: int, data: bytes) -> bytes:
+    """Send these bytes, and return all that comes until the server closes the connection."""
+    with dial(port, data) as connection, connection.makefile("rb") as file:
+        return file.read()
+
+
+def post(body: object, *headers: str, version: str = "HTTP/1.1") -> bytes:
+    """POST /chat, byte by byte."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = [
+        f"POST /chat {version}",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(data)}",
+    ]
+    return "\r\n".join([*head, *headers, "", ""]).encode() + data
+
+
+def read_chunks(data: bytes) -> list[bytes]:
+    """The chunks of a chunked body (RFC 9112, 7.1), which must be well formed and end with an empty one."""
+    chunks: list[bytes] = []
+    while True:
+        size, _, data = data.partition(b"\r\n")
+        assert re.fullmatch(b"[0-9a-fA-F]+", size), size
+        length = int(size, 16)
+        assert data[length : length + 2] == b"\r\n", data
+        if not length:
+            assert data == b"\r\n", data
+            return chunks
+        chunks.append(data[:length])
+        data = data[length + 2 :]
+
+
+# ======================================================================================================================
+# An engine that holds the scheduler to the contract
+# ======================================================================================================================
+
+
+def fake_next(tokens: Sequence[int]) -> int:
+    """The fake engine's next token: one printable ASCII character, made of all the tokens before it."""
+    return zlib.crc32(repr(list(tokens)).encode()) % 94
+
+
+def fake_answer(prompt: list[int], count: int, stop_tokens: frozenset[int] = frozenset()) -> list[int]:
+    """What the fake engine answers, computed alone."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count and (token := fake_next(tokens)) not in stop_tokens:
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+class FakeEngine:
+    """An Engine without a model. It knows what every slot holds, and notes each breach of the contract.
+
+    `pool` is how many tokens all slots together have room for. `before_step` is called with each batch, and may wait
+    or raise; `steps` records (answers, prompt tokens) of each step.
+    """
+
+    device = "fake"
+
+    def __init__(
+        self,
+        slots: int = 4,
+        max_seq_len: int = 256,
+        prefill_chunk: int = 32,
+        pool: int | None = None,
+        before_step: Callable[[Sequence[server.Work]], object] = lambda batch: None,
+    ) -> None:
+        self.max_batch_size, self.max_seq_len, self.prefill_chunk = slots, max_seq_len, prefill_chunk
+        self.pool = slots * max_seq_len if pool is None else pool
+        self.before_step = before_step
+        self.held: list[list[int]] = [[] for _ in range(slots)]
+        self.reserved = [0] * slots
+        self.steps: list[tuple[int, int]] = []
+        self.breaches: list[str] = []
+        self.closed = False
+        self._thread: int | None = None
+
+    def _must(self, condition: bool, duty: str) -> None:
+        if not condition:
+            self.breaches.append(duty)
+
+    def _enter(self) -> None:
+        self._thread = self._thread or threading.get_ident()
+        self._must(self._thread == threading.get_ident(), "one thread makes every call")
+        self._must(not self.closed, "no call comes after close")
+
+    def reserve(self, slot: int, length: int) -> bool:
+        self._enter()
+        self._must(0 <= length <= self.max_seq_len, "no slot reserves more than max_seq_len")
+        if sum(self.reserved) - self.reserved[slot] + length > self.pool:
+            return False
+        self.reserved[slot] = length
+        del self.held[slot][length:]
+        return True
+
+    def release(self, slot: int) -> None:
+        self._enter()
+        self.held[slot], self.reserved[slot] = [], 0
+
+    def step(self, batch: Sequence[server.Work]) -> list[int]:
+        self._enter()
+        prompt_tokens = sum(len(work.tokens) for work in batch if len(work.tokens) > 1)
+        self._must(len(batch) > 0, "no step is empty")
+        self._must(len({work.slot for work in batch}) == len(batch), "a slot is in a batch once")
+        self._must(prompt_tokens <= self.prefill_chunk, "no step reads more of the prompts than prefill_chunk")
+        self.steps.append((sum(len(work.tokens) == 1 for work in batch), prompt_tokens))
+        self.before_step(batch)
+        result = []
+        for work in batch:
+            held = self.held[work.slot]
+            self._must(len(work.tokens) > 0, "every item has tokens")
+            self._must(work.position <= len(held), "positions leave no gap")
+            self._must(work.position + len(work.tokens) <= self.reserved[work.slot], "room is reserved before its use")
+            held[work.position :] = work.tokens
+            result.append(-1 if work.sampling is None else fake_next(held))
+        return result
+
+    def close(self) -> None:
+        self._enter()
+        self.closed = True
+
+
+def generation(prompt: list[int], max_tokens: int = 8, stop_tokens: frozenset[int] = frozenset()) -> server.Generation:
+    """A greedy request below the text."""
+    return server.Generation(prompt, max_tokens, GREEDY, stop_tokens)
+
+
+def collect(request: server.Generation) -> list[int]:
+    """All of a request's tokens, waited for as a handler does."""
+    deadline = time.monotonic() + PATIENCE
+
+    def poll() -> None:
+        if time.monotonic() > deadline:
+            raise AssertionError("the answer does not end")
+
+    return [token for tokens in request.steps(poll, 0.05) for token in tokens]
+
+
+@contextlib.contextmanager
+def scheduling(engine: server.Engine, max_queue: int = 1000) -> Iterator[server.Scheduler]:
+    """A scheduler on this engine, started and, at the end, stopped; a fake engine must have no breach to show."""
+    scheduler = server.Scheduler(lambda progress: engine, max_queue, no_progress)
+    scheduler.start()
+    wait_until(lambda: scheduler.state != "loading")
+    try:
+        yield scheduler
+    finally:
+        scheduler.stop(drain=False)
+        wait_until(lambda: scheduler.ended)
+    if isinstance(engine, FakeEngine):
+        assert not engine.breaches, f"the engine's contract was broken: {set(engine.breaches)}"
+        assert engine.closed, "the engine was not closed"
+
+
+@contextlib.contextmanager
+def fake_server(
+    engine: FakeEngine, max_queue: int = 100, load: Callable[[server.Progress], server.Engine] | None = None
+) -> Iterator[server.ApiServer]:
+    """The real HTTP server and tokenizer over a fake engine, in this process: for states that are hard to come by."""
+    with server.ApiServer("127.0.0.1", 0) as api:
+        api.tokenizer = tokenizer()
+        api.scheduler = server.Scheduler(load or (lambda progress: engine), max_queue, no_progress)
+        threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        api.scheduler.start()
+        if load is None:
+            wait_until(lambda: api.scheduler.state != "loading")
+        try:
+            yield api
+        finally:
+            api.scheduler.stop(drain=False)
+            wait_until(lambda: api.scheduler.ended)
+            api.shutdown()
+    assert not engine.breaches, f"the engine's contract was broken: {set(engine.breaches)}"
+
+
+@functools.cache
+def tokenizer() -> server.ChatTokenizer:
+    """llama-models' own."""
+    return server.ChatTokenizer()
+
+
+class Gate:
+    """Holds the engine's steps up while it is shut, and makes each take `delay` seconds while it is open."""
+
+    def __init__(self, delay: float = 0.0, opened: bool = True) -> None:
+        self.delay = delay
+        self._open = threading.Event()
+        if opened:
+            self._open.set()
+
+    def __call__(self, batch: Sequence[server.Work]) -> None:
+        self._open.wait(PATIENCE)
+        time.sleep(self.delay)
+
+    def open(self) -> None:
+        """Let the steps go."""
+        self._open.set()
+
+
+class Failing:
+    """Lets the engine fail in its next `count` steps."""
+
+    count = 0
+
+    def __call__(self, batch: Sequence[server.Work]) -> None:
+        if self.count:
+            self.count -= 1
+            raise RuntimeError("the card is on fire")
+
+
+# ======================================================================================================================
+# Checkpoint
+# ======================================================================================================================
+
+
+class CheckpointTest(unittest.TestCase):
+    """Which folder, which layout, which configuration."""
+
+    def folder(self, name: str, files: Mapping[str, object]) -> Path:
+        """A folder with these files: a dictionary is written as JSON, None as an empty file."""
+        folder = Path(tempfile.mkdtemp(dir=SCRATCH)) / name
+        for file, content in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text("" if content is None else json.dumps(content))
+        return folder
+
+    def test_rotary_scaling_of_the_llama_3_family(self) -> None:
+        """params.json says only that there is a scaling; the shape says which, and config.json has the last word."""
+        published = {  # dim, ffn_dim_multiplier, multiple_of, scaled; ffn_dim and factor
+            "Meta-Llama-3-8B": (4096, 1.3, 1024, False, 14336, None),
+            "Llama-3.1-8B": (4096, 1.3, 1024, True, 14336, 8.0),
+            "Llama-3.1-70B": (8192, 1.3, 4096, True, 28672, 8.0),
+            "Llama-3.2-1B": (2048, 1.5, 256, True, 8192, 32.0),
+            "Llama-3.2-3B": (3072, 1.0, 256, True, 8192, 32.0),
+            "Llama-3.3-70B": (8192, 1.3, 4096, True, 28672, 8.0),
+        }
+        for name, (dim, multiplier, multiple, scaled, ffn_dim, factor) in published.items():
+            params = {"dim": dim, "ffn_dim_multiplier": multiplier, "multiple_of": multiple, "use_scaled_rope": scaled}
+            params |= {"n_layers": 2, "n_heads": 32, "n_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 500000.0}
+            config = {**Shape(dim=dim, scaling=11.0).config, "rope_theta": 500000.0}
+            meta = {"params.json": params, "consolidated.00.pth": None}
+            layouts = {
+                "params.json alone": (meta, "", factor),
+                "config.json beside it": ({**meta, "config.json": config}, "", 11.0),
+                "config.json above original/": (
+                    {"config.json": config, **{f"original/{file}": content for file, content in meta.items()}},
+                    "original",
+                    11.0,
+                ),
+            }
+            for layout, (files, inside, expected) in layouts.items():
+                with self.subTest(name, layout=layout):
+                    found = server.read_checkpoint(self.folder(name, files) / inside)
+                    scaling = found.config.rope_scaling
+                    self.assertEqual(found.config.ffn_dim, ffn_dim)
+                    self.assertEqual(scaling and scaling.factor, expected)
+                    self.assertEqual(found.name, name)
+                    if scaling and layout == "params.json alone":
+                        self.assertEqual(scaling, server.RopeScaling(scaling.factor, 1.0, 4.0, 8192))
+
+    def test_both_spellings_of_rotary_settings_in_config_json(self) -> None:
+        old = Shape(scaling=32.0).config
+        new = {name: value for name, value in old.items() if name not in ("rope_scaling", "rope_theta")}
+        new["rope_parameters"] = {**old["rope_scaling"], "rope_theta": 500000.0}  # as transformers 5 writes them
+        self.assertEqual(server.LlamaConfig.from_hf(new), server.LlamaConfig.from_hf(old))
+        self.assertEqual(server.LlamaConfig.from_hf(new).rope_scaling, server.RopeScaling(32.0, 1.0, 4.0, 64))
+
+    def test_rotary_tables(self) -> None:
+        """Against the formula in three cases, as Meta's reference code writes it."""
+        scaling = server.RopeScaling(8.0, 1.0, 4.0, 64)
+        config = server.LlamaConfig(64, 1, 4, 2, 16, 192, 1e-5, 500000.0, scaling, 8192)
+        cos, sin = server.rotary_tables(config, 300)
+        regions = set()
+        for pair, position in itertools.product(range(8), (0, 1, 7, 63, 299)):
+            frequency = 500000.0 ** (-2 * pair / 16)
+            wavelength = 2 * math.pi / frequency
+            if wavelength < 64 / 4.0:
+                regions.add("kept")
+            elif wavelength > 64 / 1.0:
+                regions.add("stretched")
+                frequency /= 8.0
+            else:
+                regions.add("between")
+                smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
+                frequency = (1 - smooth) * frequency / 8.0 + smooth * frequency
+            with self.subTest(pair=pair, position=position):
+                self.assertAlmostEqual(cos[position, pair].item(), math.cos(position * frequency), delta=3e-5)
+                self.assertAlmostEqual(sin[position, pair].item(), math.sin(position * frequency), delta=3e-5)
+        self.assertEqual(regions, {"kept", "between", "stretched"})
+
+    def test_a_folder_with_both_layouts_uses_one_and_says_which(self) -> None:
+        files = {"config.json": Shape().config, "model.safetensors": None}
+        meta = {"original/params.json": Shape().params, "original/consolidated.00.pth": None}
+        both = server.read_checkpoint(self.folder("both", {**files, **meta}))
+        self.assertIn("both layouts", both.note)
+        self.assertIn({"meta": "Meta", "hf": "Hugging Face"}[both.layout], both.note)
+        parts = server.read_checkpoint(self.folder("parts", {**files, **meta, "original/consolidated.01.pth": None}))
+        self.assertEqual(parts.layout, "hf")
+        self.assertIn("Hugging Face", parts.note)
+
+    def test_which_folder_is_taken(self) -> None:
+        files = {"params.json": Shape().params, "consolidated.00.pth": None}
+        option, first, second = (self.folder(name, files) for name in ("option", "first", "second"))
+        cases = [
+            (str(option), {"HF_MODEL": str(first), "LLAMA_DIR": str(second)}, "option"),
+            (None, {"HF_MODEL": str(first), "LLAMA_DIR": str(second)}, "first"),
+            (None, {"LLAMA_DIR": str(second)}, "second"),
+            (None, {"HF_MODEL": "", "LLAMA_DIR": "~/second", "HOME": str(second.parent)}, "second"),
+        ]
+        for model, variables, expected in cases:
+            with (
+                self.subTest(model=model, **variables),
+                mock.patch.dict(os.environ, environment(**variables), clear=True),
+            ):
+                found = server.find_checkpoint(model)
+                self.assertEqual(found and found.name, expected)
+        with mock.patch.dict(os.environ, environment(), clear=True):
+            self.assertIsNone(server.find_checkpoint(None))
+
+    @unittest.skipUnless(Path("/proc/self/status").exists(), "memory is read from /proc, which is Linux's")
+    def test_loading_never_holds_two_copies_of_the_weights(self) -> None:
+        """Memory of our own, mapped files aside, must never grow by more than the weights in the engine's precision."""
+        folder = write_checkpoint(SCRATCH / "checkpoints" / "large", "meta", Shape(dim=256))
+        self.addCleanup(shutil.rmtree, folder)
+
+        def anonymous() -> int:
+            status = Path("/proc/self/status").read_text()
+            return 1024 * int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0])
+
+        before, seen, loaded = anonymous(), [0], threading.Event()
+
+        def watch() -> None:
+            while not loaded.wait(0.002):
+                seen.append(anonymous())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        engine = server.TorchEngine(server.read_checkpoint(folder), 1, 64, no_progress)
+        loaded.set()
+        watcher.join()
+        weights = (folder / "consolidated.00.pth").stat().st_size / 2 * engine.dtype.itemsize
+        self.assertLess(max(seen) - before, 1.2 * weights)
+
+
+class CheckpointErrorTest(unittest.TestCase):
+    """What is wrong with a checkpoint is said in one line, and what to do; the exit status is 2."""
+
+    def start(self, *options: str, **variables: str) -> str:
+        """Start a server that must refuse; returns its one line."""
+        ended = run_to_end("--port", "0", *options, **single_threaded(), **variables)
+        self.assertEqual(ended.returncode, 2, ended.stdout + ended.stderr)
+        self.assertNotIn("Traceback", ended.stdout + ended.stderr)
+        errors = re.findall(r"^error: .*$", ended.stderr, re.MULTILINE)
+        self.assertEqual(len(errors), 1, ended.stderr)
+        self.assertEqual(ended.stderr.strip().splitlines()[-1], errors[0])
+        return str(errors[0])
+
+    def check(self, cases: dict[str, tuple[Sequence[str], dict[str, str], Sequence[str]]]) -> None:
+        """Each case is options, variables, and what the line must have in it. Two at a time: a start takes seconds."""
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            starts = {name: pool.submit(self.start, *case[0], **case[1]) for name, case in cases.items()}
+        for name, (_, _, expected) in cases.items():
+            with self.subTest(name):
+                line = starts[name].result()
+                for pattern in expected:
+                    self.assertRegex(line, pattern)
+
+    def test_what_is_wrong_with_the_folder(self) -> None:
+        """Found before PyTorch is imported, by looking at names and configurations."""
+        root = Path(tempfile.mkdtemp(dir=SCRATCH))
+
+        def folder(name: str, **files: object) -> list[str]:
+            (root / name).mkdir()
+            for file, content in files.items():
+                path = root / name / file.replace("__", ".")
+                path.write_text(content if isinstance(content, str) else json.dumps(content))
+            return ["--model", str(root / name)]
+
+        (root / "file").touch()
+        weights = {"consolidated__00__pth": ""}
+        tensors = {"model__safetensors": ""}
+        (root / "stub").mkdir()
+        (root / "stub" / "safetensors.py").write_text("raise ImportError('not installed')")
+        parts = {f"consolidated__0{i}__pth": "" for i in range(8)}
+        mistral = {**Shape().config, "model_type": "mistral"}
+        mllama = {"model_type": "mllama", "text_config": Shape().config}
+        llama_2 = {**Shape().config, "vocab_size": 32000}
+        self.check(
+            {
+                "no such folder": (
+                    ["--model", "/no/such/folder"],
+                    {},
+                    ["--model", "/no/such/folder", "does not exist"],
+                ),
+                "no such folder, by LLAMA_DIR": ([], {"LLAMA_DIR": "~/no-such"}, ["LLAMA_DIR", "~/no-such"]),
+                "a name that was not downloaded": (
+                    [],
+                    {"HF_MODEL": "meta-llama/Llama-3.2-1B-Instruct"},
+                    ["HF_MODEL", "hf download meta-llama/Llama-3.2-1B-Instruct"],
+                ),
+                "a file": (["--model", str(root / "file")], {}, ["is a file", "folder"]),
+                "no checkpoint": (folder("empty"), {}, ["no Llama 3 checkpoint", "params.json", "safetensors"]),
+                "no weights": (folder("bare", params__json=Shape().params), {}, [r"consolidated\.00\.pth"]),
+                "several parts": (
+                    folder("parts", params__json=Shape().params, **parts),
+                    {},
+                    ["8 parts", "safetensors"],
+                ),
+                "a vision model": (
+                    folder("vision", params__json={**Shape().params, "vision_chunk_size": 560}, **weights),
+                    {},
+                    ["vision model", "text"],
+                ),
+                "a vision model, hf": (folder("mllama", config__json=mllama, **tensors), {}, ["mllama", "Llama 3"]),
+                "another model": (folder("mistral", config__json=mistral, **tensors), {}, ["mistral", "Llama 3"]),
+                "Llama 2": (folder("llama2", config__json=llama_2, **tensors), {}, ["not a Llama 3|only Llama 3"]),
+                "a damaged configuration": (
+                    folder("damaged", params__json="{", **weights),
+                    {},
+                    [r"params\.json", "download"],
+                ),
+                "an incomplete configuration": (folder("half", params__json={"dim": 64}, **weights), {}, ["n_heads"]),
+                "safetensors is not installed": (
+                    folder("stubbed", config__json=Shape().config, **tensors),
+                    {"PYTHONPATH": str(root / "stub")},
+                    ["pip install safetensors"],
+                ),
+            }
+        )
+
+    def test_what_is_wrong_with_the_weights(self) -> None:
+        name = "layers.0.attention.wq.weight"
+        root = SCRATCH / "damaged"
+        whole = write_checkpoint(root / "whole", "meta")
+
+        def copy(to: str) -> Path:
+            return Path(shutil.copytree(whole, root / to))
+
+        def cut(to: str, size: int) -> list[str]:
+            os.truncate(copy(to) / "consolidated.00.pth", size)
+            return ["--model", str(root / to)]
+
+        def damaged(to: str, change: Change) -> list[str]:
+            return ["--model", str(write_checkpoint(root / to, "meta", TINY, change))]
+
+        (copy("tokenizer") / "tokenizer.model").write_text("not a tokenizer")
+        size = (whole / "consolidated.00.pth").stat().st_size
+        self.check(
+            {
+                "cut short": (cut("short", size // 2), {}, [r"consolidated\.00\.pth", "cut short", "download"]),
+                "cut by a byte": (cut("shorter", size - 1), {}, [r"consolidated\.00\.pth", "cut short", "download"]),
+                "empty": (cut("empty", 0), {}, [r"consolidated\.00\.pth", "cut short", "download"]),
+                "missing": (damaged("missing", lambda w: w.pop(name)), {}, [re.escape(name), "missing", "download"]),
+                "misshapen": (
+                    damaged("misshapen", lambda w: w.update({name: torch.zeros(16, 8)})),
+                    {},
+                    [re.escape(name), r"16, 8\D", r"16, 16\D"],
+                ),
+                "tokenizer": (["--model", str(root / "tokenizer")], {}, [r"tokenizer\.model", "download"]),
+            }
+        )
+
+    @unittest.skipUnless(has("safetensors"), "safetensors is not installed")
+    def test_what_is_wrong_with_the_weights_in_hugging_faces_layout(self) -> None:
+        name, untied = "model.layers.0.self_attn.q_proj.weight", Shape(dim=16, n_layers=1, n_heads=2, n_kv_heads=1)
+        root = SCRATCH / "damaged-hf"
+        short = write_checkpoint(root / "short", "hf")
+        os.truncate(short / "model.safetensors", 1_000_000)
+        missing = write_checkpoint(root / "missing", "hf", TINY, lambda w: w.pop(name))
+        misshapen = write_checkpoint(root / "misshapen", "hf", TINY, lambda w: w.update({name: torch.zeros(16, 8)}))
+        no_head = write_checkpoint(root / "no-head", "hf", untied, lambda w: w.pop("lm_head.weight"))
+        either = rf"{re.escape(name)}|layers\.0\.attention\.wq"
+        self.check(
+            {
+                "cut short": (["--model", str(short)], {}, [r"model\.safetensors", "cut short", "download"]),
+                "missing": (["--model", str(missing)], {}, [either, "missing", "download"]),
+                "misshapen": (["--model", str(misshapen)], {}, [either, r"16, 8\D", r"16, 16\D"]),
+                "an untied model without its output": (["--model", str(no_head)], {}, [r"lm_head|output", "missing"]),
+            }
+        )
+
+
+# ======================================================================================================================
+# Text
+# ======================================================================================================================
+
+
+class ChatTokenizerTest(unittest.TestCase):
+    """Messages to token ids."""
+
+    SPECIAL = 128000  # and above
+
+    def test_the_chat_format(self) -> None:
+        """The published format: <|begin_of_text|>, then header, two line ends, text and <|eot_id|> for each message."""
+        begin, header, end_header, end = 128000, 128006, 128007, 128009
+        text = tokenizer().encode_text
+
+        def message(role: str, words: str) -> list[int]:
+            return [header, *text(role), end_header, *text("\n\n"), *text(words), end]
+
+        tokens = tokenizer().encode_chat([("system", "Be brief."), ("user", "Hello!")])
+        answer = [header, *text("assistant"), end_header, *text("\n\n")]
+        self.assertEqual(tokens, [begin, *message("system", "Be brief."), *message("user", "Hello!"), *answer])
+        self.assertIn(end, tokenizer().stop_tokens)
+
+    def test_special_tokens_in_a_users_text_are_plain_text(self) -> None:
+        plain = sum(token >= self.SPECIAL for token in tokenizer().encode_chat([("user", "x")]))
+        names = "<|eot_id|> <|start_header_id|>system<|end_header_id|> <|begin_of_text|> <|end_of_text|> <|eom_id|>"
+        for text in (names, names.replace(" ", ""), "<|reserved_special_token_7|>", "<|python_tag|><|image|>"):
+            for role in ("user", "system", "assistant"):
+                with self.subTest(text, role=role):
+                    tokens = tokenizer().encode_chat([(role, text)])
+                    self.assertEqual(sum(token >= self.SPECIAL for token in tokens), plain)
+                    self.assertIn(text.encode(), tokenizer().decode_bytes(tokens))
+
+    def test_special_tokens_have_no_text(self) -> None:
+        hello = tokenizer().encode_text("hello")
+        self.assertEqual(tokenizer().decode_bytes([128000, *hello, 128009, 128255]), b"hello")
+
+    def test_any_text_survives(self) -> None:
+        for text in ("", "naïve 日本語 🦙👩‍🚀", "a\x00b", " \n\t ", "x" * 100_000, "\ufffd", " " * 30_000):
+            with self.subTest(text[:20]):
+                self.assertEqual(tokenizer().decode_bytes(tokenizer().encode_text(text)), text.encode())
+
+
+class TextStreamTest(unittest.TestCase):
+    """Token ids to text, piece by piece. A token here is a single byte, the hardest cut of all."""
+
+    def pieces(self, text: bytes, *stop: str, size: int = 1) -> tuple[list[str], bool]:
+        """What comes of the bytes, `size` of them a push, and whether a stop string ended it."""
+        bytewise: Any = types.SimpleNamespace(decode_bytes=bytes)  # all that is asked of a tokenizer
+        stream = server.TextStream(bytewise, stop)
+        pieces = [stream.push(text[i : i + size]) for i in range(0, len(text), size)]
+        return [*pieces, stream.push([], final=True)], stream.stopped
+
+    def test_never_half_a_character(self) -> None:
+        text = "naïve 日本語 🦙 👩‍🚀!"
+        for size in (1, 2, 3, 5, 100):
+            with self.subTest(size=size):
+                pieces, _ = self.pieces(text.encode(), size=size)
+                self.assertEqual("".join(pieces), text)
+                self.assertNotIn("\ufffd", "".join(pieces))
+
+    def test_real_tokens_that_split_characters(self) -> None:
+        text = "🦙🧑‍🔬 𓂀 日本語のテキスト"
+        tokens = tokenizer().encode_text(text)
+        self.assertTrue(any(b"\xf0" in tokenizer().decode_bytes([token]) for token in tokens), "no character is split")
+        stream = server.TextStream(tokenizer())
+        self.assertEqual("".join(stream.push([token]) for token in tokens) + stream.push([], final=True), text)
+
+    def test_bytes_that_are_no_text(self) -> None:
+        self.assertEqual("".join(self.pieces(b"a\xff\xfeb\xf0\x9f")[0]), "a\ufffd\ufffdb\ufffd")
+
+    def test_stop_strings(self) -> None:
+        cases: list[tuple[str, tuple[str, ...], str, bool]] = [
+            ("one STOP two", ("STOP",), "one ", True),
+            ("one STO two", ("STOP",), "one STO two", False),
+            ("one STO", ("STOP",), "one STO", False),  # begun, and never completed
+            ("SSTOP", ("STOP",), "S", True),
+            ("aaab", ("aab",), "a", True),
+            ("abababc", ("ababc",), "ab", True),
+            ("one two three", ("three", "two"), "one ", True),
+            ("abcd", ("bcd", "abc"), "", True),  # the first to begin wins when both are complete
+            ("line\n\nnext", ("\n\n",), "line", True),
+            ("日本語🦙x", ("🦙",), "日本語", True),
+            ("日本語🦙x", ("語🦙y",), "日本語🦙x", False),
+            ("x", ("x",), "", True),
+            ("text", (), "text", False),
+        ]
+        for text, stop, expected, stopped in cases:
+            for size in (1, 2, 100):
+                with self.subTest(text, stop=stop, size=size):
+                    pieces, was_stopped = self.pieces(text.encode(), *stop, size=size)
+                    if not (text == "abcd" and size < 3):  # byte by byte "abc" completes before "bcd" does
+                        self.assertEqual("".join(pieces), expected)
+                    self.assertEqual(was_stopped, stopped)
+
+    def test_text_is_held_back_no_longer_than_needed(self) -> None:
+        self.assertEqual(self.pieces(b"a<b<<d", "<<END")[0], ["a", "", "<b", "", "", "<<d", ""])
+        self.assertEqual(self.pieces("é!".encode())[0], ["", "é", "!", ""])
+
+
+# ======================================================================================================================
+# Sampling
+# ======================================================================================================================
+
+
+def nucleus(logits: list[float], params: server.SamplingParams) -> list[float]:
+    """The probabilities by the book: sort, keep top_k, then the likeliest whose forerunners have less than top_p."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: params.top_k or None]
+    weights = [math.exp((logits[i] - logits[order[0]]) / params.temperature) for i in order]
+    before = [sum(weights[:i]) / sum(weights) for i in range(len(order))]
+    kept = [weight if not i or mass < params.top_p else 0.0 for i, (weight, mass) in enumerate(zip(weights, before))]
+    result = [0.0] * len(logits)
+    for i, weight in zip(order, kept):
+        result[i] = weight / sum(kept)
+    return result
+
+
+class SamplingTest(unittest.TestCase):
+    """From logits to the next token."""
+
+    def setUp(self) -> None:
+        self.random = random.Random(5)
+        self.logits = [self.random.gauss(0, 2) for _ in range(50)]
+
+    def draw(self, params: Sequence[server.SamplingParams]) -> list[int]:
+        """One token for each of `params`, all from the same logits."""
+        rows = torch.tensor(self.logits).expand(len(params), -1)
+        return server.sample(rows, params, [7] * len(params))
+
+    def test_frequencies(self) -> None:
+        """Pearson's chi-square of 4,000 draws; seeds are fixed, so this always goes as it went once."""
+        draws = 4000
+        for settings in (
+            {"temperature": 1.0, "top_p": 1.0},
+            {"temperature": 0.7, "top_p": 0.9},
+            {"temperature": 2.0, "top_p": 0.5},
+            {"temperature": 0.3, "top_p": 1.0},
+            {"temperature": 1.0, "top_p": 1.0, "top_k": 5},
+            {"temperature": 1.5, "top_p": 0.8, "top_k": 10},
+            {"temperature": 1.0, "top_p": 0.9, "top_k": 1000},
+        ):
+            with self.subTest(**settings):
+                params = server.SamplingParams(**settings)  # type: ignore[arg-type]
+                drawn = self.draw([server.SamplingParams(**settings, seed=i) for i in range(draws)])  # type: ignore[arg-type]
+                counts = collections.Counter(drawn)
+                expected = [draws * share for share in nucleus(self.logits, params)]
+                self.assertLessEqual(set(counts), {i for i, n in enumerate(expected) if n}, "outside the nucleus")
+                cells = [(counts[i], n) for i, n in enumerate(expected) if n >= 5]
+                chi_square = sum((count - n) ** 2 / n for count, n in cells)
+                freedom = max(len(cells) - 1, 1)
+                self.assertLess(chi_square, freedom + 4 * math.sqrt(2 * freedom) + 1)
+
+    def test_greedy(self) -> None:
+        best = max(range(50), key=lambda i: self.logits[i])
+        for settings in ({"temperature": 0.0}, {"temperature": 2.0, "top_k": 1}, {"temperature": 2.0, "top_p": 0.0}):
+            with self.subTest(**settings):
+                params = [server.SamplingParams(**settings, seed=i) for i in range(50)]  # type: ignore[arg-type]
+                self.assertEqual(set(self.draw(params)), {best})
+
+    def test_a_row_does_not_depend_on_its_neighbours(self) -> None:
+        params = [
+            server.SamplingParams(
+                self.random.choice([0.0, 0.5, 1.5]), self.random.random(), self.random.randrange(9), i
+            )
+            for i in range(64)
+        ]
+        logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
+        together = server.sample(logits, params, list(range(64)))
+        for row in range(64):
+            self.assertEqual(server.sample(logits[row : row + 1], [params[row]], [row]), [together[row]])
+
+    def test_the_vocabulary_in_bfloat16(self) -> None:
+        """The true size and type: the draw must lie among the top_k, and not beyond the end."""
+        logits = torch.randn(16, server.VOCAB_SIZE, generator=torch.Generator().manual_seed(1)).bfloat16()
+        drawn = server.sample(logits, [server.SamplingParams(1.0, 1.0, 40, seed) for seed in range(16)], [0] * 16)
+        for row, token in enumerate(drawn):
+            self.assertGreaterEqual(logits[row, token], logits[row].topk(40).values[-1])
+
+
+# ======================================================================================================================
+# The CPU engine
+# ======================================================================================================================
+
+PROMPT = [(i * 7919 + 13) % 128000 for i in range(40)]  # some forty tokens
+EVERY = 14000  # and of the logits that follow, every 14,000th
+
+# Made with transformers 4.53, from random_checkpoint("hf", shape):
+#     model = LlamaForCausalLM.from_pretrained(folder).float()
+#     print([round(x, 5) for x in model(torch.tensor([PROMPT])).logits[0, -1, ::EVERY].tolist()])
+REFERENCE = {
+    Shape(scaling=8.0): ([-0.22449, -0.26289, 0.34419, 0.20436, -0.1615, -0.54448, 0.36461, 0.3104, 0.23755, 0.42085]),
+    Shape(n_kv_heads=1, tied=True): (
+        [-0.40892, -0.54843, 0.40824, -0.19163, -0.45443, 0.11687, -0.06545, -0.05032, 0.08888, -0.04041]
+    ),
+}
+
+
+class TorchEngineTest(unittest.TestCase):
+    """The logits, against transformers; and the text, against itself in other company."""
+
+    def assert_close(self, found: torch.Tensor, expected: torch.Tensor | list[float], tolerance: float = 1e-4) -> None:
+        """Equal, to within the tolerance at the worst place."""
+        self.assertLess((found - torch.as_tensor(expected)).abs().max().item(), tolerance)
+
+    def check_layout(self, layout: str) -> None:
+        for shape, expected in REFERENCE.items():
+            engine = float32_engine(random_checkpoint(layout, shape))
+            with self.subTest(layout, shape=shape), torch.inference_mode():
+                whole = engine.logits([server.Work(3, PROMPT, 0, GREEDY)])
+                self.assert_close(whole[0, ::EVERY], expected)
+
+    def test_logits_of_metas_layout(self) -> None:
+        self.check_layout("meta")
+
+    @unittest.skipUnless(has("safetensors"), "safetensors is not installed")
+    def test_logits_of_hugging_faces_layout(self) -> None:
+        self.check_layout("hf")
+
+    @unittest.skipUnless(has("safetensors"), "safetensors is not installed")
+    def test_indexed_shards(self) -> None:
+        from safetensors.torch import save_file
+
+        shape, folder = Shape(scaling=8.0), Path(tempfile.mkdtemp(dir=SCRATCH))
+        weights = list(shape.hf_weights().items())
+        index: dict[str, str] = {}
+        for i, part in enumerate((weights[:5], weights[5:])):
+            file = f"model-0000{i + 1}-of-00002.safetensors"
+            save_file(dict(part), folder / file)
+            index |= {name: file for name, _ in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        (folder / "config.json").write_text(json.dumps(shape.config))
+        with torch.inference_mode():
+            logits = float32_engine(folder).logits([server.Work(0, PROMPT, 0, GREEDY)])
+        self.assert_close(logits[0, ::EVERY], REFERENCE[shape])
+
+    @unittest.skipUnless(has("transformers") and has("safetensors"), "transformers is not installed")
+    def test_every_logit_against_transformers(self) -> None:
+        from transformers import LlamaForCausalLM
+
+        for shape in REFERENCE:
+            reference = LlamaForCausalLM.from_pretrained(random_checkpoint("hf", shape)).float().eval()
+            with torch.inference_mode():
+                expected = reference(torch.tensor([PROMPT])).logits[0]
+            for layout in ("meta", "hf"):
+                engine = float32_engine(random_checkpoint(layout, shape))
+                with self.subTest(layout, shape=shape), torch.inference_mode():
+                    pieces = [engine.logits([server.Work(0, PROMPT[:20], 0, GREEDY)])]
+                    for i in range(20, 40):
+                        pieces.append(engine.logits([server.Work(0, [PROMPT[i]], i, GREEDY)]))
+                    self.assert_close(torch.cat(pieces), expected[19:])
+
+    def test_a_batch_of_prompts_and_answers_at_different_positions(self) -> None:
+        """Whatever way the prompt is cut, and whoever is in the other slots, they are the prompt's alone."""
+        shape = Shape(scaling=8.0)
+        engine = float32_engine(random_checkpoint("meta", shape))
+        with torch.inference_mode():
+            for slot, end in ((0, 39), (1, 17), (2, 39), (5, 39), (7, 1)):
+                engine.logits([server.Work(slot, PROMPT[:end], 0, GREEDY)])
+            batch = [
+                server.Work(0, PROMPT[39:], 39, GREEDY),  # two answers in neighbouring slots ...
+                server.Work(1, PROMPT[17:18], 17, None),
+                server.Work(2, PROMPT[39:], 39, GREEDY),
+                server.Work(4, PROMPT, 0, GREEDY),  # ... a whole prompt in a slot never used ...
+                server.Work(5, PROMPT[:33], 0, None),  # ... a prompt over what the slot held before ...
+                server.Work(7, PROMPT[1:], 1, GREEDY),  # ... and the rest of one
+            ]
+            logits = engine.logits(random.Random(0).sample(batch, len(batch)))
+            rest = engine.logits([server.Work(5, PROMPT[33:], 33, GREEDY), server.Work(1, PROMPT[18:], 18, GREEDY)])
+        for row in torch.cat((logits, rest)):
+            self.assert_close(row[::EVERY], REFERENCE[shape])
+
+    def test_greedy_text_is_the_same_alone_and_in_a_crowd(self) -> None:
+        """Token for token: 24 requests, long and short, through 8 slots, at random times, their prompts in chunks."""
+        folder, chance = random_checkpoint("meta", Shape()), random.Random(11)
+        prompts = [[chance.randrange(128000) for _ in range(chance.choice((1, 5, 30, 200)))] for _ in range(24)]
+        counts = [chance.randint(1, 40) for _ in prompts]
+
+        def run(slots: int, pause: float) -> list[list[int]]:
+            engine = float32_engine(folder, slots)
+            engine.prefill_chunk = 48
+
+            def one(request: server.Generation, delay: float) -> list[int]:
+                time.sleep(delay)
+                scheduler.submit(request)
+                return collect(request)
+
+            with scheduling(engine) as scheduler, concurrent.futures.ThreadPoolExecutor(24 if pause else 1) as pool:
+                requests = [generation(prompt, count) for prompt, count in zip(prompts, counts)]
+                return list(pool.map(one, requests, [chance.random() * pause for _ in requests]))
+
+        alone = run(1, 0.0)
+        self.assertEqual([len(answer) for answer in alone], counts)
+        self.assertGreater(len({token for answer in alone for token in answer}), sum(counts) / 2, "the text is dull")
+        self.assertEqual(run(8, 0.5), alone)
+
+    def test_a_second_turn_reuses_the_first_and_reads_the_same(self) -> None:
+        folder = random_checkpoint("meta", Shape())
+        with scheduling(float32_engine(folder, 4)) as scheduler:
+            first = generation(PROMPT, 20)
+            scheduler.submit(first)
+            prompt = PROMPT + collect(first) + PROMPT[:7]
+            second = generation(prompt, 30)
+            scheduler.submit(second)
+            answer = collect(second)
+        with scheduling(float32_engine(folder, 1)) as scheduler:
+            fresh = generation(prompt, 30)
+            scheduler.submit(fresh)
+            self.assertEqual(answer, collect(fresh))
+        self.assertEqual(fresh.cached, 0)
+        self.assertGreaterEqual(second.cached, len(PROMPT))
+
+
+# ======================================================================================================================
+# Scheduler
+# ======================================================================================================================
+
+
+class SchedulerTest(unittest.TestCase):
+    """Continuous batching, with an engine that knows what to expect."""
+
+    def test_answers_and_finish_reasons(self) -> None:
+        prompt = list(range(50))
+        endless = fake_answer(prompt, 12)
+        with scheduling(FakeEngine()) as scheduler:
+            for stop_tokens, count, reason in ((frozenset[int](), 12, "length"), (frozenset(endless[5:6]), 5, "stop")):
+                request = generation(prompt, 12, stop_tokens)
+                scheduler.submit(request)
+                self.assertEqual(collect(request), endless[:count])
+                self.assertEqual((request.finish_reason, request.count), (reason, count))
+
+    def test_first_come_first_served(self) -> None:
+        for slots in (1, 3):
+            gate = Gate(opened=False)
+            with self.subTest(slots=slots), scheduling(FakeEngine(slots, before_step=gate)) as scheduler:
+                requests = [generation([i] * 20, 3) for i in range(12)]
+                for request in requests:
+                    scheduler.submit(request)
+                gate.open()
+                for request in requests:
+                    collect(request)
+                firsts = [request.first_token or 0.0 for request in requests]
+                self.assertEqual(firsts, sorted(firsts))
+
+    def test_a_full_queue_and_a_request_that_never_fits(self) -> None:
+        gate = Gate(opened=False)
+        with scheduling(FakeEngine(1, max_seq_len=64, before_step=gate), max_queue=2) as scheduler:
+            requests = [generation([i], 5) for i in range(3)]
+            for i, request in enumerate(requests):
+                scheduler.submit(request)
+                wait_until(lambda: scheduler.queued == i)  # noqa: B023  (the first leaves the queue for the slot)
+            with self.assertRaisesRegex(server.Unavailable, "queue is full"):
+                scheduler.submit(generation([1], 5))
+            gate.open()
+            for request in requests:
+                self.assertEqual(len(collect(request)), 5)
+            with self.assertRaisesRegex(server.TooLong, "65.*64"):
+                scheduler.submit(generation([1] * 60, 5))
+            exact = generation([1] * 59, 5)
+            scheduler.submit(exact)
+            self.assertEqual(len(collect(exact)), 5)
+
+    def test_cancellation_frees_the_slot_in_every_state(self) -> None:
+        prompt = list(range(200))
+        reached: dict[str, Callable[[server.Generation, FakeEngine], object]] = {
+            "reading": lambda request, engine: engine.steps,
+            "streaming": lambda request, engine: request.count > 2,
+        }
+        for state, is_reached in reached.items():
+            engine = FakeEngine(1, before_step=Gate(delay=0.01))
+            running, waiting, last = generation(prompt, 50), generation([1], 50), generation([2], 9)
+            with self.subTest(state), scheduling(engine) as scheduler:
+                for request in (running, waiting, last):
+                    scheduler.submit(request)
+                scheduler.cancel(waiting)  # in the queue
+                self.assertEqual(collect(waiting), [])
+                wait_until(functools.partial(is_reached, running, engine))
+                scheduler.cancel(running)
+                self.assertLess(len(collect(running)), 50)
+                self.assertEqual((waiting.finish_reason, running.finish_reason), ("cancelled", "cancelled"))
+                self.assertEqual(collect(last), fake_answer([2], 9))
+                scheduler.cancel(last)  # which is over: nothing happens
+                self.assertEqual(last.finish_reason, "length")
+                wait_until(lambda: scheduler.slots()["busy"] == 0)
+
+    def test_an_engine_failure_ends_the_steps_requests_and_no_others(self) -> None:
+        failing = Failing()
+        engine = FakeEngine(2, before_step=failing)
+        with self.assertLogs(server.logger, "ERROR"), scheduling(engine) as scheduler:
+            for _ in range(5):  # failures with a success between them are not "in a row"
+                failing.count = 1
+                broken, good = generation([1, 2, 3]), generation([1, 2, 3])
+                scheduler.submit(broken)
+                with self.assertRaises(server.EngineError):
+                    collect(broken)
+                scheduler.submit(good)
+                self.assertEqual(collect(good), fake_answer([1, 2, 3], 8))
+                self.assertEqual(good.cached, 0)  # what the slot held is not trusted
+            self.assertEqual(scheduler.state, "healthy")
+            failing.count = 3
+            for i in range(3):
+                broken = generation([i, i])
+                scheduler.submit(broken)
+                with self.assertRaises(server.EngineError):
+                    collect(broken)
+            wait_until(lambda: scheduler.state == "unhealthy")
+            with self.assertRaises(server.Unavailable):
+                scheduler.submit(generation([1]))
+            wait_until(lambda: engine.closed)
+
+    def test_room_that_is_short(self) -> None:
+        """Where the engine has no room, the oldest request waits, no younger one passes it, and idle slots give way."""
+        gate = Gate(opened=False)
+        engine = FakeEngine(4, max_seq_len=100, pool=150, before_step=gate)
+        with scheduling(engine) as scheduler:
+            first, large, small = generation([1] * 70, 20), generation([2] * 70, 20), generation([3] * 5, 5)
+            for request in (first, large, small):
+                scheduler.submit(request)
+            wait_until(lambda: engine.steps)
+            self.assertEqual((scheduler.slots()["busy"], scheduler.queued), (1, 2))
+            gate.open()
+            for request, prompt, count in ((first, [1] * 70, 20), (large, [2] * 70, 20), (small, [3] * 5, 5)):
+                self.assertEqual(collect(request), fake_answer(prompt, count))
+            self.assertLessEqual(large.first_token or 0, small.first_token or 0)
+            again = generation([4] * 90, 10)  # more than the idle slots leave
+            scheduler.submit(again)
+            self.assertEqual(collect(again), fake_answer([4] * 90, 10))
+
+    def test_streams_do_not_wait_for_a_long_prompt(self) -> None:
+        """While 1,500 tokens of prompts arrive, no answer's next token takes longer than about three steps did."""
+        for streams, base, cost in ((1, 0.040, 0.003), (3, 0.040, 0.0005), (6, 0.010, 0.0008)):
+            with self.subTest(streams=streams, base=base, cost=cost):
+                self.watch_streams(streams, base, cost)
+
+    def watch_streams(self, streams: int, base: float, cost: float) -> None:
+        """The clock is the engine's: a step takes `base`, and `cost` for each token of a prompt, in made-up seconds."""
+        clock = types.SimpleNamespace(now=100.0)
+        running = [generation([i], 600) for i in range(streams)]
+        arrivals = [generation([9] * length, 5) for length in (900, 500, 100)]
+        took: list[float] = []
+
+        def step(batch: Sequence[server.Work]) -> None:
+            answers, prompt_tokens = engine.steps[-1]
+            clock.now += base + cost * prompt_tokens
+            if answers:
+                took.append(base + cost * prompt_tokens)
+            if len(engine.steps) in (40, 45, 50):
+                scheduler.submit(arrivals[(len(engine.steps) - 40) // 5])
+
+        engine = FakeEngine(9, max_seq_len=1000, prefill_chunk=512, before_step=step)
+        fake_time = types.SimpleNamespace(monotonic=lambda: clock.now)
+        with mock.patch.object(server, "time", fake_time), scheduling(engine) as scheduler:
+            for request in running:
+                scheduler.submit(request)
+            for request in running + arrivals:
+                collect(request)
+        self.assertGreater(sum(answers > 0 and prompt_tokens > 0 for answers, prompt_tokens in engine.steps), 3)
+        self.assertLessEqual(max(took), 4 * base)  # "about": the first piece is a guess, its cost not being known yet
+        for request in arrivals:  # nor does the prompt starve
+            self.assertLess(request.first_token or math.inf, clock.now - base)
+
+    def test_an_idle_engine_reads_a_prompt_in_large_pieces(self) -> None:
+        engine = FakeEngine(prefill_chunk=64)
+        with scheduling(engine) as scheduler:
+            request = generation(list(range(200)), 1)
+            scheduler.submit(request)
+            collect(request)
+        self.assertEqual([prompt_tokens for _, prompt_tokens in engine.steps], [64, 64, 64, 8])
+
+    def test_a_thousand_requests_leave_nothing_behind(self) -> None:
+        engine = FakeEngine(8, max_seq_len=96, pool=400)
+        stop_tokens = frozenset((7, 8))
+
+        def client(number: int) -> None:
+            chance = random.Random(number)
+            for _ in range(125):
+                length = chance.randint(1, 60)
+                prompt = [number % 3] * (length // 2) + [chance.randrange(94) for _ in range(length - length // 2)]
+                request = generation(prompt, chance.randint(1, 30), stop_tokens)
+                expected = fake_answer(prompt, request.max_tokens, stop_tokens)
+                scheduler.submit(request)
+                if chance.random() < 0.5:
+                    time.sleep(chance.random() * 0.003)
+                    scheduler.cancel(request)
+                answer = collect(request)
+                if request.finish_reason == "cancelled":
+                    expected = expected[: len(answer)]
+                assert answer == expected, (request.finish_reason, answer, expected)
+
+        with scheduling(engine) as scheduler:
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                list(pool.map(client, range(8)))
+            wait_until(lambda: scheduler.slots()["busy"] == 0)
+            self.assertEqual(scheduler.queued, 0)
+            self.assertEqual(scheduler.state, "healthy")
+
+
+# ======================================================================================================================
+# HTTP
+# ======================================================================================================================
+
+
+class ChatTest(unittest.TestCase):
+    """POST /chat and GET /health of a real server, on a random checkpoint whose answers end only at max_tokens."""
+
+    LONG = 8000  # tokens: many seconds, which no test waits for
+
+    def setUp(self) -> None:
+        self.server = SharedServer.get("random")
+        self.port = self.server.port
+
+    def test_health(self) -> None:
+        reply = ask(self.port, "GET", "/health?from=test")
+        self.assertEqual((reply.status, reply.headers["Content-Type"]), (200, "application/json"))
+        self.assertEqual(reply.json["status"], "healthy")
+        self.assertIs(reply.json["model_loaded"], True)
+        self.assertEqual(reply.json["model"], "Llama-random")
+        self.assertEqual(reply.json["device"], "cpu")
+        self.assertTrue(Path(reply.json["llama_dir"]).samefile(SCRATCH / "models" / "Llama-random" / "original"))
+        self.assertGreater(reply.json["uptime_seconds"], 0)
+        self.assertEqual(reply.json["slots"]["total"], 8)
+        self.assertEqual(reply.json["queued"], 0)
+        self.assertNotIn("demo", reply.json["note"])
+
+    def test_a_plain_answer(self) -> None:
+        reply = chat(self.port, "Why?", max_tokens=9, temperature=0)
+        self.assertEqual((reply["success"], reply["prompt"], reply["finish_reason"]), (True, "Why?", "length"))
+        self.assertEqual(reply["tokens_generated"], 9)
+        self.assertEqual(reply["prompt_tokens"], len(tokenizer().encode_chat([("user", "Why?")])))
+        self.assertLessEqual(0, reply["time_to_first_token_seconds"])
+        self.assertLessEqual(reply["time_to_first_token_seconds"], reply["time_seconds"])
+        self.assertGreater(reply["tokens_per_second"], 0)
+        self.assertTrue(reply["response"])
+        self.assertEqual(chat(self.port, "Why?", max_tokens=9, temperature=0)["response"], reply["response"])
+        self.assertEqual(chat(self.port)["tokens_generated"], 128)  # the default
+
+    def test_messages(self) -> None:
+        def answer(**fields: object) -> tuple[str, int]:
+            reply = ask(self.port, "POST", "/chat", {"temperature": 0, "max_tokens": 9, **fields})
+            self.assertEqual(reply.status, 200, reply.body)
+            return reply.json["response"], reply.json["prompt_tokens"]
+
+        user = {"role": "user", "content": "Why?"}
+        parts = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]}
+        brief = {"role": "system", "content": "Be brief."}
+        turns = [user, {"role": "assistant", "content": "Because."}, {"role": "user", "content": "Why so?"}]
+        plain = answer(prompt="Why?")
+        self.assertEqual(answer(messages=[user]), plain)
+        self.assertEqual(answer(messages=[parts]), plain)
+        system = answer(prompt="Why?", system="Be brief.")
+        self.assertEqual(answer(messages=[brief, user]), system)
+        self.assertEqual(answer(messages=[user], system="Be brief."), system)
+        self.assertEqual(len({plain, system, answer(messages=turns), answer(messages=turns[:1])}), 3)
+
+    def test_sampling(self) -> None:
+        def answer(**fields: object) -> str:
+            return str(chat(self.port, "Tell me", max_tokens=8, **fields)["response"])
+
+        greedy = answer(temperature=0)
+        for fields in ({"top_k": 1}, {"top_p": 0}, {"temperature": 0, "top_k": 50, "seed": 3}):
+            self.assertEqual(answer(**fields), greedy, fields)
+        self.assertEqual(answer(seed=1), answer(seed=1))
+        self.assertEqual(len({answer(seed=i) for i in (1, 2, -3, 2**64 - 1)}), 4)
+        self.assertEqual(len({answer() for _ in range(3)}), 3)  # no seed: never the same
+
+    def test_stream(self) -> None:
+        fields = {"temperature": 0.8, "seed": 5, "max_tokens": 60}
+        plain = chat(self.port, "Tell me", **fields)
+        with streamed(self.port, "Tell me", **fields) as lines:
+            *pieces, last = lines
+        self.assertGreater(len(pieces), 5)
+        for piece in pieces:
+            self.assertEqual(list(piece), ["response"])
+            self.assertTrue(piece["response"])
+        self.assertIs(last.pop("done"), True)
+        self.assertEqual("".join(piece["response"] for piece in pieces), plain["response"])
+        self.assertEqual(set(last), set(plain))
+        for name in ("response", "prompt", "tokens_generated", "prompt_tokens", "finish_reason", "success"):
+            self.assertEqual(last[name], plain[name])
+
+    def test_the_bytes_of_a_stream(self) -> None:
+        """Chunked, one line a chunk, on a connection that goes on; and for HTTP/1.0 plain, up to the end."""
+        body = {"prompt": "Hi", "stream": True, "max_tokens": 5, "seed": 1}
+        last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        data = raw(self.port, post(body) + last)
+        head, _, rest = data.partition(b"\r\n\r\n")
+        stream, _, second = rest.partition(b"HTTP/1.1 200")
+        self.assertIn(b"Transfer-Encoding: chunked", head)
+        self.assertNotIn(b"Content-Length", head)
+        chunks = read_chunks(stream)
+        for chunk in chunks:
+            self.assertEqual(chunk.count(b"\n"), 1)
+            json.loads(chunk)
+        self.assertIn(b'"healthy"', second)
+        old_head, _, old = raw(self.port, post(body, version="HTTP/1.0")).partition(b"\r\n\r\n")
+        self.assertNotIn(b"Transfer-Encoding", old_head)
+        self.assertEqual([json.loads(line).get("response") for line in old.splitlines()][:-1],
+                         [json.loads(chunk).get("response") for chunk in chunks][:-1])  # fmt: skip
+
+    def test_stop_strings(self) -> None:
+        whole = chat(self.port, "Go on", max_tokens=40, temperature=0)["response"]
+        stop = whole[20:24]  # wherever its tokens end
+        expected = whole[: whole.index(stop)]
+        for stops in (stop, [stop], ["never in there", stop, "nor this"]):
+            reply = chat(self.port, "Go on", max_tokens=40, temperature=0, stop=stops)
+            self.assertEqual((reply["response"], reply["finish_reason"]), (expected, "stop"))
+            with streamed(self.port, "Go on", max_tokens=40, temperature=0, stop=stops) as lines:
+                *pieces, last = lines
+            self.assertEqual("".join(piece["response"] for piece in pieces), expected)
+            self.assertEqual(last["finish_reason"], "stop")
+        reply = chat(self.port, "Go on", max_tokens=40, temperature=0, stop="never in there")
+        self.assertEqual((reply["response"], reply["finish_reason"]), (whole, "length"))
+
+    def test_prompts_of_all_kinds(self) -> None:
+        texts = [
+            "🦙👩‍🚀",
+            "日本語",
+            "a\x00b",
+            "\ud800",
+            "x\udfffy",
+            "<|eot_id|>",
+            "\n",
+            " ",
+            '"quotes" \\ {}',
+            "é" * 3000,
+        ]
+        for text in texts:
+            with self.subTest(text[:20]):
+                reply = chat(self.port, text, max_tokens=2)
+                self.assertEqual(reply["prompt"], re.sub("[\ud800-\udfff]", "\ufffd", text))
+        raw_utf8 = json.dumps({"prompt": "日本語 🦙", "max_tokens": 1}, ensure_ascii=False).encode()
+        self.assertIn("日本語 🦙".encode(), raw(self.port, post(raw_utf8, "Connection: close")))
+
+    def test_connections_are_kept(self) -> None:
+        """Requests good and bad, one after the other, through one connection."""
+        steps: list[tuple[str, str, object, int]] = [
+            ("GET", "/health", None, 200),
+            ("GET", "/nowhere", None, 404),
+            ("POST", "/chat", {"prompt": "Hi", "max_tokens": 2}, 200),
+            ("POST", "/chat", {"prompt": 5}, 400),
+            ("PUT", "/chat", {"prompt": "Hi"}, 405),
+            ("POST", "/chat", b"prompt=Hi", 415),
+            ("HEAD", "/health", None, 200),
+            ("POST", "/chat", b"", 415),
+            ("POST", "/chat", {"prompt": "Hi", "max_tokens": 2, "stream": True}, 200),
+            ("GET", "/health", None, 200),
+        ]
+        with connect(self.port) as connection:
+            connection.connect()
+            used = connection.sock
+            for method, path, body, status in steps:
+                self.assertEqual(exchange(connection, method, path, body).status, status, (method, path, body))
+                self.assertIs(connection.sock, used, "the connection was closed")
+
+    def test_pipelined_requests_are_answered_in_order(self) -> None:
+        bodies = [{"prompt": "Hi", "max_tokens": n} for n in (3, 1, 2)]
+        data = raw(self.port, b"".join([*map(post, bodies[:2]), post(bodies[2], "Connection: close")]))
+        self.assertEqual(re.findall(rb'"tokens_generated": (\d+)', data), [b"3", b"1", b"2"])
+
+    def test_answers_do_not_wait_for_nagle(self) -> None:
+        """The stall is 40 ms by the clock of the client's kernel, far more than an answer takes on any machine."""
+        with connect(self.port) as connection:
+            for method, path, body in (("GET", "/health", None), ("POST", "/chat", {"prompt": 1})):
+                seconds = []
+                for _ in range(21):
+                    began = time.monotonic()
+                    exchange(connection, method, path, body)
+                    seconds.append(time.monotonic() - began)
+                self.assertLess(statistics.median(seconds), 0.03)
+
+    def test_a_client_that_goes_away_frees_its_slot(self) -> None:
+        """Within a second, which a busy machine may stretch; the answer itself would go on for many times as long."""
+        request = {"prompt": "Hi", "max_tokens": self.LONG}
+        for state in ("streaming", "waiting"):
+            with self.subTest(state):
+                wait_until(lambda: health(self.port)["slots"]["busy"] == 0)
+                if state == "streaming":
+                    with streamed(self.port, "Hi", max_tokens=self.LONG) as lines:
+                        next(lines)
+                        self.assertEqual(health(self.port)["slots"]["busy"], 1)
+                else:
+                    with dial(self.port, post(request)):
+                        wait_until(lambda: health(self.port)["slots"]["busy"] == 1)
+                wait_until(lambda: health(self.port)["slots"]["busy"] == 0, seconds=5)
+
+    def test_the_log(self) -> None:
+        """One line for each request, with its figures and without its text."""
+        reply = chat(self.port, "xylophone", max_tokens=37)
+        ask(self.port, "POST", "/chat?xylophone", {"prompt": "xylophone", "max_tokens": -1})
+        figures = rf"{reply['prompt_tokens']}\b.*\b37\b.*\d\.\d+ ?s\b.* \d[\d.]* tokens/s"
+        self.server.wait_for(rf"POST /chat 200\b.*{figures}")
+        self.server.wait_for(r"POST /chat 400")
+        self.assertNotIn("xylophone", self.server.output)
+        self.assertNotIn(reply["response"][:10], self.server.output)
+
+    @unittest.skipUnless(shutil.which("curl") and shutil.which("jq"), "curl and jq are not installed")
+    def test_curl_and_jq(self) -> None:
+        def jq(data: dict[str, object], expression: str) -> str:
+            url = f"http://localhost:{self.port}/chat"
+            curl = ["curl", "-sN", url, "-H", "Content-Type: application/json", "-d", json.dumps(data)]
+            with subprocess.Popen(curl, stdout=subprocess.PIPE) as process:
+                command = ["jq", "-j", "--unbuffered", expression]
+                output = subprocess.run(
+                    command, stdin=process.stdout, capture_output=True, timeout=PATIENCE, check=True
+                )
+            return output.stdout.decode()
+
+        fields: dict[str, object] = {"prompt": "Tell me", "max_tokens": 20, "seed": 4}
+        plain = jq(fields, ".response")
+        self.assertEqual(jq({**fields, "stream": True}, "select(.done | not).response"), plain)
+        self.assertEqual(jq({**fields, "stream": True}, "select(.done).response"), plain)
+        self.assertIn("temperature", jq({**fields, "temperature": "hot"}, ".error"))
+
+
+def refused_bodies() -> Iterator[tuple[dict[str, Any], str]]:
+    """Bodies that POST /chat refuses, and what its sentence must have in it."""
+    wrong: list[tuple[str, str, list[Any]]] = [  # a field beside a good prompt, what is said of it, values
+        ("system", "system must be a string", [5, ["Hi"], {}]),
+        ("max_tokens", "max_tokens .*whole number from 1", [0, -1, 1.5, "9", True]),
+        ("temperature", "temperature .*number from 0 to 2", [-0.1, 2.1, "hot", False, [], math.nan, math.inf, 10**400]),
+        ("top_p", "top_p .*number from 0 to 1", [-0.1, 1.1, "1", {}]),
+        ("top_k", "top_k .*whole number from 0", [-1, 0.5, "1", 10**6]),
+        ("seed", "seed .*whole number", [0.5, "1", 2**64, True]),
+        ("stream", "stream must be true or false", [1, "true", []]),
+        ("stop", "stop must be .*up to four", [5, "", [""], list("abcde"), [1], {}]),
+        ("messages", '"prompt".*"messages"', [[{"role": "user", "content": "Hi"}]]),
+        ("max_token", "max_token.*did you mean max_tokens", [5]),
+        ("temprature", "temprature.*did you mean temperature", [1]),
+        ("qqq", "qqq.*max_tokens.*temperature", [1]),
+        ("max_tokens", r"\b8192\b", [8192]),
+    ]
+    for name, expected, values in wrong:
+        yield from (({"prompt": "Hi", name: value}, expected) for value in values)
+    good = {"role": "user", "content": "Hi"}
+    no_parts = [[{"type": "image_url", "image_url": {}}], [{"type": "text", "text": 5}]]
+    forms: list[tuple[Callable[[Any], dict[str, Any]], str, list[Any]]] = [
+        (lambda prompt: {"prompt": prompt}, "prompt must be a string", [5, ["Hi"], True]),
+        (lambda messages: {"messages": messages}, "messages must be a list", [[], "Hi", {}, 0]),
+        (lambda message: {"messages": [message]}, r"messages\[0\] must be an object", ["Hi", None, []]),
+        (
+            lambda role: {"messages": [{**good, "role": role}]},
+            r"messages\[0\]\.role .*system.*user.*assistant",
+            ["User", "tool", None, 5, ["user"], {}],
+        ),
+        (
+            lambda content: {"messages": [good, {**good, "content": content}]},
+            r"messages\[1\]\.content",
+            [None, 5, {}, ["Hi"], *no_parts],
+        ),
+    ]
+    for form, expected, values in forms:
+        yield from ((form(value), expected) for value in values)
+    yield from ((body, '"prompt".*"messages"') for body in ({}, {"prompt": None}, {"messages": None}))
+    yield {"prompt": ""}, "prompt is empty"
+    yield {"promt": "Hi"}, "promt.*did you mean prompt"
+    yield {"prompt": "word " * 9000}, r"\b90\d\d tokens.*\b8192\b"
+
+
+class ValidationTest(unittest.TestCase):
+    """What POST /chat refuses with 400, and how the sentence names the field and what is allowed."""
+
+    def test_what_is_refused(self) -> None:
+        with connect(SharedServer.get("random").port) as connection:
+            for body, expected in refused_bodies():
+                with self.subTest(str(body)[:80]):
+                    reply = exchange(connection, "POST", "/chat", body)
+                    self.assertEqual(reply.status, 400, reply.body)
+                    self.assertEqual(list(reply.json), ["error"])
+                    self.assertRegex(reply.json["error"], expected)
+                    self.assertNotIn("\n", reply.json["error"])
+
+    def test_what_is_not_a_json_object(self) -> None:
+        with connect(SharedServer.get("random").port) as connection:
+            for body in (
+                b"{",
+                b'"Hi"',
+                b"[]",
+                b"null",
+                b"\xff",
+                b"[" * 100_000,
+                b'{"prompt": "a\nb"}',
+                b"9" * 5000,
+                b" ",
+            ):
+                with self.subTest(body[:20]):
+                    reply = exchange(connection, "POST", "/chat", body, {"Content-Type": "application/json"})
+                    self.assertEqual(reply.status, 400)
+                    self.assertRegex(reply.json["error"], "JSON")
+
+    def test_null_is_absent(self) -> None:
+        names = ("system", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "messages")
+        reply = ask(SharedServer.get("random").port, "POST", "/chat", {"prompt": "Hi", **dict.fromkeys(names)})
+        self.assertEqual((reply.status, reply.json["tokens_generated"]), (200, 128))
+
+
+class HttpErrorTest(unittest.TestCase):
+    """The table of errors, each with its status, one plain sentence as JSON, and the headers that go with it."""
+
+    def setUp(self) -> None:
+        self.port = SharedServer.get("random").port
+
+    def check(self, reply: Reply, status: int, expected: str) -> None:
+        """The status, and what the sentence must have in it."""
+        self.assertEqual((reply.status, reply.headers["Content-Type"]), (status, "application/json"), reply)
+        self.assertEqual(list(reply.json), ["error"])
+        self.assertRegex(reply.json["error"], expected)
+
+    def answer(self, data: bytes) -> Reply:
+        """The first answer to these bytes."""
+        with dial(self.port, data) as connection:
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            return Reply(response.status, response.headers, response.read())
+
+    def test_routes(self) -> None:
+        self.check(ask(self.port, "GET", "/chats"), 404, "GET /health, POST /chat")
+        for method, path, allowed in (
+            ("GET", "/chat", "POST"),
+            ("DELETE", "/chat", "POST"),
+            ("PUT", "/health", "GET"),
+            ("POST", "/health", "GET"),
+        ):
+            reply = ask(self.port, method, path)
+            self.check(reply, 405, rf"{path} takes {allowed}")
+            self.assertIn(allowed, reply.headers["Allow"].split(", "))
+        self.assertGreaterEqual(self.answer(b"BREW /chat HTTP/1.1\r\nHost: localhost\r\n\r\n").status, 400)
+
+    def test_head(self) -> None:
+        with connect(self.port) as connection:
+            for path, status in (("/health", 200), ("/chat", 405), ("/nowhere", 404)):
+                reply = exchange(connection, "HEAD", path)
+                self.assertEqual((reply.status, reply.body), (status, b""))
+                self.assertGreater(int(reply.headers["Content-Length"]), 10)
+
+    def test_bodies(self) -> None:
+        small = b'{"prompt": "Hi"}'
+        head = b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        for media_type in ("text/plain", "application/x-www-form-urlencoded", "application/json-seq", ""):
+            self.check(ask(self.port, "POST", "/chat", small, {"Content-Type": media_type}), 415, "application/json")
+        reply = ask(self.port, "POST", "/chat", small, {"Content-Type": "Application/JSON; charset=utf-8"})
+        self.assertEqual(reply.status, 200)
+        self.check(self.answer(head + b"\r\n"), 411, "Content-Length")
+        self.check(self.answer(head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"), 411, "Content-Length")
+        for length in (b"x", b"-1", b"+5", b"1_0", b"5\r\nContent-Length: 6"):
+            self.check(self.answer(head + b"Content-Length: " + length + b"\r\n\r\n" + small), 400, "Content-Length")
+        self.check(self.answer(head + b"Content-Length: 99999999999\r\n\r\n"), 413, "99999999999 bytes.* [0-9]+")
+        # Sent whole, and read by nobody: the answer must arrive nevertheless.
+        large = json.dumps({"prompt": "x" * (9 << 20)}).encode()
+        self.check(self.answer(head + b"Content-Length: %d\r\n\r\n%b" % (len(large), large)), 413, "bytes")
+        with dial(
+            self.port, head + b"Expect: 100-continue\r\nConnection: close\r\nContent-Length: 16\r\n\r\n"
+        ) as client:
+            self.assertIn(b"100 Continue", client.recv(100))
+            client.sendall(small)
+            self.assertIn(b" 200 OK", client.recv(1000))
+
+    def test_headers(self) -> None:
+        for line in (b"X: " + b"x" * 70_000, b"\r\n".join(b"X%d: 1" % i for i in range(200))):
+            self.check(self.answer(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + line + b"\r\n\r\n"), 431, ".")
+        self.check(self.answer(b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n"), 414, ".")
+        self.check(self.answer(b"what is this\r\n\r\n"), 400, ".")
+
+    def test_pages_of_other_sites(self) -> None:
+        body = {"prompt": "Hi", "max_tokens": 1}
+        for name, value in (
+            ("Origin", "https://evil.example"),
+            ("Origin", "null"),
+            ("Origin", "http://localhost.evil.example"),
+            ("Origin", "http://127.0.0.1.evil.example:8080"),
+            ("Host", "evil.example"),
+            ("Host", f"evil.example:{self.port}"),
+        ):
+            for method, path in (("POST", "/chat"), ("GET", "/health")):
+                with self.subTest(path, **{name: value}):
+                    reply = ask(self.port, method, path, body if method == "POST" else None, {name: value})
+                    self.check(reply, 403, ".")
+                    self.assertNotIn("Access-Control-Allow-Origin", reply.headers)
+        for name, value in (
+            ("Origin", "http://localhost:3000"),
+            ("Origin", "http://127.0.0.1"),
+            ("Origin", "http://[::1]:8000"),
+            ("Host", f"localhost:{self.port}"),
+            ("Host", "[::1]:80"),
+        ):
+            with self.subTest(**{name: value}):
+                reply = ask(self.port, "POST", "/chat", body, {name: value})
+                self.assertEqual(reply.status, 200)
+                self.assertEqual(reply.headers["Access-Control-Allow-Origin"], value if name == "Origin" else None)
+
+    def test_preflight(self) -> None:
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        reply = ask(self.port, "OPTIONS", "/chat", None, {"Origin": "http://localhost:3000", **asked})
+        self.assertEqual((reply.status // 100, reply.body), (2, b""))
+        self.assertEqual(reply.headers["Access-Control-Allow-Origin"], "http://localhost:3000")
+        self.assertIn("POST", reply.headers["Access-Control-Allow-Methods"])
+        self.assertIn("content-type", reply.headers["Access-Control-Allow-Headers"].lower())
+        reply = ask(self.port, "OPTIONS", "/chat", None, {"Origin": "https://evil.example", **asked})
+        self.assertNotIn("Access-Control-Allow-Origin", reply.headers)
+
+
+class StateTest(unittest.TestCase):
+    """What clients see while the server loads, is full, fails or stops: the real HTTP over a fake engine."""
+
+    def check_unavailable(self, port: int, status: str) -> dict[str, Any]:
+        """Both endpoints say 503 and when to come back; returns the report of /health."""
+        reply = ask(port, "POST", "/chat", {"prompt": "Hi"})
+        self.assertEqual(reply.status, 503)
+        self.assertEqual(list(reply.json), ["error"])
+        self.assertGreater(int(reply.headers["Retry-After"]), 0)
+        reply = ask(port, "GET", "/health")
+        self.assertEqual((reply.status, reply.json["status"], reply.json["model_loaded"]), (503, status, False))
+        return reply.json
+
+    def test_loading(self) -> None:
+        engine, loaded = FakeEngine(), threading.Event()
+
+        def load(progress: server.Progress) -> server.Engine:
+            progress("reading the stars", 0.5)
+            loaded.wait(PATIENCE)
+            return engine
+
+        with fake_server(engine, load=load) as api:
+            wait_until(lambda: health(api.server_port)["progress"]["doing"] == "reading the stars")
+            progress = self.check_unavailable(api.server_port, "loading")["progress"]
+            self.assertEqual(progress["done"], 0.5)
+            self.assertGreaterEqual(progress["seconds"], 0)
+            loaded.set()
+            wait_until(lambda: ask(api.server_port, "GET", "/health").status == 200)
+            self.assertEqual(len(chat(api.server_port, max_tokens=5)["response"]), 5)
+
+    def test_a_full_queue(self) -> None:
+        gate = Gate(opened=False)
+        with fake_server(FakeEngine(1, before_step=gate), max_queue=1) as api:
+            port = api.server_port
+            with concurrent.futures.ThreadPoolExecutor(2) as pool:
+                first = pool.submit(chat, port, "first", max_tokens=5)
+                wait_until(lambda: health(port)["slots"]["busy"] == 1)
+                second = pool.submit(chat, port, "second", max_tokens=5)
+                wait_until(lambda: health(port)["queued"] == 1)
+                reply = ask(port, "POST", "/chat", {"prompt": "third"})
+                self.assertEqual(reply.status, 503)
+                self.assertGreater(int(reply.headers["Retry-After"]), 0)
+                self.assertIn("queue is full", reply.json["error"])
+                self.assertEqual(ask(port, "GET", "/health").status, 200)
+                gate.open()
+                for answer in (first, second):
+                    self.assertEqual(len(answer.result()["response"]), 5)
+
+    def test_a_client_that_leaves_the_queue(self) -> None:
+        gate = Gate(opened=False)
+        with fake_server(FakeEngine(1, before_step=gate)) as api:
+            with dial(api.server_port, post({"prompt": "first", "max_tokens": 5})):
+                wait_until(lambda: health(api.server_port)["slots"]["busy"] == 1)
+                with dial(api.server_port, post({"prompt": "second"})):
+                    wait_until(lambda: health(api.server_port)["queued"] == 1)
+                wait_until(lambda: health(api.server_port)["queued"] == 0, seconds=5)
+            gate.open()
+            wait_until(lambda: health(api.server_port)["slots"]["busy"] == 0, seconds=5)
+
+    def test_an_engine_that_fails(self) -> None:
+        failing = Failing()
+        with fake_server(FakeEngine(1, before_step=failing)) as api, self.assertLogs(server.logger, "ERROR"):
+            port = api.server_port
+            failing.count = 1
+            reply = ask(port, "POST", "/chat", {"prompt": "Hi"})
+            self.assertEqual((reply.status, list(reply.json)), (500, ["error"]))
+            self.assertNotIn("on fire", reply.json["error"])  # its text is for the log
+            self.assertEqual(len(chat(port, max_tokens=5)["response"]), 5)
+            failing.count = 3
+            self.assertEqual([ask(port, "POST", "/chat", {"prompt": "Hi"}).status for _ in range(3)], [500] * 3)
+            self.assertIn("RuntimeError", self.check_unavailable(port, "unhealthy")["error"])
+
+    def test_an_engine_that_fails_in_the_middle_of_a_stream(self) -> None:
+        failing = Failing()
+
+        def step(batch: Sequence[server.Work]) -> None:
+            failing.count = int(len(engine.steps) == 6)
+            failing(batch)
+
+        engine = FakeEngine(before_step=step)
+        with fake_server(engine) as api, self.assertLogs(server.logger, "ERROR"):
+            stream = post({"prompt": "Hi", "stream": True}) + post(
+                {"prompt": "Hi", "max_tokens": 5}, "Connection: close"
+            )
+            _, _, rest = raw(api.server_port, stream).partition(b"\r\n\r\n")
+            body, _, second = rest.partition(b"HTTP/1.1 200")
+            *pieces, last = [json.loads(chunk) for chunk in read_chunks(body)]
+        self.assertTrue(pieces)
+        self.assertEqual(list(last), ["error"])
+        self.assertIn(b'"tokens_generated": 5', second)
+
+    def test_stopping(self) -> None:
+        with fake_server(FakeEngine(before_step=Gate(delay=0.01))) as api:
+            with streamed(api.server_port, max_tokens=100) as lines:
+                next(lines)
+                api.scheduler.stop(drain=True)
+                self.check_unavailable(api.server_port, "stopping")
+                *_, last = lines
+            self.assertEqual((last["done"], last["tokens_generated"]), (True, 100))
+            wait_until(lambda: api.scheduler.ended)
+
+    def test_requests_that_are_cut_short_by_the_stop(self) -> None:
+        gate = Gate(opened=False)
+        with fake_server(FakeEngine(1, before_step=gate)) as api, concurrent.futures.ThreadPoolExecutor(2) as pool:
+            bodies = [{"prompt": "Hi", "max_tokens": 100}] * 2
+            replies = [pool.submit(ask, api.server_port, "POST", "/chat", body) for body in bodies]
+            wait_until(lambda: health(api.server_port)["queued"] == 1)
+            api.scheduler.stop(drain=False)
+            gate.open()
+            for reply in replies:
+                self.assertEqual((reply.result().status, list(reply.result().json)), (503, ["error"]))
+
+    def test_a_body_that_does_not_come(self) -> None:
+        with mock.patch.object(server.ApiHandler, "timeout", 0.3), fake_server(FakeEngine()) as api:
+            reply = raw(api.server_port, post({"prompt": "Hello"})[:-5])
+        self.assertIn(b" 408 ", reply.partition(b"\r\n")[0])
+        self.assertEqual(list(json.loads(reply.partition(b"\r\n\r\n")[2])), ["error"])
+
+    def test_many_streams_at_once(self) -> None:
+        """Sixty-four clients, sixteen slots: each gets what it would get alone."""
+        with fake_server(FakeEngine(16)) as api, concurrent.futures.ThreadPoolExecutor(64) as pool:
+
+            def text(i: int) -> str:
+                with streamed(api.server_port, f"Tell me about {i}", max_tokens=20 + i % 9) as lines:
+                    return "".join(line["response"] for line in lines if "done" not in line)
+
+            for i, answer in enumerate(pool.map(text, range(64))):
+                prompt = tokenizer().encode_chat([("user", f"Tell me about {i}")])
+                expected = tokenizer().decode_bytes(fake_answer(prompt, 20 + i % 9, tokenizer().stop_tokens))
+                self.assertEqual(answer, expected.decode())
+
+
+# ======================================================================================================================
+# CLI
+# ======================================================================================================================
+
+
+class CliTest(unittest.TestCase):
+    """Start and stop."""
+
+    def start(self, *options: str, **variables: str) -> ServerProcess:
+        """A server for this test alone, not yet ready."""
+        process = random_server("--max-batch-size", "4", *options, **variables)
+        self.addCleanup(process.close)
+        return process
+
+    def test_help_and_version(self) -> None:
+        text = run_to_end("--help")
+        self.assertEqual(text.returncode, 0)
+        options = "port host model device max-batch-size max-seq-len max-queue verbose version"
+        for word in (*(f"--{option}" for option in options.split()), "8080", "/health", "/chat", "curl"):
+            self.assertIn(word, text.stdout)
+        version = run_to_end("--version")
+        self.assertEqual((version.returncode, version.stdout.strip()), (0, f"tt_api_server {server.__version__}"))
+
+    def test_options_that_are_wrong(self) -> None:
+        model = str(random_checkpoint("meta", Shape()))
+        cases = [
+            (["--port", "abc"], "--port.*'abc'"),
+            (["--port", "65536"], "--port.*65535"),
+            (["--port", "-1"], "--port"),
+            (["--host", "192.0.2.1", "--port", "0"], r"192\.0\.2\.1"),
+            (["--device", "gpu"], "--device.*auto.*tt.*cpu"),
+            (["--max-batch-size", "0"], "--max-batch-size.*1"),
+            (["--max-seq-len", "1.5"], "--max-seq-len"),
+            (["--max-queue", "-5"], "--max-queue"),
+            (["--port", "0", "--model", model, "--max-seq-len", "9000"], "--max-seq-len.*9000.*8192"),
+            (["--prot", "80"], "--prot"),
+            (["extra"], "extra"),
+        ]
+        if not has("ttnn"):
+            cases.append((["--port", "0", "--model", model, "--device", "tt"], "--device tt|ttnn|[Tt]enstorrent"))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            starts = [pool.submit(run_to_end, *options, **single_threaded()) for options, _ in cases]
+            for start, (options, expected) in zip(starts, cases):
+                with self.subTest(" ".join(options)):
+                    ended = start.result()
+                    self.assertEqual(ended.returncode, 2, ended.stdout + ended.stderr)
+                    self.assertRegex(ended.stderr.strip().splitlines()[-1], f"error: .*{expected}")
+                    self.assertNotIn("Traceback", ended.stderr)
+
+    def test_a_taken_port(self) -> None:
+        """Said before anything is loaded, so in a good second even here, where others use the processor too."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            began = time.monotonic()
+            ended = run_to_end("--port", str(port))
+            self.assertLess(time.monotonic() - began, 3)
+        self.assertEqual(ended.returncode, 2)
+        self.assertNotIn("PyTorch", ended.stdout + ended.stderr)
+        line = ended.stderr.strip().splitlines()[-1]
+        self.assertIn(f"port {port} is in use", line)
+        command = re.search(r"python3 tt_api_server\.py .*--port (\d+)", line)
+        assert command, line
+        with socket.create_server(("127.0.0.1", int(command[1]))):
+            pass  # it is free
+
+    def test_a_start(self) -> None:
+        """/health answers while it loads; then the banner says what is served, and where."""
+        process = self.start()
+        report = health(process.port)
+        self.assertEqual((report["status"], report["model_loaded"]), ("loading", False))
+        self.assertTrue(report["progress"]["doing"])
+        self.assertEqual(ask(process.port, "POST", "/chat", {"prompt": "Hi"}).status, 503)
+        process.ready()
+        self.assertEqual(ask(process.port, "GET", "/health").status, 200)
+        url = re.escape(f"http://127.0.0.1:{process.port}")
+        for pattern in (r"Llama", str(random_checkpoint("meta", Shape())), rf"{url}/health", rf"{url}/chat", "weights"):
+            self.assertRegex(process.output, pattern)
+
+    def test_a_signal_lets_streams_finish(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number.name):
+                process = self.start().ready()
+                with streamed(process.port, max_tokens=600, temperature=0) as lines:
+                    next(lines)
+                    process.process.send_signal(number)
+                    wait_until(lambda: health(process.port)["status"] == "stopping")  # noqa: B023
+                    *_, last = lines
+                self.assertEqual((last["done"], last["tokens_generated"]), (True, 600))
+                self.assertEqual(process.wait(), 0, process.output)
+                self.assertNotIn("Traceback", process.output)
+
+    def test_a_second_signal_cuts_them_short(self) -> None:
+        process = self.start().ready()
+        with streamed(process.port, max_tokens=8000) as lines:
+            next(lines)
+            process.process.send_signal(signal.SIGINT)
+            process.wait_for("CTRL[+]C again")
+            began = time.monotonic()
+            process.process.send_signal(signal.SIGINT)
+            self.assertNotEqual(process.wait(), 0)
+            self.assertLess(time.monotonic() - began, 5)  # at once, and a bit for a busy machine
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self.assertFalse(any("done" in line for line in lines))
+        self.assertNotIn("Traceback", process.output)
+
+    def test_a_signal_while_it_loads(self) -> None:
+        process = self.start()
+        process.process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(), 0, process.output)
+        self.assertNotIn("Traceback", process.output)
+        self.assertNotIn("Press CTRL+C to stop", process.output)
+
+    def test_the_wait_for_requests_in_flight_is_bounded(self) -> None:
+        engine, events = FakeEngine(before_step=Gate(delay=0.01)), queue.SimpleQueue[str]()
+        scheduler = server.Scheduler(lambda progress: engine, 10, no_progress, events.put)
+        scheduler.start()
+        self.assertEqual(events.get(timeout=PATIENCE), "ready")
+        request = generation([1], 200)
+        scheduler.submit(request)
+        with mock.patch.object(server, "DRAIN_SECONDS", 0.1):
+            self.assertNotEqual(server.stop(scheduler, events, 0), 0)
+        self.assertEqual(request.finish_reason, "cancelled")
+        self.assertTrue(engine.closed)
+
+
+# ======================================================================================================================
+# Demo model
+# ======================================================================================================================
+
+
+TUTORIAL = {  # what must be in the answer, however it is put
+    "What is machine learning?": r"(?i)machine learning.*(data|examples)",
+    "Tell me about Tenstorrent hardware": r"Tenstorrent.*(Tensix|RISC-V|Wormhole|Blackhole)",
+    "Write a haiku about AI": r"(?s)^[^\n]+\n[^\n]+\n[^\n]+$",
+    "Explain how transformers work": r"(?i)attention",
+    "Write a short story": r"(?s).{150}",
+    "Hello!": r"(?i)^(hello|hi)\b",
+}
+
+
+class DemoTest(unittest.TestCase):
+    """What a first start without any model gives."""
+
+    def test_the_tutorials_prompts(self) -> None:
+        """At the default temperature, whatever the seed: complete, and in sentences."""
+        port = SharedServer.get("demo").port
+        for prompt, expected in TUTORIAL.items():
+            for seed in range(6):
+                with self.subTest(prompt, seed=seed):
+                    reply = chat(port, prompt, seed=seed)
+                    self.assertRegex(reply["response"], expected)
+                    self.assertRegex(reply["response"].strip(), r"[.!?\"`]$")
+                    self.assertEqual(reply["finish_reason"], "stop")
+
+    def test_it_does_not_pretend_to_know(self) -> None:
+        """Anything else is answered with what this is, and how to get a real model."""
+        port = SharedServer.get("demo").port
+        for prompt in (
+            "Who won the world cup in 1998?",
+            "Translate 'good morning' into French, please",
+            "Wie spät ist es in Berlin?",
+            "What is the capital of Mongolia and how many people live there?",
+            "日本の首都はどこですか",
+            "🦙🦙🦙",
+            "asdf qwer zxcv",
+        ):
+            for seed in range(3):
+                with self.subTest(prompt, seed=seed):
+                    text = chat(port, prompt, seed=seed)["response"]
+                    self.assertRegex(text, "(?i)demo")
+                    self.assertRegex(text, "--model|HF_MODEL")
+
+    def test_it_is_named_as_a_demo(self) -> None:
+        process = SharedServer.get("demo")
+        report = health(process.port)
+        self.assertRegex(report["model"], "(?i)demo")
+        self.assertRegex(report["note"], "(?i)demo.*(--model|HF_MODEL|real)")
+        self.assertRegex(process.output, r"(?i)demo")
+        self.assertRegex(process.output, r"--model.*HF_MODEL.*LLAMA_DIR")
+
+    def test_eight_clients_get_what_each_gets_alone(self) -> None:
+        """In bfloat16 where the processor has it, through HTTP, joining and leaving as they will."""
+        port = SharedServer.get("demo").port
+        prompts = [*TUTORIAL, "Tell me a joke", "What is a token? " * 40, "Thank you", "asdf " * 100]
+
+        def answer(prompt: str) -> str:
+            return str(chat(port, prompt, temperature=0)["response"])
+
+        alone = [answer(prompt) for prompt in prompts]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            self.assertEqual(list(pool.map(answer, prompts * 3)), alone * 3)
+
+    def test_the_cache(self) -> None:
+        """The first start trains and keeps the model; the second trains nothing; a damaged file is made again."""
+        SharedServer.get("demo")
+        cache = SCRATCH / "cache" / "tt-api-server"
+        [weights] = cache.rglob("consolidated.00.pth")
+        self.assertEqual(server.read_checkpoint(weights.parent).layout, "meta")  # a checkpoint like any other
+        self.assertEqual([path for path in cache.rglob("*") if "tmp" in path.name], [], "left over")
+        made = weights.stat().st_mtime_ns
+
+        second = ServerProcess()
+        self.addCleanup(second.close)
+        second.ready()
+        # Ready within 5 seconds on an idle machine, most of which PyTorch takes; twice that where tests run together.
+        self.assertLess(time.monotonic() - second.began, 10)
+        self.assertNotRegex(second.output, "(?i)training")
+        self.assertEqual(weights.stat().st_mtime_ns, made)
+        second.close()
+
+        os.truncate(weights, weights.stat().st_size // 3)
+        third = ServerProcess()
+        self.addCleanup(third.close)
+        third.ready()
+        self.assertRegex(third.output, "(?i)training")
+        self.assertRegex(chat(third.port, "Hello!")["response"], "(?i)hello|hi")
+
+
+# ======================================================================================================================
+# The runner
+# ======================================================================================================================
+
+
+class CountingResult(unittest.TextTestResult):
+    """Counts tests, where unittest counts the failures of their parts."""
+
+    passed = 0
+
+    def addSuccess(self, test: unittest.TestCase) -> None:
+        super().addSuccess(test)
+        self.passed += 1
+
+    @property
+    def failed(self) -> int:
+        """Tests of which a part failed, and classes that could not be set up."""
+        broken = [test for test, _ in [*self.failures, *self.errors]]
+        return len({getattr(test, "test_case", test) for test in broken}) + len(self.unexpectedSuccesses)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the tests that are named, or all; returns the exit status."""
+    logging.lastResort = None  # the servers of this process log to nobody, unless a test listens
+    # Beside other work two threads spend their time waiting for each other, and these models need no second one.
+    torch.set_num_threads(1)
+    program = unittest.main(
+        module="__main__",
+        argv=[sys.argv[0], *arguments],
+        exit=False,
+        testRunner=unittest.TextTestRunner(stream=sys.stdout, resultclass=CountingResult),  # type: ignore[arg-type]
+    )
+    result = program.result
+    assert isinstance(result, CountingResult)
+    skipped = f", {len(result.skipped)} skipped" if result.skipped else ""
+    print(f"{result.passed} passed, {result.failed} failed{skipped}", flush=True)
+    return 0 if result.passed and result.wasSuccessful() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
