@@ -10,7 +10,7 @@ The model is loaded once and stays loaded. Requests that come together are answe
 batch, joins it between two steps, and leaves it when its answer is complete (continuous batching).
 
     GET  /health   is it ready, with which model, on what, and how busy
-    POST /chat     {"prompt": ...} or {"messages": [...]}, with max_tokens, temperature, top_p, top_k, seed, stop, stream
+    POST /chat     {"prompt": ...} or {"messages": [...]}, max_tokens, temperature, top_p, top_k, seed, stop, stream
 
 The rooms of this file, top to bottom; each uses only those above it:
 
@@ -41,19 +41,24 @@ import codecs
 import contextlib
 import difflib
 import errno
+import functools
+import gc
 import hashlib
 import importlib
+import importlib.machinery
+import importlib.util
+import inspect
 import ipaddress
 import itertools
 import json
 import logging
 import math
 import mmap
+import operator
 import os
 import queue
 import random
 import re
-import secrets
 import select
 import shlex
 import shutil
@@ -236,9 +241,7 @@ def check_vocabulary(config: dict[str, Any]) -> None:
     """Llama 3 is told from its namesakes by the size of its vocabulary."""
     size = config.get("vocab_size", VOCAB_SIZE)
     if size != VOCAB_SIZE:
-        raise UserError(
-            f"this is not a Llama 3, which knows {VOCAB_SIZE} tokens, and this model {size}: name one that is"
-        )
+        raise UserError(f"this is no Llama 3: its vocabulary has {size} tokens, not {VOCAB_SIZE}; name one that is")
 
 
 HF_NAMES = {  # Meta's name of a weight, and Hugging Face's
@@ -274,6 +277,12 @@ class Checkpoint:
     note: str  # what is worth telling about the choice
 
     @property
+    def hf_folder(self) -> Path | None:
+        """The folder with the same model in Hugging Face's layout, if there is one."""
+        folders = (self.folder, self.folder.parent) if self.folder.name == "original" else (self.folder,)
+        return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+    @property
     def tokenizer_model(self) -> Path | None:
         """The checkpoint's own tokenizer.model; None where it has none, and llama-models' copy serves."""
         for path in (self.folder / "tokenizer.model", self.folder / "original" / "tokenizer.model"):
@@ -297,8 +306,8 @@ class Checkpoint:
                 raise UserError(f"{self.folder}: the tensor {shown_name} is missing: download the checkpoint again")
             if found[name] != shape:
                 raise UserError(
-                    f"{self.folder}: the tensor {shown_name} has the shape {list(found[name])}, and the configuration asks "
-                    f"for {list(shape)}: the weights and the configuration are of two models; download them again"
+                    f"{self.folder}: the tensor {shown_name} has the shape {list(found[name])}, and the configuration "
+                    f"asks for {list(shape)}: the two are not of one model; download them again"
                 )
         if "output.weight" in found:
             return read
@@ -509,7 +518,12 @@ class SamplingParams:
     temperature: float = 0.7  # 0: the likeliest token, always
     top_p: float = 0.9  # of the likeliest tokens, so many as have this probability together
     top_k: int = 0  # of the likeliest tokens, so many; 0: all
-    seed: int = 0  # the same seed, prompt and parameters give the same answer
+    seed: int | None = None  # the same seed, prompt and parameters give the same answer; None: a new one each time
+
+    @property
+    def greedy(self) -> bool:
+        """Whether only the likeliest token can come. A temperature close to 0 means 0, and could not be divided by."""
+        return self.temperature < 1e-5 or self.top_k == 1 or self.top_p == 0
 
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
@@ -523,18 +537,23 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
     likelier ones, and the next draw is from them alone. So the draws close in, as a quickselect does.
     """
     tokens: list[int] = logits.argmax(-1).tolist()
-    rows = [row for row, wanted in enumerate(params) if wanted.temperature > 0]
+    rows = [row for row, wanted in enumerate(params) if not wanted.greedy]
     if not rows:
         return tokens
-    weights = (logits[rows].float() / torch.tensor([[params[row].temperature] for row in rows])).softmax(-1)
-    largest_k = min(max(params[row].top_k for row in rows), weights.shape[-1])
-    if largest_k:
-        likeliest = weights.topk(largest_k).values
-        for i, row in enumerate(rows):
-            if 0 < params[row].top_k <= largest_k:
-                weights[i][weights[i] < likeliest[i, params[row].top_k - 1]] = 0.0
-    limits = [params[row].top_p * total for row, total in zip(rows, weights.sum(-1).tolist())]
-    generators = [random.Random(f"{params[row].seed} {positions[row]}") for row in rows]
+    wide = logits[rows].float()
+    temperature = torch.tensor([[params[row].temperature] for row in rows])
+    weights = ((wide - wide.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    for i, row in enumerate(rows):
+        if 0 < params[row].top_k < weights.shape[-1]:
+            likeliest = weights[i].topk(params[row].top_k)
+            weights[i] = torch.zeros_like(weights[i]).scatter_(0, likeliest.indices, likeliest.values)
+    totals = weights.sum(-1).tolist()
+    if not all(map(math.isfinite, totals)):
+        raise ArithmeticError("the logits are not finite numbers")
+    limits = [params[row].top_p * total for row, total in zip(rows, totals)]
+    generators = [
+        random.Random(None if params[row].seed is None else f"{params[row].seed} {positions[row]}") for row in rows
+    ]
     while rows:
         cumulative = weights.cumsum(-1)
         draws = torch.tensor([[generator.random()] for generator in generators]) * cumulative[:, -1:]
@@ -574,7 +593,7 @@ class Engine(Protocol):
     device: str  # "n150", "t3k", "cpu" ...
     max_batch_size: int  # slots that are read in one step
     max_seq_len: int  # tokens that a slot can hold, prompt and answer
-    prefill_chunk: int  # the most prompt tokens that are worth reading in one step
+    splits_prompts: bool  # a prompt may be read in pieces, and go on from what an earlier request left in the slot
 
     def reserve(self, slot: int, length: int) -> bool:
         """Keep room for `length` tokens in the slot, and those it holds up to there; False if there is none now."""
@@ -626,7 +645,7 @@ class TorchEngine:
     """
 
     device = "cpu"
-    prefill_chunk = 512
+    splits_prompts = True
 
     def __init__(
         self, checkpoint: Checkpoint, max_batch_size: int, max_seq_len: int, progress: Progress, dtype: str = "auto"
@@ -791,6 +810,376 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: R
         attn_mask=run.mask,
     )
     return attended.view(batch, kv_heads, -1, n, head_dim).permute(0, 3, 1, 2, 4).reshape(batch * n, -1)
+
+
+# Boards by the names of MESH_DEVICE, (rows, columns) of chips: models/tt_transformers/demo/simple_text_demo.py.
+MESH_SHAPES = {
+    "N150": (1, 1), "N300": (1, 2), "N150x4": (1, 4), "T3K": (1, 8), "TG": (8, 4),
+    "P100": (1, 1), "P150": (1, 1), "P300": (1, 2), "P150x4": (1, 4), "P150x8": (1, 8), "BHGLX": (8, 4),
+}  # fmt: skip
+WORMHOLE_BOARDS = {1: "N150", 2: "N300", 4: "N150x4", 8: "T3K", 32: "TG"}  # by chips: model_config's
+BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}  # determine_device_name
+# Bytes of a chip's memory for traces, by model and board: demo/trace_region_config.py. With too few the first trace
+# fails; with too many an 8B model and its KV cache no longer fit the 12 GB of an N150.
+TRACE_REGION_SIZE = 50_000_000
+TRACE_REGION_SIZES = {
+    "Llama-3.2-3B": {"N150": 10_000_000},
+    "Llama-3.1-8B": {"N150": 25_000_000, "N300": 38_000_000, "P150": 52_000_000, "P300": 52_000_000},
+    "70B": dict.fromkeys(MESH_SHAPES, 90_000_000) | {"P150x4": 96_000_000},
+}
+# Tokens of KV cache that fit beside the weights: vLLM's figures, generator_vllm.py's get_max_tokens_all_users.
+KV_CACHE_TOKENS, KV_CACHE_TOKENS_8B_ON_N150 = 131_072, 32_768
+BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows one model; 32 is a tile's height
+MAX_TOP_K = 32  # candidates that sampling on the card looks at
+
+
+def card_present() -> bool:
+    """Whether this machine has a Tenstorrent card, or ttnn is told to mock or simulate one."""
+    pretended = any(os.environ.get(name) for name in ("TT_METAL_MOCK_CLUSTER_DESC_PATH", "TT_METAL_SIMULATOR"))
+    return pretended or any(Path("/dev/tenstorrent").glob("*"))
+
+
+def find_tt_metal() -> Path:
+    """The tt-metal checkout, for its `models`, which no wheel has: TT_METAL_HOME, PYTHONPATH or the current folder."""
+    for folder in filter(None, [os.environ.get("TT_METAL_HOME"), *sys.path, os.getcwd()]):
+        root = Path(folder).expanduser().absolute()
+        if (root / "models" / "tt_transformers").is_dir():
+            return root
+    raise UserError(
+        "a Tenstorrent card is here, but not tt-metal's models: git clone --recursive "
+        "https://github.com/tenstorrent/tt-metal ~/tt-metal && export TT_METAL_HOME=~/tt-metal (or use --device cpu)"
+    )
+
+
+def bind_models_package(root: Path) -> None:
+    """Let `import models` find tt-metal's folder, which has no __init__.py, whatever else is called `models`.
+
+    llama-models 0.1.1 and later install a regular package of that name, which Python prefers to a namespace package
+    wherever sys.path has it. Only this process changes, and the parts of llama_models used here import no `models`.
+    """
+    path = [str(root / "models")]
+    if list(getattr(sys.modules.get("models"), "__path__", [])) == path:
+        return
+    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
+        del sys.modules[name]
+    spec = importlib.machinery.ModuleSpec("models", None, is_package=True)
+    spec.submodule_search_locations = path
+    sys.modules["models"] = importlib.util.module_from_spec(spec)
+
+
+def import_ttnn(verbose: bool) -> Any:
+    """ttnn, its loggers and progress bars silenced first unless `verbose`: it logs while it is imported."""
+    try:
+        if not verbose:
+            import loguru
+            import tqdm
+
+            loguru.logger.remove()
+            loguru.logger.add(sys.stderr, level="ERROR")
+            tqdm.tqdm.__init__ = functools.partialmethod(tqdm.tqdm.__init__, disable=True)
+            os.environ |= {"TT_METAL_LOGGER_LEVEL": "error", "TT_LOGGER_LEVEL": "error"}
+        import ttnn
+    except ImportError as error:
+        raise UserError(
+            f"a Tenstorrent card is here, but ttnn is not ({error}): pip install ttnn, or source "
+            "~/tt-metal/python_env/bin/activate (or use --device cpu)"
+        ) from error
+    return ttnn
+
+
+def choose_board(ttnn: Any, data_parallel: int) -> tuple[str, str]:
+    """The board to open, all chips of the machine or the one MESH_DEVICE names, and the board that each copy gets."""
+    chips = ttnn.get_num_devices()
+    boards = BLACKHOLE_BOARDS if "blackhole" in ttnn.get_arch_name() else WORMHOLE_BOARDS
+    board = os.environ.get("MESH_DEVICE") or boards.get(chips, "")
+    if board not in MESH_SHAPES:
+        raise UserError(f"MESH_DEVICE must name a board for this machine's {chips} chips: {', '.join(MESH_SHAPES)}")
+    rows, columns = MESH_SHAPES[board]
+    if rows * columns > chips:
+        raise UserError(f"MESH_DEVICE={board} has {rows * columns} chips, this machine {chips}: unset MESH_DEVICE")
+    if rows * columns % data_parallel:
+        raise UserError(f"--data-parallel {data_parallel} does not divide the {rows * columns} chips of {board}")
+    return board, board if data_parallel == 1 else boards.get(rows * columns // data_parallel, board)
+
+
+@contextlib.contextmanager
+def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
+    """The board's mesh, open; closed on every way out, for a card left open may need a reset."""
+    rows, columns = MESH_SHAPES[board]
+    if rows * columns > 1:  # chips talk over the fabric, which must be set before the mesh is opened
+        ring = rows > 1 and ttnn.cluster.get_cluster_type() == ttnn.cluster.ClusterType.GALAXY
+        ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_1D_RING if ring else ttnn.FabricConfig.FABRIC_1D)
+    try:
+        mesh = ttnn.open_mesh_device(ttnn.MeshShape(rows, columns), trace_region_size=trace_region_size)
+        try:
+            yield mesh
+        finally:
+            for submesh in mesh.get_submeshes():
+                ttnn.close_mesh_device(submesh)
+            ttnn.close_mesh_device(mesh)
+    finally:
+        if rows * columns > 1:
+            ttnn.set_fabric_config(ttnn.FabricConfig.DISABLED)
+
+
+def name_model(checkpoint: Checkpoint, reads_meta: bool) -> None:
+    """Tell tt-metal the model: HF_MODEL, or LLAMA_DIR for Meta's layout, which 2025-09 reads; it refuses both."""
+    folder = checkpoint.hf_folder or (checkpoint.folder if reads_meta else None)
+    if folder is None:
+        raise UserError(
+            f"this tt-metal reads Hugging Face's layout, and {checkpoint.folder} has Meta's: "
+            f"hf download meta-llama/{checkpoint.name} --local-dir ~/models/{checkpoint.name}"
+        )
+    for name in ("HF_MODEL", "LLAMA_DIR"):
+        os.environ.pop(name, None)
+    os.environ["HF_MODEL" if checkpoint.hf_folder else "LLAMA_DIR"] = str(folder)
+    if not os.access(folder, os.W_OK):  # where tt-metal keeps the converted weights by default
+        os.environ.setdefault("TT_CACHE_PATH", str(Path.home() / ".cache" / "tt_metal" / checkpoint.name))
+
+
+def wanted(work: Work) -> SamplingParams:
+    """How the item's next token is drawn: here each has one, for prompts are read whole."""
+    assert work.sampling is not None
+    return work.sampling
+
+
+class TTEngine:
+    """A Llama 3 on Tenstorrent cards: an `Engine` over the Generator of tt-metal's models.tt_transformers.
+
+    The tt-metal of 2025-09 to 2026-06 differ in their calls: what a release can do is read off its signatures.
+
+    Memory: each of the `data_parallel` copies of the model has `max_batch_size` slots and one pool of KV blocks. A
+    slot's row of the page table lists the blocks that `reserve` gave it, and is 0 from there on: block 0 is nobody's,
+    and takes what is written for the padding of prompts.
+
+    Prefill reads a prompt whole. Some releases can go on from a `start_pos`, but until 2026-09 they looked up wrong
+    blocks on some paths, silently (tt-metal #46828, #54435, #55630). The Generator cuts long prompts by itself.
+
+    Decode, traced and sampling on the card, takes tokens and positions from its own last step. It reads the host's
+    only when the batch is reset: when a request joins, leaves or changes its parameters, and at no other time.
+    """
+
+    splits_prompts = False
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        max_batch_size: int,
+        max_seq_len: int,
+        progress: Progress,
+        *,
+        accuracy: bool = False,
+        data_parallel: int = 1,
+        trace: bool = True,
+        verbose: bool = False,
+    ) -> None:
+        """Open the card, load the model, compile and trace it; tell `progress` of each.
+
+        Raises UserError where the user can help. After any exception, KeyboardInterrupt too, the card is closed again.
+        """
+        if max_batch_size not in BATCH_SIZES:
+            raise UserError(f"a card decodes {', '.join(map(str, BATCH_SIZES))} slots together, not {max_batch_size}")
+        self.max_batch_size = max_batch_size * data_parallel
+        self.max_seq_len = max_seq_len
+        self._slots_per_copy = max_batch_size
+        self._traced = trace and "TT_METAL_SLOW_DISPATCH_MODE" not in os.environ
+        self._generator: Any = None
+        self._opened = contextlib.ExitStack()
+        try:
+            self._load(checkpoint, accuracy, data_parallel, verbose, progress)
+            self._warm_up(progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(
+        self, checkpoint: Checkpoint, accuracy: bool, data_parallel: int, verbose: bool, progress: Progress
+    ) -> None:
+        root = find_tt_metal()
+        ttnn = import_ttnn(verbose)
+        bind_models_package(root)
+        try:
+            from models.tt_transformers.tt import common, generator, model_config
+        except ImportError as error:
+            raise UserError(
+                f"tt-metal's models do not import ({error}): check out your ttnn's version in {root}, git submodule "
+                "update --init, pip install 'llama-models<0.1'"
+            ) from error
+        name_model(checkpoint, reads_meta="LLAMA_DIR" in inspect.getsource(model_config.ModelArgs))
+
+        board, board_of_copy = choose_board(ttnn, data_parallel)
+        self.device = board.lower()
+        sizes = next((sizes for name, sizes in TRACE_REGION_SIZES.items() if name in checkpoint.name), {})
+        trace_region_size = sizes.get(board_of_copy, TRACE_REGION_SIZE) if self._traced else 0
+        tight = board_of_copy == "N150" and "8B" in checkpoint.name
+        pool = KV_CACHE_TOKENS_8B_ON_N150 if tight else KV_CACHE_TOKENS
+        self.max_seq_len = min(self.max_seq_len, pool)
+        # Prompts are padded to powers of two, as far as which the rotary tables, the page table and the pool must all
+        # reach. At least 8 blocks, for a row of the page table is read in units of 32 bytes.
+        padded_seq_len = 1 << (max(self.max_seq_len, 8 * BLOCK_SIZE) - 1).bit_length()
+        blocks = 1 + min(pool, self._slots_per_copy * padded_seq_len) // BLOCK_SIZE  # the first is nobody's
+
+        progress(f"opening {board}")
+        mesh = self._opened.enter_context(open_mesh(ttnn, board, trace_region_size))
+        progress(f"loading {checkpoint.name}")
+        precision = model_config.DecodersPrecision.accuracy if accuracy else model_config.DecodersPrecision.performance
+        models, model_args, kv_cache, state_dict = [], [], [], None
+        for submesh in generator.create_submeshes(mesh, data_parallel):
+            args, model, cache, state_dict = common.create_tt_model(
+                submesh,
+                instruct=True,
+                max_batch_size=self._slots_per_copy,
+                optimizations=lambda args: precision(args.n_layers, args.model_name),
+                max_seq_len=padded_seq_len,
+                paged_attention_config=common.PagedAttentionConfig(block_size=BLOCK_SIZE, max_num_blocks=blocks),
+                dtype=ttnn.bfloat8_b,
+                state_dict=state_dict,  # None for the first copy, which reads the checkpoint for all
+            )
+            models.append(model)
+            model_args.append(args)
+            kv_cache.append(cache)
+        self._generator = generator.Generator(models, model_args, mesh)
+        # The Generator would warm up all lengths within its first prefill; _warm_up does, and says how far it is.
+        self._generator.prefill_traces_warmup = self._generator.already_warmed_up_prefill = True
+        longest = min(self.max_seq_len, args.max_prefill_chunk_size)  # longer prompts are read in pieces of this
+        lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
+        self._prompt_lengths = sorted({common.get_padded_prefill_len(length) for length in lengths})
+
+        self._free_blocks = [list(range(blocks - 1, 0, -1)) for _ in range(data_parallel)]  # per copy
+        self._blocks: list[list[int]] = [[] for _ in range(self.max_batch_size)]  # per slot
+        # Written in place, so that a call costs no more than its changes. An idle slot's position is -1.
+        self._page_table = torch.zeros(self.max_batch_size, padded_seq_len // BLOCK_SIZE, dtype=torch.int32)
+        self._tokens = torch.zeros(self.max_batch_size, 1, dtype=torch.int64)
+        self._positions = torch.full((self.max_batch_size,), -1, dtype=torch.int64)
+        self._decoding: dict[int, SamplingParams] = {}  # the slots of the last decode step
+
+        prefill = self._generator.prefill_forward_text  # a name in a signature counts; **kwargs there only passes on
+        decode = getattr(self._generator, "decode_forward_text", self._generator.decode_forward)
+        prefill_names, decode_names = inspect.signature(prefill).parameters, inspect.signature(decode).parameters
+        traced = {"enable_trace": self._traced}
+        self._prefill_forward = functools.partial(
+            prefill, kv_cache=kv_cache, **(traced if "enable_trace" in prefill_names else {})
+        )
+        self._decode_forward = functools.partial(
+            decode, self._tokens, self._positions, page_table=self._page_table, kv_cache=kv_cache, **traced
+        )
+        # Before reset_batch, in 2025-09, the card's sampling was greedy for all slots or none: the host samples there.
+        self._card_samples = "reset_batch" in decode_names and models[0]._supports_on_device_sampling
+        self._card_samples_prefill = self._card_samples and "sampling_params" in prefill_names
+        self._card_sampling_params = generator.SamplingParams
+        self._sampling_of_batch: Any = None
+
+    def _warm_up(self, progress: Progress) -> None:
+        """Run every padded prompt length and the decode step: compiled and traced before the first request comes."""
+        sampling = SamplingParams(temperature=1.0)
+        for number, length in enumerate(self._prompt_lengths):
+            progress(f"compiling prompts of {length} tokens", number / (len(self._prompt_lengths) + 1))
+            for slot in range(0, self.max_batch_size, self._slots_per_copy):  # each copy has its own traces
+                self._prefill(Work(slot, [0] * length, 0, sampling))
+        progress(f"compiling decode of {self.max_batch_size} slots")
+        for position in (0, 1):  # captured, then replayed
+            self._decode([Work(slot, [0], position, sampling) for slot in range(self.max_batch_size)])
+        self._decoding = {}
+
+    def reserve(self, slot: int, length: int) -> bool:
+        """Give the slot so many blocks as `length` tokens take; False while its pool lacks them."""
+        blocks, free = self._blocks[slot], self._free_blocks[slot // self._slots_per_copy]
+        wanted = -(-length // BLOCK_SIZE)
+        if wanted - len(blocks) > len(free):
+            return False
+        while len(blocks) < wanted:
+            blocks.append(free.pop())
+        while len(blocks) > wanted:
+            free.append(blocks.pop())
+        self._page_table[slot] = 0
+        self._page_table[slot, :wanted] = torch.tensor(blocks)
+        return True
+
+    def release(self, slot: int) -> None:
+        """Give the slot's blocks back to its copy's pool."""
+        self.reserve(slot, 0)
+
+    def step(self, batch: Sequence[Work]) -> list[int]:
+        """Prefill the batch's prompts, which are whole, one by one; then decode its other slots together.
+
+        Returns the next token of each item. After an exception the engine is fit for the next step, though what the
+        slots of this one hold is unknown.
+        """
+        tokens = {work.slot: self._prefill(work) for work in batch if not work.position}
+        if decoding := [work for work in batch if work.position]:
+            tokens |= self._decode(decoding)
+        return [tokens[work.slot] for work in batch]
+
+    def _prefill(self, work: Work) -> int:
+        self._decoding.pop(work.slot, None)  # a request joins, even one with its predecessor's slot and parameters
+        on_card = {"sampling_params": self._sampling_on_card([work])} if self._card_samples_prefill else {}
+        output = self._prefill_forward(
+            torch.tensor([list(work.tokens)]),
+            page_table=self._page_table[work.slot : work.slot + 1],
+            prompt_lens=[len(work.tokens)],
+            empty_slots=[work.slot],
+            **on_card,
+        )
+        if on_card:
+            return int(output[0])  # (tokens [1, 1], log_probs)
+        return sample(output.view(1, -1), [wanted(work)], [len(work.tokens)])[0]  # logits [1, 1, vocab]
+
+    def _decode(self, batch: Sequence[Work]) -> dict[int, int]:
+        """One step of these slots, the others idle: each slot's next token."""
+        batch = sorted(batch, key=operator.attrgetter("slot"))
+        decoding = {work.slot: wanted(work) for work in batch}
+        reset_batch = decoding != self._decoding
+        self._decoding = {}  # until the step has succeeded
+        if reset_batch:
+            self._positions.fill_(-1)
+            # Until 2026-02, reset_batch renews no more than the seeds; a page table that differs from this, the rest.
+            self._generator.prev_page_table = None
+            if self._card_samples:
+                self._sampling_of_batch = self._sampling_on_card(batch, range(self.max_batch_size))
+        slots = torch.tensor(list(decoding))
+        self._tokens[slots] = torch.tensor([list(work.tokens) for work in batch])
+        self._positions[slots] = torch.tensor([work.position for work in batch])
+        on_card = {"sampling_params": self._sampling_of_batch, "reset_batch": reset_batch} if self._card_samples else {}
+        output = self._decode_forward(**on_card)
+        output = output[0] if isinstance(output, tuple) else output  # the other is log_probs
+        if on_card:  # tokens [slots]
+            tokens = output.tolist()
+            next_tokens = {slot: tokens[slot] for slot in decoding}
+        else:  # logits [slots, 1, vocab], megabytes, of which a full batch needs no copy
+            logits = output[:, 0] if len(decoding) == self.max_batch_size else output[slots, 0]
+            sampled = sample(logits, list(decoding.values()), [work.position + 1 for work in batch])
+            next_tokens = dict(zip(decoding, sampled))
+        self._decoding = decoding
+        return next_tokens
+
+    def _sampling_on_card(self, batch: Sequence[Work], slots: Sequence[int] = ()) -> Any:
+        """tt-metal's SamplingParams: lists with an entry per item, or per slot, where idle ones are greedy.
+
+        Seeds: since 2026-06 (their default is None) the card draws each token's from the request's and its position,
+        and traces the sampling only while no slot has one: greedy slots go without. Before, a reset seeds all slots
+        anew; mixed with the position, or each request that joins would make the others draw the same numbers again.
+        """
+        by_position = self._card_sampling_params.seed is None
+        greedy: tuple[float, int, float, int | None] = (0.0, 1, 1.0, None if by_position else 0)
+        entries = dict.fromkeys(slots, greedy)
+        for work in batch:
+            sampling = wanted(work)
+            entries[work.slot] = greedy
+            if not sampling.greedy:
+                k = min(sampling.top_k or MAX_TOP_K, MAX_TOP_K)
+                base = random.random() if sampling.seed is None else sampling.seed
+                mixed = sampling.seed if by_position else hash((base, work.position)) % 1_000_000 + 1
+                entries[work.slot] = (sampling.temperature, k, sampling.top_p, mixed)
+        temperature, top_k, top_p, seed = map(list, zip(*entries.values()))
+        return self._card_sampling_params(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+
+    def close(self) -> None:
+        """Release the traces, close the card, put the fabric back; a second call does nothing."""
+        for name in ("_generator", "_prefill_forward", "_decode_forward"):
+            self.__dict__.pop(name, None)
+        gc.collect()  # the Generator's destructor releases its traces, which must come before the mesh is closed
+        self._opened.close()
 
 
 # ======================================================================================================================
@@ -967,7 +1356,7 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
 
 
 class DemoLessons:
-    """Random conversations to learn from, in the ids of a small vocabulary: the tokens that occur, and one for all others.
+    """Random conversations to learn from, in ids of a small vocabulary: the tokens that occur, and one for all others.
 
     Half of the questions are the corpus's own; the others have tokens that it does not know, or make no sense, and are
     answered with DEMO_OTHERWISE.
@@ -1234,25 +1623,26 @@ class Pace:
     each prompt token adds.
     """
 
-    def __init__(self, prefill_chunk: int) -> None:
-        self._chunk = prefill_chunk
+    CHUNK = 512  # prompt tokens that are read at once, at most: more are no faster, and take longer to give up
+
+    def __init__(self) -> None:
         self._decode: float | None = None
         self._token: float | None = None
 
     def budget(self, streaming: bool) -> int:
         """Prompt tokens for the next step."""
         if not streaming:
-            return self._chunk
+            return self.CHUNK
         if not self._decode or not self._token:
-            return min(8, self._chunk)  # until it is known what one costs
-        return max(8, min(self._chunk, int(self._decode / self._token)))
+            return min(8, self.CHUNK)  # until it is known what one costs
+        return max(8, min(self.CHUNK, int(self._decode / self._token)))
 
     def observe(self, seconds: float, streams: int, prompt_tokens: int) -> None:
         """Learn from a step."""
         if not prompt_tokens:
             self._decode = seconds if self._decode is None else 0.8 * self._decode + 0.2 * seconds
         elif streams and self._decode is not None:
-            cost = max((seconds - self._decode) / prompt_tokens, self._decode / self._chunk)
+            cost = max((seconds - self._decode) / prompt_tokens, self._decode / self.CHUNK)
             self._token = cost if self._token is None else 0.8 * self._token + 0.2 * cost
 
 
@@ -1264,6 +1654,7 @@ class Scheduler:
     """
 
     FAILURES = 3  # failed steps in a row after which the engine is given up
+    STALL_SECONDS = 120.0  # that a step may take before the device is taken to hang
 
     def __init__(
         self,
@@ -1272,11 +1663,10 @@ class Scheduler:
         progress: Progress,
         notify: Callable[[str], None] = lambda event: None,
     ) -> None:
-        self.state = "loading"
-        self.error = ""  # why it is unhealthy
+        self._state = "loading"
+        self._error = ""
         self.failure: BaseException | None = None  # why loading failed
         self.doing: tuple[str, float | None] = ("starting", None)
-        self.since = time.monotonic()  # of the state
         self.max_queue = max_queue
         self.max_seq_len = 0
         self.device = ""
@@ -1287,6 +1677,7 @@ class Scheduler:
         self._queue: deque[Generation] = deque()
         self._wake = threading.Condition()  # guards the state, the queue, and who is in which slot
         self._failures = 0
+        self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.ended = False
 
@@ -1296,6 +1687,18 @@ class Scheduler:
 
     # What the handlers' threads call:
 
+    @property
+    def state(self) -> str:
+        """ "loading", "healthy", "unhealthy" or "stopping"."""
+        return "unhealthy" if self._state == "healthy" and self.error else self._state
+
+    @property
+    def error(self) -> str:
+        """Why it is unhealthy: the engine has failed for good, or does not come back from a step."""
+        began = self._step_began
+        seconds = time.monotonic() - began if began else 0.0
+        return f"a step has not returned for {seconds:.0f} seconds" if seconds > self.STALL_SECONDS else self._error
+
     def submit(self, generation: Generation) -> None:
         """Queue a request. Raises Unavailable where it cannot be taken now, TooLong where it never fits."""
         with self._wake:
@@ -1304,9 +1707,10 @@ class Scheduler:
             if wanted > self.max_seq_len:
                 raise TooLong(
                     f"the prompt has {len(generation.prompt)} tokens and max_tokens is {generation.max_tokens}: "
-                    f"together {wanted}, and the context holds {self.max_seq_len}; shorten the prompt or lower max_tokens"
+                    f"together {wanted}, and the context holds {self.max_seq_len}: shorten it or lower max_tokens"
                 )
-            if len(self._queue) >= self.max_queue:
+            free = len(self._slots) - self.slots()["busy"]  # those in front of the queue have a slot, all but
+            if len(self._queue) >= self.max_queue + free:
                 raise Unavailable(f"the queue is full ({self.max_queue} requests wait): try again in a moment")
             self._queue.append(generation)
             self._wake.notify()
@@ -1333,8 +1737,8 @@ class Scheduler:
     def stop(self, drain: bool) -> None:
         """Take no more requests and end: with `drain` after those in flight, else after the step under way."""
         with self._wake:
-            if self.state in ("loading", "healthy"):
-                self._set_state("stopping")
+            if self._state in ("loading", "healthy"):
+                self._state = "stopping"
             for generation in [*self._queue, *(slot.generation for slot in self._slots)]:
                 if generation and not drain:
                     generation.cancelled = True
@@ -1351,11 +1755,8 @@ class Scheduler:
 
     # The scheduler's own thread:
 
-    def _set_state(self, state: str) -> None:
-        self.state, self.since = state, time.monotonic()
-
     def _report(self, doing: str, done: float | None = None) -> None:
-        if self.state == "stopping":
+        if self._state == "stopping":
             raise LoadingStopped
         self.doing = (doing, done)
         self._progress(doing, done)
@@ -1367,8 +1768,8 @@ class Scheduler:
                 with self._wake:
                     self._slots = [Slot(index) for index in range(engine.max_batch_size)]
                     self.max_seq_len, self.device = engine.max_seq_len, engine.device
-                    if self.state == "loading":
-                        self._set_state("healthy")
+                    if self._state == "loading":
+                        self._state = "healthy"
                 self._progress("ready", 1.0)
                 self._notify("ready")
                 self._serve(engine)
@@ -1382,26 +1783,28 @@ class Scheduler:
             self._notify("ended")
 
     def _serve(self, engine: Engine) -> None:
-        pace = Pace(engine.prefill_chunk)
+        pace = Pace()
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._queue or self.state != "healthy" or self.slots()["busy"])
+                self._wake.wait_for(lambda: self._queue or self._state != "healthy" or self.slots()["busy"])
                 self._drop_cancelled()
                 self._admit()
-                if self.state != "healthy" and not self._queue and not self.slots()["busy"]:
+                if self._state != "healthy" and not self._queue and not self.slots()["busy"]:
                     return
             batch = self._plan(pace)
             if not batch:
                 continue
-            started = time.monotonic()
+            self._step_began = began = time.monotonic()
             try:
                 tokens = engine.step(batch)
             except Exception as error:
                 self._step_failed(batch, error)
                 continue
+            finally:
+                self._step_began = None
             self._failures = 0
             streams = sum(len(work.tokens) == 1 for work in batch)
-            pace.observe(time.monotonic() - started, streams, sum(len(work.tokens) for work in batch) - streams)
+            pace.observe(time.monotonic() - began, streams, sum(len(work.tokens) for work in batch) - streams)
             self._deliver(batch, tokens)
 
     def _drop_cancelled(self) -> None:
@@ -1463,10 +1866,10 @@ class Scheduler:
         batch = []
         for slot in [*streams, *sorted(prompts, key=lambda slot: slot.generation.submitted if slot.generation else 0)]:
             assert slot.generation is not None
-            count = slot.pending if slot.pending == 1 else min(slot.pending, budget)
-            if not count:
-                break
+            count = slot.pending if slot.pending == 1 or not self._engine.splits_prompts else min(slot.pending, budget)
             if slot.pending > 1:
+                if budget <= 0:
+                    break
                 budget -= count
             tokens = slot.tokens[slot.held : slot.held + count]
             batch.append(
@@ -1493,8 +1896,11 @@ class Scheduler:
         assert slot.generation is not None
         slot.generation.finish(reason)
         slot.generation, slot.used = None, time.monotonic()
-        del slot.tokens[slot.held :]
-        self._reserve(slot, slot.held)
+        if self._engine.splits_prompts:
+            del slot.tokens[slot.held :]
+            self._reserve(slot, slot.held)
+        else:
+            self._forget(slot)
 
     def _step_failed(self, batch: list[Work], error: Exception) -> None:
         """The requests of the step fail, and what their slots hold is not trusted; the others go on."""
@@ -1508,9 +1914,9 @@ class Scheduler:
 
     def _give_up(self, error: str) -> None:
         with self._wake:
-            self.error = error
-            if self.state != "stopping":
-                self._set_state("unhealthy")
+            self._error = error
+            if self._state != "stopping":
+                self._state = "unhealthy"
             for generation in self._queue:
                 generation.finish("error")
             self._queue.clear()
@@ -1659,12 +2065,11 @@ class ChatRequest:
 
 def read_sampling(fields: Fields, temperature: float, top_p: float) -> SamplingParams:
     """The sampling fields, which all dialects share; the two arguments are the dialect's defaults."""
-    seed = fields.integer("seed", None, -(2**63), 2**64 - 1)
     return SamplingParams(
         temperature=fields.number("temperature", temperature, 0, 2),
         top_p=fields.number("top_p", top_p, 0, 1),
         top_k=fields.integer("top_k", 0, 0, VOCAB_SIZE) or 0,
-        seed=secrets.randbits(32) if seed is None else seed,
+        seed=fields.integer("seed", None, -(2**63), 2**64 - 1),
     )
 
 
@@ -1926,13 +2331,13 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, content_type: str, **headers: str) -> None:
         """Send a whole answer."""
-        self._start(status, content_type, {"Content-Length": str(len(body)), **headers})
+        self._start(status, content_type, headers if status == 204 else {"Content-Length": str(len(body)), **headers})
         if self.command != "HEAD":
             self.wfile.write(body)
         self.wfile.flush()
 
     def _write_piece(self, data: bytes, last: bool = False) -> None:
-        """Send a piece of a streamed answer. The header leaves with the first: a failure before it has its own status."""
+        """Send a piece of a streamed answer. The header leaves with the first: a failure before it has a status."""
         chunked = self.request_version != "HTTP/1.0"
         if not self.streaming:
             self.streaming = True
@@ -2157,6 +2562,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"tokens of a prompt and its answer (default: the model's own, {DEFAULT_MAX_SEQ_LEN} at most)",
     )
     add("--max-queue", type=count(0, 1_000_000), default=256, help="requests that may wait for a slot (default: 256)")
+    add("--accuracy", action="store_true", help="card: tt-metal's settings for accuracy rather than for performance")
+    add(
+        "--data-parallel",
+        type=count(1, 32),
+        default=1,
+        metavar="N",
+        help="card: N copies of the model, each on its chips",
+    )
+    add("--no-trace", action="store_true", help="card: do without traces, to debug; slower")
     add("--verbose", action="store_true", help="log more: prompts, and why requests were refused")
     add("--version", action="version", version=f"tt_api_server {__version__}")
     return parser.parse_args(arguments)
@@ -2201,13 +2615,39 @@ class Terminal:
             self._shown = doing
 
 
-def open_engine(checkpoint: Checkpoint, options: argparse.Namespace, progress: Progress) -> Engine:
-    """Load the model on the device that the options ask for."""
+def choose_device(options: argparse.Namespace, found: Checkpoint | None) -> str:
+    """ "tt" or "cpu". A card is never passed over in silence: what it lacks is an error that says how to get it."""
+    if options.device == "cpu" or (options.device == "auto" and not card_present()):
+        return "cpu"
+    if not card_present():
+        raise UserError("no Tenstorrent card is here (/dev/tenstorrent is empty): use --device cpu")
+    if found is None:
+        raise UserError(
+            "a Tenstorrent card is here, but no model is named: --model ~/models/Llama-3.1-8B-Instruct, "
+            "or --device cpu for the demo"
+        )
+    find_tt_metal()
+    return "tt"
+
+
+def open_engine(checkpoint: Checkpoint, device: str, options: argparse.Namespace, progress: Progress) -> Engine:
+    """Load the model on the device."""
     longest = checkpoint.config.max_position
     if (options.max_seq_len or 0) > longest:
         raise UserError(f"--max-seq-len {options.max_seq_len} is more than the model was made for: {longest} at most")
     max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
-    return TorchEngine(checkpoint, options.max_batch_size, max_seq_len, progress)
+    if device == "cpu":
+        return TorchEngine(checkpoint, options.max_batch_size, max_seq_len, progress)
+    return TTEngine(
+        checkpoint,
+        options.max_batch_size,
+        max_seq_len,
+        progress,
+        accuracy=options.accuracy,
+        data_parallel=options.data_parallel,
+        trace=not options.no_trace,
+        verbose=options.verbose,
+    )
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -2216,9 +2656,11 @@ def serve(options: argparse.Namespace) -> int:
     host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
     url = f"http://{host}:{server.server_port}"
     found = find_checkpoint(options.model)
+    device = choose_device(options, found)
     print("Llama API Server on Tenstorrent\n" + "=" * 60)
     if found:
-        print(f"Model:  {found.name}, {found.folder}" + (f" ({found.note})" if found.note else ""))
+        note = f" ({found.note})" if found.note and device == "cpu" else ""
+        print(f"Model:  {found.name}, {found.folder}{note}")
     else:
         print(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served instead")
     print(f"Health: {url}/health, while it loads too\n", flush=True)
@@ -2232,7 +2674,7 @@ def serve(options: argparse.Namespace) -> int:
             server.note = DEMO_NOTE
         progress("loading the tokenizer")
         server.tokenizer = ChatTokenizer(checkpoint.tokenizer_model)
-        return open_engine(checkpoint, options, progress)
+        return open_engine(checkpoint, device, options, progress)
 
     # What happens to the process: "signal" from Ctrl+C and SIGTERM, "ready" and "ended" from the scheduler.
     events: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -2263,7 +2705,7 @@ def serve(options: argparse.Namespace) -> int:
 
 def stop(scheduler: Scheduler, events: queue.SimpleQueue[str], status: int) -> int:
     """Let the requests in flight finish, within DRAIN_SECONDS and until the next signal; returns the exit status."""
-    for drain, seconds in ((True, DRAIN_SECONDS), (False, 10)):
+    for drain, seconds in ((True, 0 if scheduler.error else DRAIN_SECONDS), (False, 10)):
         scheduler.stop(drain)
         with contextlib.suppress(queue.Empty):
             event = events.get(timeout=seconds)
@@ -2303,4 +2745,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is closed that needs closing. The interpreter's own way out would wait for threads in the middle of a load,
+    # and print pages of warnings about what ttnn's bindings still hold.
+    os._exit(exit_status)
