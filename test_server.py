@@ -1988,7 +1988,7 @@ class CliTest(unittest.TestCase):
         self.assertNotIn("PyTorch", ended.stdout + ended.stderr)
         line = ended.stderr.strip().splitlines()[-1]
         self.assertIn(f"port {port} is in use", line)
-        command = re.search(r"python3 tt_api_server\.py .*--port (\d+)", line)
+        command = re.search(r"python3 \S*tt_api_server\.py .*--port (\d+)$", line)
         assert command, line
         with socket.create_server(("127.0.0.1", int(command[1]))):
             pass  # it is free

@@ -656,35 +656,32 @@ class TorchEngine:
         # bfloat16 where the processor multiplies it: elsewhere it is emulated, many times slower than float32.
         fast_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if fast_bfloat16 else torch.float32
-        read = checkpoint.open_weights()
-
-        def weight(name: str) -> torch.Tensor:
-            return read(f"{name}.weight").to(self.dtype)
-
-        # Rows are gathered straight from the mapped file, of which only those that are read take memory.
-        self.embedding = read("tok_embeddings.weight")
         self.layers = []
         for i in range(config.n_layers):
             progress("loading the weights", i / config.n_layers)
-            self.layers.append(self._read_layer(weight, f"layers.{i}."))
-        self.norm = weight("norm")
-        self.output = linear(weight("output"))
+            # Mapped anew for each layer: what was read of a mapping stays in memory as long as the mapping does.
+            self.layers.append(self._read_layer(checkpoint.open_weights(), f"layers.{i}."))
+        weight = checkpoint.open_weights()
+        self.norm = weight("norm.weight").clone().to(self.dtype)
+        self.output = linear(weight("output.weight").to(self.dtype))
+        # Rows are gathered straight from the mapped file, of which only those that are read take memory.
+        self.embedding = checkpoint.open_weights()("tok_embeddings.weight")
         self.cos, self.sin = rotary_tables(config, max_seq_len)
         shape = (max_batch_size, max_seq_len, config.n_kv_heads, config.head_dim)
         self.keys = [lazy_zeros(shape, self.dtype) for _ in self.layers]
         self.values = [lazy_zeros(shape, self.dtype) for _ in self.layers]
 
-    @staticmethod
-    def _read_layer(weight: Callable[[str], torch.Tensor], prefix: str) -> Layer:
-        query_key_value = [weight(f"{prefix}attention.{name}") for name in ("wq", "wk", "wv")]
-        gate_up = [weight(f"{prefix}feed_forward.{name}") for name in ("w1", "w3")]
+    def _read_layer(self, read: Callable[[str], torch.Tensor], prefix: str) -> Layer:
+        def weight(*names: str) -> torch.Tensor:  # one copy, below the others where there are several
+            return torch.cat([read(f"{prefix}{name}.weight") for name in names]).to(self.dtype)
+
         return Layer(
-            attention_norm=weight(f"{prefix}attention_norm"),
-            query_key_value=linear(torch.cat(query_key_value)),
-            output=linear(weight(f"{prefix}attention.wo")),
-            ffn_norm=weight(f"{prefix}ffn_norm"),
-            gate_up=linear(torch.cat(gate_up)),
-            down=linear(weight(f"{prefix}feed_forward.w2")),
+            attention_norm=weight("attention_norm"),
+            query_key_value=linear(weight("attention.wq", "attention.wk", "attention.wv")),
+            output=linear(weight("attention.wo")),
+            ffn_norm=weight("ffn_norm"),
+            gate_up=linear(weight("feed_forward.w1", "feed_forward.w3")),
+            down=linear(weight("feed_forward.w2")),
         )
 
     def step(self, batch: Sequence[Work]) -> list[int]:
@@ -2187,7 +2184,6 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         """Answer the request whose header has just been read."""
-        self.began = time.monotonic()
         self.status, self.outcome, self.streaming, self.dialect = 0, "", False, ChatDialect()
         try:
             with self.server.request_in_flight():
@@ -2215,11 +2211,11 @@ class ApiHandler(BaseHTTPRequestHandler):
             endpoints = ", ".join(f"{method} {known}" for known, (method, _) in ROUTES.items())
             raise ApiError(404, f"there is no {printable(path)} here: the endpoints are {endpoints}")
         method, answer = ROUTES[path]
-        allowed = ", ".join(["OPTIONS", "GET", "HEAD"] if method == "GET" else ["OPTIONS", method])
+        allowed = ["OPTIONS", "GET", "HEAD"] if method == "GET" else ["OPTIONS", method]
         if self.command == "OPTIONS":
-            self._send(204, b"", "", Allow=allowed, **self._preflight(method))
+            self._send(204, b"", "", Allow=", ".join(allowed), **self._preflight(method))
         elif self.command not in allowed:
-            raise ApiError(405, f"{path} takes {method}, not {printable(self.command)}", Allow=allowed)
+            raise ApiError(405, f"{path} takes {method}, not {self.command}", Allow=", ".join(allowed))
         else:
             answer(self, body)
 
@@ -2285,6 +2281,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         """The one path of a request for text, in any dialect, streamed or not."""
         self.dialect = dialect
         request = dialect.read(Fields(self._json_object(body)))
+        logger.debug("%s", request)
         answer = self.server.submit(request, dialect.default_max_tokens)
         try:
             for piece in answer.pieces(self._check_client):
@@ -2379,7 +2376,7 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """http.server's own refusals, of what is not HTTP, in our form."""
-        self.began, self.outcome, self.streaming, self.dialect = time.monotonic(), "", False, ChatDialect()
+        self.outcome, self.streaming, self.dialect = "", False, ChatDialect()
         self.close_connection = True
         if self.request_version == "HTTP/0.9":  # which has no header: what http.server takes a bad line for
             self.request_version = "HTTP/1.0"
