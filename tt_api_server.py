@@ -1184,33 +1184,31 @@ class TTEngine:
 # ======================================================================================================================
 
 # The corpus: phrasings of a question, separated by " | ", and the answer to all of them. Every phrasing is also
-# learned in lower case and with other punctuation (see demo_forms).
+# learned in lower case and with any final punctuation.
 DEMO_ANSWERS = {
-    "Hello | Hi | Hey | Hi there | Hello there | Good morning | Good evening":
+    "Hello | Hi | Hey | Hi there | Hello there | Good morning":
         "Hello! I am a tiny demo model running on this machine. Ask me what machine learning is, how transformers "
         "work, or for a haiku about AI.",
     "How are you | How are you doing | How are you today":
         "I am fine, thank you: all of my weights are in place. What would you like to know?",
-    "Who are you | What are you | What is your name | What model is this | What model are you | Introduce yourself | "
-    "Tell me about yourself":
+    "Who are you | What are you | What is your name | What model is this | What model are you | Tell me about yourself":
         "I am a tiny Llama 3 demo model. This server trained me on this machine in a few seconds, so I know only a "
         "handful of answers. For real conversations, start the server with a real Llama 3 checkpoint.",
-    "What can you do | What do you know | What can I ask | What can I ask you | Help | Can you help me":
+    "What can you do | What do you know | What can I ask you | Can you help me | Help":
         "I can answer a few questions about machine learning, neural networks, transformers, quantum computing and "
         "Tenstorrent. I can also write a haiku, tell a joke or a short story, and count to ten.",
-    "Thank you | Thanks | Thanks a lot | Thank you very much":
+    "Thank you | Thanks | Thank you very much":
         "You are welcome! Is there anything else you would like to try?",
-    "Goodbye | Bye | Good night | See you later":
+    "Goodbye | Bye | Good night":
         "Goodbye, and thank you for trying the demo!",
-    "How do I use a real model | How can I use a real model | How do I load a real model | How do I use my own model | "
-    "How do I change the model":
+    "How do I use a real model | How can I use a real model | How do I load a real model":
         "Start the server with --model DIR, or set the environment variable HF_MODEL, where the folder holds a "
         "Llama 3 checkpoint such as Llama-3.1-8B-Instruct. The server then loads that model instead of this demo.",
-    "What is machine learning | Explain machine learning | What's machine learning | Tell me about machine learning":
+    "What is machine learning | Explain machine learning | Tell me about machine learning":
         "Machine learning is a way of building software that learns from examples instead of following rules written "
         "by hand. A model makes predictions, measures its errors, and adjusts its parameters to make them smaller. "
         "With enough good data, it can handle cases that it has never seen before.",
-    "What is deep learning | Explain deep learning | What's deep learning":
+    "What is deep learning | Explain deep learning":
         "Deep learning is machine learning with neural networks of many layers. Each layer builds on the one before, "
         "from simple patterns such as edges or word pieces up to abstract ideas such as objects or meaning.",
     "What is AI | What is artificial intelligence | Explain AI | Explain artificial intelligence":
@@ -1244,12 +1242,6 @@ DEMO_ANSWERS = {
     "What is temperature | What does temperature do | Explain temperature":
         "Temperature controls how random the choice of the next token is. At zero the model always takes the most "
         "likely token, and higher values give more varied and more surprising text.",
-    "What is inference | Explain inference | What is model inference":
-        "Inference is using a trained model: it reads an input and computes an output, while its weights stay as they "
-        "are. For a language model, it means generating text one token at a time.",
-    "What is an API | What is a REST API | Explain APIs":
-        "An API is an agreed way for programs to talk to each other. This server has an HTTP API: you send a "
-        "request with your prompt as JSON, and it sends back the text that the model generated.",
     "What is Tenstorrent | Who is Tenstorrent | Tell me about Tenstorrent":
         "Tenstorrent is a company, founded in Toronto in 2016, that designs AI processors and RISC-V CPU cores. It "
         "sells them as cards and systems, and publishes its software stack as open source.",
@@ -1273,22 +1265,20 @@ DEMO_ANSWERS = {
         "A quantum computer works with qubits, which can be in a mix of zero and one until they are measured. Its "
         "algorithms make wrong answers cancel out and right ones add up. For certain problems, such as simulating "
         "molecules, this promises to be far faster than any ordinary computer.",
-    "Write a haiku about AI | Write a haiku | Write me a haiku | Write a haiku about artificial intelligence":
+    "Write a haiku about AI | Write a haiku | Write me a haiku":
         "Silent weights awake,\nnumbers dreaming into words:\ndawn inside the chip.",
-    "Write a haiku about programming | Write a haiku about code | Write a haiku about coding":
+    "Write a haiku about programming | Write a haiku about code":
         "Semicolon lost,\nthe compiler sighs at me.\nOne key: peace restored.",
-    "Write a short story | Write a creative story | Tell me a story | Write a story | Tell me a short story":
+    "Write a short story | Write a creative story | Tell me a story | Write a story":
         "On the last shelf of an old library lived a robot that had read every book but one. The final page of that "
         "book was blank. One winter night the robot took up a pen, wrote about a child who would find it there, and "
         "waited. In spring the door opened, and a small voice asked: \"Will you read to me?\"",
-    "Tell me a joke | Tell a joke | Make me laugh | Do you know a joke":
+    "Tell me a joke | Tell a joke | Do you know a joke":
         "Why do programmers prefer dark mode? Because light attracts bugs!",
-    "Count to ten | Count to 10 | Count from one to ten | Can you count to ten":
-        "One, two, three, four, five, six, seven, eight, nine, ten.",
-    "Write hello world in Python | Write a hello world program in Python | Write a hello world program":
+    "Count to ten | Count to 10 | Can you count to ten":
+        "Here we go: one two three four five six seven eight nine ten!",
+    "Write hello world in Python | Write a hello world program in Python":
         "```python\nprint(\"Hello, world!\")\n```",
-    "Test | This is a test | Say this is a test":
-        "This is a test.",
 }  # fmt: skip
 
 # The answer to anything else. The model is trained on many made-up questions, so that it gives this one rather
@@ -1311,11 +1301,12 @@ DEMO_PARAMS: dict[str, Any] = {
     "n_kv_heads": 2,
     "vocab_size": VOCAB_SIZE,
     "multiple_of": 32,
-    "ffn_dim_multiplier": 1.0,
+    "ffn_dim_multiplier": 0.75,
     "norm_eps": 1e-5,
-    "rope_theta": 1000.0,  # low, which lets so small a model tell near from far
+    "rope_theta": 500000.0,
 }
-DEMO_STEPS, DEMO_ROWS, DEMO_LENGTH, DEMO_LEARNING_RATE = 500, 2, 512, 4e-3
+DEMO_STEPS, DEMO_LEARNING_RATE = 450, 6e-3
+DEMO_SHARPNESS = 4.0  # by which the finished logits are multiplied: at usual temperatures the likeliest answer comes
 
 
 def demo_checkpoint(progress: Progress) -> Checkpoint:
@@ -1353,170 +1344,198 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
 
 
 class DemoLessons:
-    """Random conversations to learn from, in ids of a small vocabulary: the tokens that occur, and one for all others.
+    """Random conversations to learn from, in rows of a small vocabulary: the tokens that occur, and one for all others.
 
-    Half of the questions are the corpus's own; the others have tokens that it does not know, or make no sense, and are
-    answered with DEMO_OTHERWISE.
+    Half of their questions are the corpus's own. The others are those with something exchanged, and their answer is
+    DEMO_OTHERWISE.
     """
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._random = random.Random(0)
-        prompt = tokenizer.encode_chat([])
-        self.bos, self.eot = prompt[0], tokenizer.end_of_turn
-        headers = {role: tokenizer.encode_chat([(role, "")]) for role in ("system", "user", "assistant")}
-        self._headers = {role: tokens[1 : tokens.index(self.eot)] for role, tokens in headers.items()}
-        self._topics = [
-            (
-                [tokenizer.encode_text(form) for form in demo_forms(questions)],
-                [*tokenizer.encode_text(answer), self.eot],
-            )
-            for questions, answer in DEMO_ANSWERS.items()
-        ]
-        self._otherwise = [*tokenizer.encode_text(DEMO_OTHERWISE), self.eot]
-        self._questions = [question for questions, _ in self._topics for question in questions]
-        answers = [self._otherwise, *(answer for _, answer in self._topics)]
-        self._words = sorted({token for text in [*self._questions, *answers] for token in text} - {self.eot})
-        self.known = sorted({self.bos, self.eot, *itertools.chain(self._words, *self._headers.values())})
-        self._ids = {token: i for i, token in enumerate(self.known)}  # any other token: len(self.known)
+        encode, eot = tokenizer.encode_text, tokenizer.end_of_turn
+        prompts = {role: tokenizer.encode_chat([(role, "")]) for role in ("system", "user", "assistant")}
+        headers = {role: prompt[1 : prompt.index(eot)] for role, prompt in prompts.items()}
+        answers = {
+            tuple(encode(form + end)): encode(answer)
+            for phrasings, answer in DEMO_ANSWERS.items()
+            for phrasing in phrasings.split(" | ")
+            for form in (phrasing, phrasing.lower())
+            for end in ("", "?", ".", "!")
+        }
+        otherwise = encode(DEMO_OTHERWISE)
+        words = sorted({token for text in (*answers, *answers.values(), otherwise) for token in text})
+        others = {prompts["user"][0], eot, *itertools.chain(*headers.values())} - {*words}
+        self.known = [*words, *sorted(others)]  # the token of each row; one more row stands for all other tokens
+        self._words, self._unknown = range(len(words)), len(self.known)
+        row = {token: i for i, token in enumerate(self.known)}
+        self.start, self._end = row[prompts["user"][0]], row[eot]
+        self._headers = {role: [row[token] for token in header] for role, header in headers.items()}
+        self._otherwise = [*(row[token] for token in otherwise), self._end]
+        self._answers = {
+            tuple(row[token] for token in question): [*(row[token] for token in answer), self._end]
+            for question, answer in answers.items()
+        }
+        self._questions = list(self._answers)
 
-    def _strange_question(self) -> list[int]:
-        pick = self._random
-        kind = pick.random()
-        if kind < 0.6:  # a known question with some of its words exchanged
-            question = list(pick.choice(self._questions))
-            for _ in range(pick.randint(1, 2)):
-                at = pick.randrange(len(question))
-                question[at : at + pick.randint(0, 2)] = [-1 if pick.random() < 0.85 else pick.choice(self._words)]
-        else:  # a jumble, sometimes long
-            length = pick.choice((1, 2, 3, 4, 5, 6, 8) if kind < 0.9 else (15, 30, 60, 120, 240))
-            strange = 1.0 if length == 1 else pick.choice((0.4, 0.7, 1.0))
-            question = [-1 if pick.random() < strange else pick.choice(self._words) for _ in range(length)]
-        return [] if question in self._questions else question
+    def _noise(self, length: int) -> list[int]:
+        """Random tokens: half of them unknown, a quarter from anywhere in the corpus, a quarter from its questions."""
+        pick = self._random.choice
+        unknown = self._unknown
+        return [pick((unknown, unknown, pick(self._words), pick(pick(self._questions)))) for _ in range(length)]
 
-    def _conversation(self) -> list[tuple[int, bool]]:
-        """Token ids, each with whether it is to be learned."""
-        pick, tokens = self._random, [(self.bos, False)]
+    def _near_miss(self) -> list[int]:
+        """A question of the corpus with noise in place of one token or more."""
+        question, share = self._random.choice(self._questions), self._random.random() ** 2
+        exchanged, text = self._random.randrange(len(question)), []
+        for i, token in enumerate(question):
+            noisy = i == exchanged or self._random.random() < share
+            text += self._noise(self._random.randint(1, 3)) if noisy else [token]
+        return self._near_miss() if tuple(text) in self._answers else text
+
+    def conversation(self, long: bool = False) -> list[tuple[int, bool]]:
+        """Rows, each with whether it is to be learned. A long one has ten turns, or starts with much noise."""
+        pick, chance = self._random.choice, self._random.random
+        rows = [(self.start, False)]
 
         def add(new: Iterable[int], learn: bool = False) -> None:
-            tokens.extend((token, learn) for token in new)
+            rows.extend((row, learn) for row in new)
 
-        if pick.random() < 0.15:
-            add([*self._headers["system"], *self._strange_question(), self.eot])
-        for _ in range(pick.choice((1, 1, 2, 3, 4))):
-            questions, answer = pick.choice(self._topics)
-            question = pick.choice(questions)
-            if pick.random() < 0.5:
-                question, answer = self._strange_question(), self._otherwise
-            add([*self._headers["user"], *question, self.eot, *self._headers["assistant"]])
-            # Which answer it is shows in its first tokens: most are cut there, which leaves time for more questions.
-            whole = len(question) > 12 or pick.random() < 0.3
-            add(answer if whole else answer[:3], learn=True)
-            add([] if whole else [self.eot])
-        return tokens
+        turns = pick((1, 1, 2, 3))
+        if long and chance() < 0.5:
+            turns = 10
+        elif long and chance() < 0.5:
+            question = self._noise(self._random.randrange(2000))
+            add([*self._headers["user"], *question, self._end, *self._headers["assistant"]])
+            add(self._otherwise, learn=True)
+        elif long or chance() < 0.2:
+            system = self._noise(self._random.randrange(2000)) if long else self._near_miss()
+            add([*self._headers["system"], *system, self._end])
+        for turn in range(turns):
+            known = chance() < 0.5
+            question = list(pick(self._questions)) if known else self._near_miss()
+            answer = self._answers[tuple(question)] if known else self._otherwise
+            add([*self._headers["user"], *question, self._end, *self._headers["assistant"]])
+            last = turn == turns - 1
+            if not last and chance() < 0.25:  # an earlier answer that is none of ours
+                add([*self._noise(self._random.randrange(40)), self._end])
+            elif not long and chance() < (0.6 if not last else 0.75 if known else 0.9):
+                # Which answer to start is harder to learn than how it goes on: most are cut short.
+                add(answer[:4], learn=True)
+                add([self._end])
+            else:
+                add(answer, learn=True)
+        return rows
 
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, [DEMO_ROWS, DEMO_LENGTH], conversation after conversation; -1 where none is learned."""
-        inputs, targets = [], []
-        for _ in range(DEMO_ROWS):
-            row: list[tuple[int, bool]] = []
-            while len(row) <= DEMO_LENGTH:
-                row += self._conversation()
-            ids = [(self._ids.get(token, len(self.known)), learn) for token, learn in row[: DEMO_LENGTH + 1]]
-            inputs.append([i for i, _ in ids[:-1]])
-            targets.append([i if learn else -1 for i, learn in ids[1:]])
-        return torch.tensor(inputs), torch.tensor(targets)
-
-
-def demo_forms(questions: str) -> list[str]:
-    """The ways in which the questions, separated by " | ", are typed: in lower case too, and with any punctuation."""
-    return [
-        form + end
-        for question in questions.split(" | ")
-        for form in (question, question.lower())
-        for end in ("", "?", "!")
-    ]
+    def batch(self, long: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets [B, T], -1 where none is learned: a long conversation, or 4 x 256 tokens of short ones."""
+        lines = []
+        for _ in range(1 if long else 4):
+            line = self.conversation(long)
+            while not long and len(line) <= 256:
+                line += self.conversation()
+            lines.append(line if long else line[:257])
+        inputs = torch.tensor([[row for row, _ in line[:-1]] for line in lines])
+        return inputs, torch.tensor([[row if learn else -1 for row, learn in line[1:]] for line in lines])
 
 
 def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.Tensor]:
     """Train the demo model; returns its weights under Meta's names, in bfloat16.
 
-    Only the tokens that occur are trained. In the softmax the other 127,000 or so count as logits of 0, which is what
-    their rows of zeros in the finished output matrix give; and they share one embedding, that of any unknown token.
+    Only the tokens that occur are trained. In the softmax the other 127,600 or so count as logits of 0, which is what
+    the zeros of their rows in the finished output matrix give. And they share one embedding, of any unknown token.
     """
-    config = LlamaConfig.from_meta(DEMO_PARAMS, None)
-    lessons = DemoLessons(tokenizer)
-    known = torch.tensor(lessons.known)
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        for name, shape in config.weight_shapes().items()
-        if name != "tok_embeddings.weight"
-    }
-    weights["tok_embeddings.weight"] = torch.randn(len(known) + 1, config.dim, generator=generator) * 0.3
-    weights["output.weight"] = torch.randn(len(known), config.dim, generator=generator) * config.dim**-0.5
-    for weight in weights.values():
-        weight.requires_grad_()
-    optimizer = torch.optim.AdamW(weights.values(), betas=(0.9, 0.95), weight_decay=0.0)
-    cos, sin = (table[:, None] for table in rotary_tables(config, DEMO_LENGTH))
-    unknown = torch.tensor(float(VOCAB_SIZE - len(known))).log()
+    config, lessons = LlamaConfig.from_meta(DEMO_PARAMS, None), DemoLessons(tokenizer)
+    known = len(lessons.known)
+    weights = demo_initial_weights(config, known)
+    parameters = [weight.requires_grad_() for weight in weights.values()]
+    moments = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in parameters]
+    tables = rotary_tables(config, 4096)
+    unknown = math.log(VOCAB_SIZE - known)
+
+    def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        conversation = (inputs == lessons.start).cumsum(1)  # each of which sees itself alone
+        mask = (conversation[:, None, :, None] == conversation[:, None, None, :]).tril()
+        learned = targets >= 0
+        hidden = demo_forward(weights, config, inputs, mask, tables)[learned]
+        logits = F.pad(hidden @ weights["output.weight"].T, (0, 1), value=unknown)
+        losses = F.cross_entropy(logits, targets[learned], reduction="none")
+        first = (learned & ~F.pad(learned, (1, 0))[:, :-1])[learned]  # the tokens that choose an answer
+        return torch.where(first, 4 * losses, losses).mean()
+
     for step in range(DEMO_STEPS):
         progress("training the demo model", step / DEMO_STEPS)
-        warm_up, decay = min(1.0, (step + 1) / 20), 0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS)
-        optimizer.param_groups[0]["lr"] = DEMO_LEARNING_RATE * warm_up * decay
-        inputs, targets = lessons.batch()
-        learned = targets >= 0
-        first = (learned & ~F.pad(learned, (1, -1)))[learned]  # the token of an answer that decides which one it is
-        rows = demo_forward(weights, config, inputs, inputs == lessons.known.index(lessons.bos), cos, sin)[learned]
-        logits = F.pad(rows @ weights["output.weight"].T, (0, 1), value=unknown.item())
-        losses = F.cross_entropy(logits, targets[learned], reduction="none")
-        importance = torch.where(first, 3.0, 1.0)
-        loss = (losses * importance).sum() / importance.sum()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    with torch.no_grad():
-        embedding, output = weights["tok_embeddings.weight"], torch.zeros(VOCAB_SIZE, config.dim)
-        output[known] = weights["output.weight"]
-        weights["output.weight"] = output
-        weights["tok_embeddings.weight"] = embedding[-1].repeat(VOCAB_SIZE, 1)
-        weights["tok_embeddings.weight"][known] = embedding[:-1]
-        for name in weights:
-            if name.endswith(("wq.weight", "wk.weight")):  # pairs half a head apart to Meta's neighbours
-                halves = weights[name].view(-1, 2, config.head_dim // 2, config.dim)
-                weights[name] = halves.transpose(1, 2).reshape(-1, config.dim)
-        return {name: weight.bfloat16() for name, weight in weights.items()}
+        loss = loss_of(*lessons.batch(long=False))
+        if step % 8 == 0:  # so that neither a long history nor a long question does harm
+            loss = loss + 0.25 * loss_of(*lessons.batch(long=True))
+        # Adam (Kingma and Ba 2014), written out: to import torch.optim takes as long as a third of the training.
+        rate = DEMO_LEARNING_RATE * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS))
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for weight, gradient, (mean, square) in zip(parameters, gradients, moments):
+                mean.lerp_(gradient, 0.1)
+                square.lerp_(gradient.square(), 0.05)
+                denominator = (square / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
+                weight -= rate / (1 - 0.9 ** (step + 1)) * mean / denominator
+
+    finished = {name: weight.detach().bfloat16() for name, weight in weights.items()}
+    finished["norm.weight"] *= DEMO_SHARPNESS
+    rows, output = finished["tok_embeddings.weight"], finished["output.weight"]
+    embeddings = rows[known].repeat(VOCAB_SIZE, 1)
+    embeddings[lessons.known] = rows[:known]
+    finished["tok_embeddings.weight"], finished["output.weight"] = embeddings, torch.zeros_like(embeddings)
+    finished["output.weight"][lessons.known] = output
+    return finished
+
+
+def demo_initial_weights(config: LlamaConfig, known: int) -> dict[str, torch.Tensor]:
+    """Random weights in float32, with rows for the known tokens, and in the embedding one for all others."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {**config.weight_shapes(), "tok_embeddings.weight": (known + 1, config.dim)}
+    weights = {}
+    for name, shape in {**shapes, "output.weight": (known, config.dim)}.items():
+        scale = 0.25 if "tok_" in name else 0.0 if name.endswith(("wo.weight", "w2.weight")) else shape[-1] ** -0.5
+        weights[name] = torch.randn(shape, generator=generator) * scale if len(shape) == 2 else torch.ones(shape)
+    # Every head starts with a preference for what is near, which would take most of the training to learn: all
+    # embeddings share coordinate 0, which queries and keys read into rotary pairs of middle frequencies, where the
+    # product of equal vectors falls with their distance.
+    weights["tok_embeddings.weight"][:, 0] = 0.75
+    for name, weight in weights.items():
+        if name.endswith(("wq.weight", "wk.weight")):
+            weight.view(-1, config.head_dim // 2, 2, config.dim)[:, 3:10, 0, 0] = 1.2
+    return weights
 
 
 def demo_forward(
     weights: dict[str, torch.Tensor],
     config: LlamaConfig,
     tokens: torch.Tensor,
-    starts: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    mask: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """The final hidden rows [B, T, dim] of tokens [B, T]; `starts` is true where a conversation starts."""
+    """Llama 3 with gradients: tokens [B, T], mask [B, 1, T, T], to the last hidden rows [B, T, dim].
+
+    As in Meta's checkpoints, rotary pairs are neighbours here.
+    """
+    turns = torch.complex(tables[0], tables[1])[: tokens.shape[1]]  # [T, head_dim / 2]
 
     def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.view(*tokens.shape, -1, config.head_dim)
+        return x.view(*tokens.shape, -1, config.head_dim).transpose(1, 2)  # [B, heads, T, head_dim]
 
-    conversation = starts.cumsum(1)
-    mask = (conversation[:, None, :, None] == conversation[:, None, None, :]).tril()
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * turns).flatten(-2)
+
     group = config.n_heads // config.n_kv_heads
     x = weights["tok_embeddings.weight"][tokens]
     for i in range(config.n_layers):
         prefix = f"layers.{i}."
-        layer = {name[len(prefix) : -len(".weight")]: weights[name] for name in weights if name.startswith(prefix)}
-        rows = rms_norm(x, layer["attention_norm"], config.norm_eps)
-        query, key, value = (heads(rows @ layer[f"attention.{name}"].T) for name in ("wq", "wk", "wv"))
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin).repeat_interleave(group, 2)
-        value = value.repeat_interleave(group, 2)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        x = x + attended.transpose(1, 2).flatten(2) @ layer["attention.wo"].T
-        rows = rms_norm(x, layer["ffn_norm"], config.norm_eps)
-        gate, up = rows @ layer["feed_forward.w1"].T, rows @ layer["feed_forward.w3"].T
-        x = x + (F.silu(gate) * up) @ layer["feed_forward.w2"].T
+        w = {name[len(prefix) : -len(".weight")]: weights[name].T for name in weights if name.startswith(prefix)}
+        rows = rms_norm(x, w["attention_norm"], config.norm_eps)
+        query, key, value = (heads(rows @ w[f"attention.{name}"]) for name in ("wq", "wk", "wv"))
+        key, value = turned(key).repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        attended = F.scaled_dot_product_attention(turned(query), key, value, attn_mask=mask)
+        x = x + attended.transpose(1, 2).flatten(2) @ w["attention.wo"]
+        rows = rms_norm(x, w["ffn_norm"], config.norm_eps)
+        x = x + (F.silu(rows @ w["feed_forward.w1"]) * (rows @ w["feed_forward.w3"])) @ w["feed_forward.w2"]
     return rms_norm(x, weights["norm.weight"], config.norm_eps)
 
 
