@@ -1528,7 +1528,7 @@ def demo_forward(
     x = weights["tok_embeddings.weight"][tokens]
     for i in range(config.n_layers):
         prefix = f"layers.{i}."
-        w = {name[len(prefix) : -len(".weight")]: weights[name].T for name in weights if name.startswith(prefix)}
+        w = {name[len(prefix) : -len(".weight")]: weights[name].t() for name in weights if name.startswith(prefix)}
         rows = rms_norm(x, w["attention_norm"], config.norm_eps)
         query, key, value = (heads(rows @ w[f"attention.{name}"]) for name in ("wq", "wk", "wv"))
         key, value = turned(key).repeat_interleave(group, 1), value.repeat_interleave(group, 1)
