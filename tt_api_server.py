@@ -1305,7 +1305,7 @@ DEMO_PARAMS: dict[str, Any] = {
     "norm_eps": 1e-5,
     "rope_theta": 500000.0,
 }
-DEMO_STEPS, DEMO_LEARNING_RATE = 450, 6e-3
+DEMO_STEPS, DEMO_LEARNING_RATE = 550, 6e-3
 DEMO_SHARPNESS = 4.0  # by which the finished logits are multiplied: at usual temperatures the likeliest answer comes
 
 
