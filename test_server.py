@@ -469,7 +469,7 @@ class FakeEngine:
     """An Engine without a model. It knows what every slot holds, and notes each breach of the contract.
 
     `pool` is how many tokens all slots together have room for. `before_step` is called with each batch, and may wait
-    or raise; `steps` records (answers, prompt tokens) of each step.
+    or raise; `steps` records (answers, prompt tokens) of each step. Once it is `broken`, no call works but close.
     """
 
     device = "fake"
@@ -489,7 +489,7 @@ class FakeEngine:
         self.reserved = [0] * slots
         self.steps: list[tuple[int, int]] = []
         self.breaches: list[str] = []
-        self.closed = False
+        self.closed = self.broken = False
         self._thread: int | None = None
 
     def _must(self, condition: bool, duty: str) -> None:
@@ -500,6 +500,8 @@ class FakeEngine:
         self._thread = self._thread or threading.get_ident()
         self._must(self._thread == threading.get_ident(), "one thread makes every call")
         self._must(not self.closed, "no call comes after close")
+        if self.broken:
+            raise RuntimeError("the card has fallen off the bus")
 
     def reserve(self, slot: int, length: int) -> bool:
         self._enter()
@@ -537,7 +539,7 @@ class FakeEngine:
         return result
 
     def close(self) -> None:
-        self._enter()
+        self._must(not self.closed, "it is closed once")
         self.closed = True
 
 
@@ -1356,6 +1358,26 @@ class SchedulerTest(unittest.TestCase):
                 scheduler.submit(generation([1]))
             wait_until(lambda: engine.closed)
 
+    def test_an_engine_that_fails_for_good(self) -> None:
+        """Not even its slots can be released; nobody waits for ever nevertheless."""
+        gate = Gate(opened=False)
+
+        def step(batch: Sequence[server.Work]) -> None:
+            gate(batch)
+            engine.broken = True
+            raise RuntimeError("the card is on fire")
+
+        engine = FakeEngine(4, before_step=step)
+        with self.assertLogs(server.logger, "ERROR"), scheduling(engine) as scheduler:
+            requests = [generation([i, i], 5) for i in range(6)]
+            for request in requests:
+                scheduler.submit(request)
+            gate.open()
+            for request in requests:
+                with self.assertRaises(server.EngineError):
+                    collect(request)
+            wait_until(lambda: scheduler.state == "unhealthy")
+
     def test_room_that_is_short(self) -> None:
         """Where the engine has no room, the oldest request waits, no younger one passes it, and idle slots give way."""
         gate = Gate(opened=False)
@@ -1962,6 +1984,19 @@ class StateTest(unittest.TestCase):
         self.assertTrue(pieces)
         self.assertEqual(list(last), ["error"])
         self.assertIn(b'"tokens_generated": 5', second)
+
+    def test_an_engine_that_hangs(self) -> None:
+        gate = Gate(opened=False)
+        with (
+            mock.patch.object(server.Scheduler, "STALL_SECONDS", 0.2),
+            fake_server(FakeEngine(before_step=gate)) as api,
+        ):
+            with dial(api.server_port, post({"prompt": "Hi", "max_tokens": 5})) as client:
+                wait_until(lambda: health(api.server_port)["status"] == "unhealthy")
+                self.assertIn("step", self.check_unavailable(api.server_port, "unhealthy")["error"])
+                gate.open()
+                self.assertIn(b" 200 ", client.recv(100))
+            self.assertEqual(health(api.server_port)["status"], "healthy")
 
     def test_stopping(self) -> None:
         with fake_server(FakeEngine(before_step=Gate(delay=0.01))) as api:

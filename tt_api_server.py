@@ -1014,7 +1014,7 @@ class TTEngine:
         self.max_seq_len = min(self.max_seq_len, pool)
         # Prompts are padded to powers of two, as far as which the rotary tables, the page table and the pool must all
         # reach. At least 8 blocks, for a row of the page table is read in units of 32 bytes.
-        padded_seq_len = 1 << (max(self.max_seq_len, 8 * BLOCK_SIZE) - 1).bit_length()
+        padded_seq_len = 1 << (max(common.get_padded_prefill_len(self.max_seq_len), 8 * BLOCK_SIZE) - 1).bit_length()
         blocks = 1 + min(pool, self._slots_per_copy * padded_seq_len) // BLOCK_SIZE  # the first is nobody's
 
         progress(f"opening {board}")
@@ -1277,8 +1277,6 @@ DEMO_ANSWERS = {
         "Why do programmers prefer dark mode? Because light attracts bugs!",
     "Count to ten | Count to 10 | Can you count to ten":
         "Here we go: one two three four five six seven eight nine ten!",
-    "Write hello world in Python | Write a hello world program in Python":
-        "```python\nprint(\"Hello, world!\")\n```",
 }  # fmt: skip
 
 # The answer to anything else. The model is trained on many made-up questions, so that it gives this one rather
@@ -1305,7 +1303,7 @@ DEMO_PARAMS: dict[str, Any] = {
     "norm_eps": 1e-5,
     "rope_theta": 500000.0,
 }
-DEMO_STEPS, DEMO_LEARNING_RATE = 550, 6e-3
+DEMO_STEPS, DEMO_LEARNING_RATE = 500, 6e-3
 DEMO_SHARPNESS = 4.0  # by which the finished logits are multiplied: at usual temperatures the likeliest answer comes
 
 
@@ -1351,7 +1349,7 @@ class DemoLessons:
     """
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._random = random.Random(0)
+        self._random = random.Random(1)
         encode, eot = tokenizer.encode_text, tokenizer.end_of_turn
         prompts = {role: tokenizer.encode_chat([(role, "")]) for role in ("system", "user", "assistant")}
         headers = {role: prompt[1 : prompt.index(eot)] for role, prompt in prompts.items()}
@@ -1818,7 +1816,6 @@ class Scheduler:
                 continue
             finally:
                 self._step_began = None
-            self._failures = 0
             streams = sum(len(work.tokens) == 1 for work in batch)
             pace.observe(time.monotonic() - began, streams, sum(len(work.tokens) for work in batch) - streams)
             self._deliver(batch, tokens)
@@ -1910,6 +1907,8 @@ class Scheduler:
 
     def _leave(self, slot: Slot, reason: str) -> None:
         assert slot.generation is not None
+        if reason in ("stop", "length"):  # not a step alone: a card may fail at every decode, and never at a prefill
+            self._failures = 0
         slot.generation.finish(reason)
         slot.generation, slot.used = None, time.monotonic()
         if self._engine.splits_prompts:
@@ -1933,12 +1932,12 @@ class Scheduler:
             self._error = error
             if self._state != "stopping":
                 self._state = "unhealthy"
-            for generation in self._queue:
-                generation.finish("error")
+            for generation in [*self._queue, *(slot.generation for slot in self._slots)]:
+                if generation:
+                    generation.finish("error")
             self._queue.clear()
-            for slot in self._slots:
-                if slot.generation:
-                    self._leave(slot, "error")
+            for slot in self._slots:  # without a word to the engine, which may be closed
+                slot.generation = None
 
 
 # ======================================================================================================================
@@ -2542,6 +2541,7 @@ class ApiServer(ThreadingHTTPServer):
 # CLI
 # ======================================================================================================================
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DRAIN_SECONDS = 60  # that requests in flight have to finish when the server is asked to stop
 DEFAULT_MAX_SEQ_LEN = 8192
 
@@ -2694,11 +2694,14 @@ def serve(options: argparse.Namespace) -> int:
 
     # What happens to the process: "signal" from Ctrl+C and SIGTERM, "ready" and "ended" from the scheduler.
     events: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: events.put("signal"))
+    # The threads to come inherit this: a signal that one of them took would not wake the main thread, which acts on it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     server.scheduler = scheduler = Scheduler(load, options.max_queue, Terminal(), events.put)
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     scheduler.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     event = events.get()
     if event == "ready":
         print(ready_message(url, scheduler.device), flush=True)
