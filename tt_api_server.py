@@ -26,9 +26,9 @@ The rooms of this file, top to bottom; each uses only those above it:
 
 A request goes down through them once, and its answer comes up once:
 
-    socket - ApiHandler - read_chat - ChatTokenizer - Scheduler.submit - queue
-                                                                           |
-    socket - ApiHandler - dialect  - TextStream  -  Generation  -  Scheduler - Engine
+    socket - ApiHandler - ChatDialect.read - ChatTokenizer - Scheduler.submit - queue
+                                                                                  |
+    socket - ApiHandler - ChatDialect - TextStream - Answer - Generation - Scheduler - Engine
 
 The handler's thread owns the socket and the text; the scheduler's one thread owns the engine and the token ids; a
 Generation is all that they share.
@@ -654,7 +654,7 @@ class TorchEngine:
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         # bfloat16 where the processor multiplies it: elsewhere it is emulated, many times slower than float32.
-        fast_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast_bfloat16 = has_mkldnn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if fast_bfloat16 else torch.float32
         self.layers = []
         for i in range(config.n_layers):
@@ -755,9 +755,14 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(*shape)
 
 
+def has_mkldnn() -> bool:
+    """Whether this PyTorch has oneDNN; those for macOS lack it."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
 def linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The product of rows [T, in] with a weight [out, in], laid out once as oneDNN reads it fastest."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not has_mkldnn():
         return lambda rows: F.linear(rows, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # 32: the rows that the layout is chosen for
     return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
