@@ -1114,7 +1114,8 @@ class TTEngine:
         return [tokens[work.slot] for work in batch]
 
     def _prefill(self, work: Work) -> int:
-        self._decoding.pop(work.slot, None)  # a request joins, even one with its predecessor's slot and parameters
+        if work.slot in self._decoding:  # a successor: what the card holds of its predecessor must not be decoded on
+            self._decoding = {}
         on_card = {"sampling_params": self._sampling_on_card([work])} if self._card_samples_prefill else {}
         output = self._prefill_forward(
             torch.tensor([list(work.tokens)]),
