@@ -339,7 +339,7 @@ class Checkpoint:
         files: dict[str, Any] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                shard = safe_open(path, framework="pt")
+                shard: Any = safe_open(path, framework="pt")
             except SafetensorError as error:
                 raise UserError(f"{path} is cut short or damaged: download it again") from error
             files |= dict.fromkeys(shard.keys(), shard)
