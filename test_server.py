@@ -65,6 +65,9 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+WRITES_SAFETENSORS = has("safetensors") and has("numpy")  # to read them needs no numpy
+
+
 def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Return as soon as the condition holds; fail if it does not within so many seconds."""
     deadline = time.monotonic() + seconds
@@ -882,7 +885,7 @@ class CheckpointErrorTest(unittest.TestCase):
             }
         )
 
-    @unittest.skipUnless(has("safetensors"), "safetensors is not installed")
+    @unittest.skipUnless(WRITES_SAFETENSORS, "safetensors and numpy are not installed")
     def test_what_is_wrong_with_the_weights_in_hugging_faces_layout(self) -> None:
         name, untied = "model.layers.0.self_attn.q_proj.weight", Shape(dim=16, n_layers=1, n_heads=2, n_kv_heads=1)
         root = SCRATCH / "damaged-hf"
@@ -1146,11 +1149,11 @@ class TorchEngineTest(unittest.TestCase):
     def test_logits_of_metas_layout(self) -> None:
         self.check_layout("meta")
 
-    @unittest.skipUnless(has("safetensors"), "safetensors is not installed")
+    @unittest.skipUnless(WRITES_SAFETENSORS, "safetensors and numpy are not installed")
     def test_logits_of_hugging_faces_layout(self) -> None:
         self.check_layout("hf")
 
-    @unittest.skipUnless(has("safetensors"), "safetensors is not installed")
+    @unittest.skipUnless(WRITES_SAFETENSORS, "safetensors and numpy are not installed")
     def test_indexed_shards(self) -> None:
         from safetensors.torch import save_file
 
@@ -1167,7 +1170,7 @@ class TorchEngineTest(unittest.TestCase):
             logits = float32_engine(folder).logits([server.Work(0, PROMPT, 0, GREEDY)])
         self.assert_close(logits[0, ::EVERY], REFERENCE[shape])
 
-    @unittest.skipUnless(has("transformers") and has("safetensors"), "transformers is not installed")
+    @unittest.skipUnless(WRITES_SAFETENSORS and has("transformers"), "transformers is not installed")
     def test_every_logit_against_transformers(self) -> None:
         from transformers import LlamaForCausalLM
 
