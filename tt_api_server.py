@@ -1838,10 +1838,17 @@ class Scheduler:
         """Give free slots to those who wait longest, while there is room."""
         while self._queue and (free := [slot for slot in self._slots if slot.generation is None]):
             generation = self._queue[0]
-            # The slot that holds most of the prompt already; else an empty one; else the one left longest ago.
-            slot = max(free, key=lambda slot: (self._common(slot, generation), not slot.held, -slot.used, -slot.index))
-            if not self._make_room(slot, len(generation.prompt) + generation.max_tokens):
-                return
+            length = len(generation.prompt) + generation.max_tokens
+            # The slot that holds most of the prompt already; else an empty one; else the one left longest ago. Where the
+            # engine has several pools of memory, the next best may have room when the best has not.
+            free.sort(key=lambda slot: (-self._common(slot, generation), bool(slot.held), slot.used, slot.index))
+            slot = next((slot for slot in free if self._make_room(slot, length)), None)
+            if slot is None and len(free) < len(self._slots):
+                return  # until one of those at work is done
+            if slot is None:
+                self._queue.popleft().finish("error")
+                logger.error("the engine has no room for %d tokens though it is idle", length)
+                continue
             self._queue.popleft()
             slot.held = generation.cached = self._common(slot, generation)
             slot.generation, slot.tokens = generation, list(generation.prompt)
