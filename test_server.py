@@ -36,6 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -2260,6 +2261,1038 @@ class DemoTest(unittest.TestCase):
         third.ready()
         self.assertRegex(third.output, "(?i)training")
         self.assertRegex(chat(third.port, "Hello!")["response"], "(?i)hello|hi")
+
+
+# ======================================================================================================================
+# A stand-in for tt-metal
+# ======================================================================================================================
+
+# tt-metal's Generator in four releases, over memory and a model of this machine. It refuses what the real one refuses,
+# and reads from the host no more than the real one does: a page table or a reset that is wrong comes out as wrong text.
+# Its names are tt-metal's. A test has it in its own process (`stand_in`), or a server imports it from a folder
+# (`write_stand_in`), whose modules import what stands here.
+
+RELEASES = ("2025-09", "2025-12", "2026-02", "2026-06")  # they compare as strings do
+TT_SHAPE = Shape(dim=32, n_layers=2)
+HOST_ONLY = "2025-09"  # the release in which the host samples
+
+
+class Mesh:
+    """What ttnn.open_mesh_device returns: so many chips, open or closed."""
+
+    def __init__(self, card: Card, rows: int, columns: int) -> None:
+        self.card, self.rows, self.columns = card, rows, columns
+        self.open, self.traces = True, 0
+        self.submeshes: list[Mesh] = []
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+    def get_submeshes(self) -> list[Mesh]:
+        return self.submeshes
+
+    def create_submeshes(self, shape: tuple[int, int]) -> list[Mesh]:
+        count = self.rows * self.columns // math.prod(shape)
+        self.submeshes = [Mesh(self.card, *shape) for _ in range(count)]
+        self.card.note(f"{count} submeshes of {self.submeshes[0]}")
+        return self.submeshes
+
+
+class Card:
+    """The module ttnn, on a machine with so many Wormhole chips, and what the tests want to know of the card.
+
+    With a folder, for another process: `log` is written to the file of that name there, and before each call of the
+    model it waits for as long as the file "hold" names the kind of call: "load", "prefill" or "decode".
+    """
+
+    bfloat8_b = "bfloat8_b"
+    FabricConfig = types.SimpleNamespace(FABRIC_1D="FABRIC_1D", FABRIC_1D_RING="FABRIC_1D_RING", DISABLED="DISABLED")
+    cluster = types.SimpleNamespace(ClusterType=types.SimpleNamespace(GALAXY="GALAXY"), get_cluster_type=lambda: "N300")
+
+    def __init__(self, release: str, chips: int, folder: Path | None = None) -> None:
+        self.release, self.chips, self.folder = release, chips, folder
+        self.log: list[str] = []  # what was opened and closed
+        self.compiled: list[str] = []
+        self.resets: list[bool] = []  # reset_batch of each decode step
+        self.sampled: list[dict[int, tuple[float, int, float, int | None]]] = []  # by slot: temperature, k, p, seed
+        self.precision = ""
+        self.before: Callable[[str], object] = self._hold  # called with the kind of call; may wait or raise
+        self._fabric = "DISABLED"
+        self._mesh: Mesh | None = None
+
+    def note(self, event: str) -> None:
+        self.log.append(event)
+        if self.folder:
+            (self.folder / "log").write_text("\n".join(self.log))
+
+    def _hold(self, call: str) -> None:
+        while self.folder and (self.folder / "hold").exists() and (self.folder / "hold").read_text() == call:
+            time.sleep(0.02)
+
+    def compile(self, what: str) -> None:
+        if what not in self.compiled:
+            self.compiled.append(what)
+
+    def get_num_devices(self) -> int:
+        return self.chips
+
+    def get_arch_name(self) -> str:
+        return "wormhole_b0"
+
+    def MeshShape(self, rows: int, columns: int) -> tuple[int, int]:
+        return rows, columns
+
+    def set_fabric_config(self, config: str) -> None:
+        assert not (self._mesh and self._mesh.open), "the fabric is set while no mesh is open"
+        self._fabric = config
+        self.note(f"fabric {config}")
+
+    def open_mesh_device(self, shape: tuple[int, int], trace_region_size: int) -> Mesh:
+        chips = math.prod(shape)
+        if chips > self.chips:
+            raise RuntimeError(f"TT_FATAL: requires {chips} devices, but only {self.chips} devices are available")
+        assert not (self._mesh and self._mesh.open), "the card is open already"
+        assert (chips > 1) == (self._fabric != "DISABLED"), "several chips need the fabric, one does not"
+        self._mesh = Mesh(self, *shape)
+        self.note(f"open {self._mesh}")
+        return self._mesh
+
+    def close_mesh_device(self, mesh: Mesh) -> None:
+        if mesh.open:  # closing it twice is harmless
+            mesh.open = False
+            self.note(f"close {mesh}{' with traces' if mesh.traces and self.release >= '2026-06' else ''}")
+
+
+def card_in_use() -> Card:
+    """The one that `import ttnn` finds."""
+    card = sys.modules["ttnn"]
+    assert isinstance(card, Card)
+    return card
+
+
+class DecodersPrecision:
+    """models.tt_transformers.tt.model_config"""
+
+    @staticmethod
+    def performance(n_layers: int, model_name: str) -> str:
+        return f"performance of {model_name}"
+
+    @staticmethod
+    def accuracy(n_layers: int, model_name: str) -> str:
+        return f"accuracy of {model_name}"
+
+
+class ModelArgs:
+    """models.tt_transformers.tt.model_config"""
+
+    def __init__(self, mesh: Mesh, max_batch_size: int, max_seq_len: int) -> None:
+        release = mesh.card.release
+        if max_batch_size not in (1, 2, 4, 8, 16, 32):
+            raise ValueError(f"Batch size {max_batch_size} not supported")
+        assert release < "2026-06" or max_seq_len.bit_count() == 1, "max_seq_len must be a power of two"
+        named = {name: Path(os.environ[name]) for name in ("HF_MODEL", "LLAMA_DIR") if name in os.environ}
+        assert release > HOST_ONLY or len(named) == 1, "Only one of LLAMA_DIR or HF_MODEL should be set"
+        assert release == HOST_ONLY or "HF_MODEL" in named, "Please set HF_MODEL"
+        name, folder = named.popitem()
+        assert (folder / {"HF_MODEL": "config.json", "LLAMA_DIR": "params.json"}[name]).is_file()
+        self.checkpoint = server.read_checkpoint(folder)
+        self.mesh_device, self.max_batch_size, self.max_seq_len = mesh, max_batch_size, max_seq_len
+        self.n_layers, self.model_name = self.checkpoint.config.n_layers, folder.name
+        self.max_prefill_chunk_size = 4096
+
+
+class PagedAttentionConfig(NamedTuple):
+    """models.tt_transformers.tt.common"""
+
+    block_size: int = 32
+    max_num_blocks: int = 1024
+
+
+def get_padded_prefill_len(seq_len: int) -> int:
+    """models.tt_transformers.tt.common"""
+    power = 1 << (max(seq_len, 128) - 1).bit_length()
+    if card_in_use().release < "2026-02":
+        return min(power, 2048 * math.ceil(seq_len / 2048)) if power > 128 else 128
+    return max(power, 1024) if power > 128 else 128
+
+
+def create_tt_model(
+    mesh_device: Mesh,
+    instruct: bool,
+    max_batch_size: int,
+    optimizations: Callable[[ModelArgs], str],
+    max_seq_len: int,
+    paged_attention_config: PagedAttentionConfig,
+    dtype: str,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> tuple[ModelArgs, PagedLlama, list[list[torch.Tensor]], dict[str, torch.Tensor]]:
+    """models.tt_transformers.tt.common"""
+    card = mesh_device.card
+    card.before("load")
+    assert mesh_device.open and instruct and dtype == card.bfloat8_b
+    args = ModelArgs(mesh_device, max_batch_size, max_seq_len)
+    card.precision = optimizations(args)
+    if state_dict is None:
+        read = args.checkpoint.open_weights()
+        names = [*args.checkpoint.config.weight_shapes(), "output.weight"]
+        state_dict = {name: read(name).float() for name in names}
+    model = PagedLlama(args, state_dict, paged_attention_config)
+    return args, model, model.cache, state_dict
+
+
+def create_submeshes(mesh_device: Mesh, data_parallel: int) -> list[Mesh]:
+    """models.tt_transformers.tt.generator"""
+    if data_parallel == 1:
+        return [mesh_device]
+    chips = mesh_device.rows * mesh_device.columns
+    assert chips % data_parallel == 0, "Unsupported device split"
+    return mesh_device.create_submeshes((1, chips // data_parallel))
+
+
+class PagedLlama:
+    """A Llama 3 whose KV cache is blocks, keys and values [blocks, KV heads, 32, head_dim] a layer.
+
+    What nobody has written is large, so that reading it is not overlooked.
+    """
+
+    def __init__(self, args: ModelArgs, weights: dict[str, torch.Tensor], paged: PagedAttentionConfig) -> None:
+        config = self.config = args.checkpoint.config
+        self.args, self.weights = args, weights
+        self.cos, self.sin = server.rotary_tables(config, args.max_seq_len)
+        shape = (paged.max_num_blocks, config.n_kv_heads, paged.block_size, config.head_dim)
+        self.cache = [[torch.full(shape, 100.0), torch.full(shape, 100.0)] for _ in range(config.n_layers)]
+        if args.mesh_device.card.release > HOST_ONLY:
+            self._supports_on_device_sampling = True
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Read tokens [B, n] at positions [B, n] into the blocks of the table [B, columns]; hidden [B, n, dim]."""
+        assert self.args.mesh_device.open, "the card is closed"
+        assert int(positions.max()) < self.args.max_seq_len, "the position is beyond the rotary tables"
+        assert int(table.min()) >= 0 and int(table.max()) < len(self.cache[0][0]), "no such block"
+        config, (batch, n) = self.config, tokens.shape
+        table = table[:, : int(positions.max()) // 32 + 1].long()
+        blocks, offsets = table.gather(1, positions // 32), positions % 32
+        seen = torch.arange(table.shape[1] * 32) <= positions[:, None, :, None]  # [B, 1, n, L]
+        cos, sin = self.cos[positions.flatten(), None], self.sin[positions.flatten(), None]
+        x = self.weights["tok_embeddings.weight"][tokens]
+        for i, cache in enumerate(self.cache):
+            weight = {name: self.weights[f"layers.{i}.{name}.weight"] for name in server.HF_NAMES if "." in name}
+            norms = [self.weights[f"layers.{i}.{name}_norm.weight"] for name in ("attention", "ffn")]
+            rows = server.rms_norm(x, norms[0], config.norm_eps)
+            heads = [(rows @ weight[f"attention.w{name}"].T).view(batch * n, -1, config.head_dim) for name in "qkv"]
+            query, key = server.rotate(heads[0], cos, sin), server.rotate(heads[1], cos, sin)
+            for memory, new in zip(cache, (key, heads[2])):
+                memory[blocks, :, offsets] = new.view(batch, n, -1, config.head_dim)
+            # [B, columns, KV heads, 32, head_dim] to [B, heads, L, head_dim]
+            keys, values = (
+                memory[table].transpose(1, 2).flatten(2, 3).repeat_interleave(config.n_heads // config.n_kv_heads, 1)
+                for memory in cache
+            )
+            query = query.view(batch, n, -1, config.head_dim).transpose(1, 2)
+            attended = torch.nn.functional.scaled_dot_product_attention(query, keys, values, seen)
+            x = x + attended.transpose(1, 2).flatten(2) @ weight["attention.wo"].T
+            rows = server.rms_norm(x, norms[1], config.norm_eps)
+            gate = torch.nn.functional.silu(rows @ weight["feed_forward.w1"].T)
+            x = x + (gate * (rows @ weight["feed_forward.w3"].T)) @ weight["feed_forward.w2"].T
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, dim] to [rows, vocabulary]."""
+        return (
+            server.rms_norm(hidden, self.weights["norm.weight"], self.config.norm_eps) @ self.weights["output.weight"].T
+        )
+
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of a decode step: tokens, positions, page table
+
+
+class GeneratorBase:
+    """models.tt_transformers.tt.generator: what is common to the releases, and what differs below their signatures."""
+
+    def __init__(self, model: list[PagedLlama], model_args: list[ModelArgs], mesh_device: Mesh) -> None:
+        self.model, self.model_args, self.mesh_device, self.card = model, model_args, mesh_device, mesh_device.card
+        self.prefill_traces_warmup = self.already_warmed_up_prefill = False
+        self.prev_page_table: Sequence[torch.Tensor] | None = None
+        self._on_card: dict[bool, list[Inputs]] = {}  # inputs of the next traced step, for card and for host sampling
+        self._last_kind: bool | None = None
+        self._prefilled: set[int] = set()  # slots, since the last decode
+        self._streams: dict[int, tuple[Any, int]] = {}  # slot: seed at the last reset, and tokens drawn since
+
+    def __del__(self) -> None:
+        if self.card.release >= "2026-06":
+            for model in self.model:
+                model.args.mesh_device.traces = 0
+        if len(self.model) > 1:
+            for model in self.model:
+                self.card.close_mesh_device(model.args.mesh_device)
+
+    def prefill(
+        self,
+        tokens: torch.Tensor,
+        page_table: Any,
+        kv_cache: list[Any],
+        prompt_lens: list[int],
+        empty_slots: list[int],
+        enable_trace: bool = False,
+        sampling_params: Any = None,
+        start_pos: Any = None,
+        kwargs: Any = None,
+        **unused: Any,
+    ) -> Any:
+        """prefill_forward_text"""
+        assert not kwargs, "prepare_inputs_prefill() got an unexpected keyword argument"
+        assert start_pos is None, "not before 2026-09: it reads the wrong blocks"
+        self.card.before("prefill")
+        warmed_up = self.prefill_traces_warmup if self.card.release < "2026-02" else self.already_warmed_up_prefill
+        assert warmed_up or self.card.release == HOST_ONLY, "the Generator would warm up within the first request"
+        assert isinstance(page_table, torch.Tensor) and page_table.dtype == torch.int32, (
+            "page_table mush be torch.Tensor"
+        )
+        assert tokens.dtype == torch.int64 and tokens.dim() == 2
+        assert len(tokens) == len(page_table) == len(prompt_lens) == len(empty_slots)
+        output: list[Any] = []
+        for row, (slot, length) in enumerate(zip(empty_slots, prompt_lens)):
+            copy = slot // self.model_args[0].max_batch_size
+            model, padded = self.model[copy], get_padded_prefill_len(length)
+            assert kv_cache[copy] is model.cache
+            reach = padded if self.card.release < "2026-02" else length
+            assert 0 < reach <= model.args.max_seq_len, "Padded prefill end idx exceeds max seq len"
+            # The padding is written too, where the page table says: as far as it goes, or to the prompt's last block.
+            traced = enable_trace and padded in (128, 1024)
+            columns = math.ceil((padded if traced or self.card.release >= "2026-06" else length) / 32)
+            table = page_table[row : row + 1, :columns]
+            read = torch.zeros(1, min(padded, 32 * table.shape[1]), dtype=torch.int64)
+            read[0, :length] = tokens[row, :length]
+            self.card.compile(f"prefill of {padded} on copy {copy}")
+            hidden = model.forward(read, torch.arange(read.shape[1])[None], table)
+            logits = model.logits(hidden[:, length - 1])
+            output.append(self._sample(logits, [0], [length - 1], sampling_params)[0] if sampling_params else logits)
+        self._prefilled |= set(empty_slots)
+        return (torch.tensor(output)[:, None], [None] * len(output)) if sampling_params else torch.stack(output)
+
+    def decode(
+        self,
+        tokens: torch.Tensor,
+        start_pos: torch.Tensor,
+        page_table: torch.Tensor,
+        kv_cache: list[Any],
+        enable_trace: bool,
+        sampling_params: Any,
+        reset_batch: bool = False,
+        **unused: Any,
+    ) -> Any:
+        """decode_forward_text, or decode_forward"""
+        kind = sampling_params is not None
+        assert not kind or self.card.release > HOST_ONLY, "Currently only supporting greedy decoding on device"
+        self.card.before("decode")
+        self.card.resets.append(reset_batch)
+        if kind:
+            self.card.sampled.append({})
+        assert len(kv_cache) == len(self.model)
+        parts = [torch.chunk(part, len(self.model)) for part in (tokens, start_pos, page_table)]
+        host: list[Inputs] = list(zip(*parts))
+        for model, cache, (token, position, table) in zip(self.model, kv_cache, host):
+            size = model.args.max_batch_size
+            assert token.shape == (size, 1) and position.shape == (size,), "Batch size must be equal to max_batch_size"
+            assert token.dtype == position.dtype == torch.int64 and table.dtype == torch.int32
+            assert table.shape[1] <= len(cache[0][0]), "TT_FATAL: the page table has more columns than the cache blocks"
+            assert cache is model.cache
+        inputs = self._traced(host, kind, reset_batch) if enable_trace else host
+        self._prefilled.clear()
+        self.card.compile(f"decode, sampling on the {'card' if kind else 'host'}")
+        rows = (
+            torch.full((len(tokens),), 2**31 - 1) if kind else torch.full((len(tokens), 1, server.VOCAB_SIZE), math.nan)
+        )
+        for copy, (model, (token, position, table)) in enumerate(zip(self.model, inputs)):
+            first = copy * model.args.max_batch_size
+            active = (position >= 0).nonzero().flatten()  # the others hold whatever they hold
+            if len(active):
+                logits = model.logits(model.forward(token[active], position[active, None], table[active])[:, 0])
+                if kind:
+                    where = active.tolist(), position[active].tolist()
+                    rows[first + active] = torch.tensor(
+                        self._sample(logits, *where, sampling_params, first, reset_batch)
+                    )
+                else:
+                    rows[first + active, 0] = logits
+            if enable_trace:
+                position[active] += 1
+                if kind:
+                    token[active, 0] = rows[first + active]
+        if self.card.release < "2026-02":
+            return rows
+        return rows.to(torch.uint32) if kind and self.card.release >= "2026-06" else rows, None  # log_probs
+
+    def _traced(self, host: list[Inputs], kind: bool, reset_batch: bool) -> list[Inputs]:
+        """The inputs of a traced step: the card's own since its last one, unless the release copies the host's."""
+        release, tables = self.card.release, [table for _, _, table in host]
+        switched = bool(self._prefilled)
+        changed = self.prev_page_table is None or not all(map(torch.equal, self.prev_page_table, tables))
+        if changed:  # 2025-09 keeps the table itself, and so does not see what is written into it
+            self.prev_page_table = tables if release == HOST_ONLY else [table.clone() for table in tables]
+        kept = self._on_card.get(kind)
+        assert release > HOST_ONLY or kept or not self._on_card, "one trace serves logits and tokens alike"
+        if kept is None:
+            for model in self.model:
+                model.args.mesh_device.traces += 1
+            copied = True
+        elif release < "2026-06":
+            copied = not kind or changed or (switched and release == "2026-02")
+        else:
+            copied = not kind or reset_batch or switched or kind != self._last_kind
+            host = [self._merged(*sides, i) for i, sides in enumerate(zip(host, kept))] if kind and copied else host
+        self._last_kind = kind
+        if copied or kept is None:
+            assert kept is None or kept[0][2].shape == tables[0].shape, "a trace's page table keeps its shape"
+            self._on_card[kind] = [(token.clone(), position.clone(), table.clone()) for token, position, table in host]
+        elif changed:  # of 2026-06: the page table alone
+            self._on_card[kind] = [(token, position, new.clone()) for (token, position, _), new in zip(kept, tables)]
+        return self._on_card[kind]
+
+    def _merged(self, host: Inputs, kept: Inputs, copy: int) -> Inputs:
+        """2026-06: a slot that goes on where the card stands keeps the card's token, whatever the host's is."""
+        goes_on = (kept[1] == host[1]) | (kept[1] == host[1] + 1)
+        size = len(goes_on)
+        for slot in self._prefilled & set(range(copy * size, (copy + 1) * size)):
+            goes_on[slot - copy * size] = False
+        return torch.where(goes_on[:, None], kept[0], host[0]), torch.where(goes_on, kept[1], host[1]), host[2]
+
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        rows: list[int],
+        positions: list[int],
+        sampling: Any,
+        first: int | None = None,
+        reset_batch: bool = False,
+    ) -> list[int]:
+        """Draw as the card does: row i with the parameters of slot first + rows[i], or with the only ones of a prompt.
+
+        Until 2026-02 each slot has a stream of numbers, begun anew at a reset; then a number depends on the position.
+        """
+        by_position = self.card.release >= "2026-06"
+        lists = [sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed]
+        length = 1 if first is None else sum(args.max_batch_size for args in self.model_args)
+        assert all(isinstance(values, list) and len(values) == length for values in lists), "one entry for each slot"
+        drawn = []
+        for row, index, position in zip(logits, rows, positions):
+            slot = index + (first or 0)
+            temperature, top_k, top_p, seed = (values[slot] for values in lists)
+            assert temperature >= 0 and 1 <= top_k <= 32 and 0 <= top_p <= 1, "not every release clamps these"
+            assert type(seed) is int or (seed is None and by_position)
+            if first is not None:
+                self.card.sampled[-1][slot] = (temperature, top_k, top_p, seed)
+            if not by_position:
+                begun, position = (seed, 0) if reset_batch else self._streams.get(slot, (0, 0))
+                seed, self._streams[slot] = begun, (begun, position + 1)
+            params = server.SamplingParams(temperature, top_p, top_k, seed)
+            drawn += server.sample(row[None], [params], [position + 1])
+        return drawn
+
+
+# How the releases' calls differ: what prefill_forward_text takes more, decode's name and what it takes more, and the
+# seed of SamplingParams.
+PREFILL = "tokens, page_table=None, kv_cache=None, prompt_lens=None, empty_slots=None"
+DECODE = (
+    "tokens, start_pos, page_table=None, kv_cache=None, enable_trace=True, read_from_device=True, sampling_params=None"
+)
+CALLS = {
+    "2025-09": ("", "decode_forward_text", "", ""),
+    "2025-12": (
+        ", enable_trace=True, model_id_warmup=None",
+        "decode_forward_text",
+        ", reset_batch=True, prompt_tokens=None, output_tokens=None",
+        "seed: object = 0",
+    ),
+    "2026-02": (
+        ", enable_trace=True, model_id_warmup=None, start_pos=None, warmup_prefill=True",
+        "decode_forward_text",
+        ", reset_batch=False, prompt_tokens=None, output_tokens=None",
+        "seed: object = 0",
+    ),
+    "2026-06": (
+        ", enable_trace=True, model_id_warmup=None, sampling_params=None, start_pos=None, warmup_prefill=True",
+        "decode_forward",
+        ", reset_batch=False, prompt_tokens=None, output_tokens=None, slot_remap=None, **kwargs",
+        "seed: object = None",
+    ),
+}
+
+
+def write_stand_in(folder: Path, release: str, chips: int) -> Path:
+    """Write the modules `ttnn` and `models.tt_transformers` of that release, and what the server imports for quiet."""
+    prefill, name, decode, seed = CALLS[release]
+    reads = "LLAMA_DIR or HF_MODEL" if release == HOST_ONLY else "HF_MODEL"  # what tells 2025-09 from the rest
+    modules = {
+        "ttnn": f"""
+            import sys, pathlib, test_server
+            sys.modules[__name__] = test_server.Card({release!r}, {chips}, pathlib.Path({str(folder)!r}))""",
+        "loguru": """
+            class logger:
+                remove = add = staticmethod(lambda *args, **options: None)""",
+        "tqdm": """
+            class tqdm:
+                pass""",
+        "models/tt_transformers/tt/common": """
+            from test_server import PagedAttentionConfig, create_tt_model, get_padded_prefill_len""",
+        "models/tt_transformers/tt/generator": f"""
+            from dataclasses import dataclass
+            from test_server import GeneratorBase, create_submeshes
+
+            @dataclass(frozen=True)
+            class SamplingParams:
+                temperature: object
+                top_k: object
+                top_p: object
+                {seed}
+
+            class Generator(GeneratorBase):
+                def decode_forward(self, start_pos, tokens, prefill_cross_attention_masks):
+                    raise AssertionError("this is for vision models")
+
+                def prefill_forward_text(self, {PREFILL}{prefill}, **kwargs):
+                    return self.prefill(**{{name: value for name, value in locals().items() if name != "self"}})
+
+                def {name}(self, {DECODE}{decode}):
+                    return self.decode(**{{name: value for name, value in locals().items() if name != "self"}})""",
+        "models/tt_transformers/tt/model_config": f"""
+            from test_server import DecodersPrecision, ModelArgs as Base
+            class ModelArgs(Base):
+                "Reads {reads}." """,
+    }
+    for name, text in modules.items():
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    return folder
+
+
+@functools.cache
+def tt_model() -> Path:
+    """The model in Meta's layout, with Hugging Face's config.json above it, as tt-metal's users have it."""
+    folder = SCRATCH / "models" / "Llama-3.2-1B-Instruct"
+    write_checkpoint(folder / "original", "meta", TT_SHAPE)
+    (folder / "config.json").write_text(json.dumps(TT_SHAPE.config))
+    return folder
+
+
+TT_VARIABLES = ("TT_METAL_HOME", "MESH_DEVICE", "TT_METAL_SLOW_DISPATCH_MODE", "HF_MODEL", "LLAMA_DIR", "TT_CACHE_PATH")
+
+
+@contextlib.contextmanager
+def stand_in(release: str, chips: int = 1) -> Iterator[Card]:
+    """This process's ttnn and models.tt_transformers are the stand-in's."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] in ("ttnn", "models")]:
+            del sys.modules[name]
+
+    folder = write_stand_in(SCRATCH / "tt-metal" / release, release, chips)
+    forget()
+    sys.modules.setdefault("test_server", sys.modules[__name__])
+    card = Card(release, chips)
+    sys.modules["ttnn"] = card  # type: ignore[assignment]
+    with mock.patch.dict(os.environ, {"TT_METAL_HOME": str(folder)}):
+        for name in TT_VARIABLES[1:]:
+            os.environ.pop(name, None)
+        try:
+            yield card
+        finally:
+            forget()
+
+
+def tt_engine(slots: int = 32, max_seq_len: int = 512, model: Path | None = None, **options: Any) -> server.TTEngine:
+    """The server's engine, on the stand-in's card."""
+    options = {"verbose": True, "progress": no_progress, **options}  # verbose: loguru and tqdm are left alone
+    return server.TTEngine(server.read_checkpoint(model or tt_model()), slots, max_seq_len, **options)
+
+
+# ======================================================================================================================
+# The card's engine
+# ======================================================================================================================
+
+
+@functools.cache
+def cpu_texts() -> list[tuple[list[int], list[int]]]:
+    """Prompts on both sides of every edge of a block and of the padding, and what the CPU engine answers, greedily."""
+    chance = random.Random(5)
+    lengths = (1, 2, 31, 32, 33, 64, 100, 127, 128, 129, 200, 257)
+    prompts = [[chance.randrange(128000) for _ in range(length)] for length in lengths]
+    answers: list[list[int]] = [[] for _ in prompts]
+    engine = float32_engine(tt_model(), len(prompts))
+    batch = [server.Work(slot, prompt, 0, GREEDY) for slot, prompt in enumerate(prompts)]
+    for _ in range(40):
+        tokens = engine.step(batch)
+        for answer, token in zip(answers, tokens):
+            answer.append(token)
+        batch = [
+            server.Work(work.slot, [token], work.position + len(work.tokens), GREEDY)
+            for work, token in zip(batch, tokens)
+        ]
+    return list(zip(prompts, answers))
+
+
+class OwnedBlocks:
+    """Checks at every step of an engine that no block has two owners, and at the end that all are free again."""
+
+    def __init__(self, engine: server.TTEngine) -> None:
+        self.engine, self.step = engine, engine.step
+        self.free = self.count()
+        engine.step = self.checked_step  # type: ignore[method-assign]
+
+    def count(self) -> list[int]:
+        return [len(blocks) for blocks in self.engine._free_blocks]
+
+    def checked_step(self, batch: Sequence[server.Work]) -> list[int]:
+        size = self.engine._slots_per_copy
+        for copy, free in enumerate(self.engine._free_blocks):
+            owned = itertools.chain(*self.engine._blocks[copy * size : (copy + 1) * size], free)
+            assert sorted(owned) == list(range(1, self.free[copy] + 1)), "a block is lost, or has two owners"
+        return self.step(batch)
+
+    def all_free(self) -> bool:
+        return self.count() == self.free and not self.engine._page_table.any()
+
+
+class HandDriven:
+    """An engine that a test steps by hand, with what each slot's prompt and answer are."""
+
+    def __init__(self, engine: server.TTEngine) -> None:
+        self.engine = engine
+        self.prompts: dict[int, list[int]] = {}
+        self.answers: dict[int, list[int]] = {}
+
+    def prepare(self, slot: int, prompt: list[int]) -> None:
+        """Give the slot room; its next step reads the prompt."""
+        assert self.engine.reserve(slot, len(prompt) + 40)
+        self.prompts[slot], self.answers[slot] = prompt, []
+
+    def join(self, slot: int, prompt: list[int]) -> None:
+        """Read the prompt in a step of its own."""
+        self.prepare(slot, prompt)
+        self.step(slot)
+
+    def leave(self, slot: int) -> None:
+        self.engine.release(slot)
+
+    def step(self, *slots: int, sampling: server.SamplingParams = GREEDY) -> None:
+        """One more token for each of these slots."""
+        batch = []
+        for slot in slots:
+            prompt, answer = self.prompts[slot], self.answers[slot]
+            position = len(prompt) + len(answer) - 1 if answer else 0
+            batch.append(server.Work(slot, answer[-1:] or prompt, position, sampling))
+        for slot, token in zip(slots, self.engine.step(batch)):
+            self.answers[slot].append(token)
+
+
+class TTEngineTest(unittest.TestCase):
+    """TTEngine over each release of tt-metal, on the stand-in's card."""
+
+    def check_text(self, engine: server.TTEngine, requests: int, cancelled: float, threads: int, seed: int) -> None:
+        """Random requests, `threads` at a time, some of them cancelled on the way: each must get the CPU's text."""
+        chance, texts, owned = random.Random(seed), cpu_texts(), OwnedBlocks(engine)
+        drawn = [(*chance.choice(texts), chance.choice((1, 2, 5, 20, 40)), chance.random()) for _ in range(requests)]
+
+        def client(prompt: list[int], expected: list[int], count: int, luck: float) -> None:
+            request = generation(prompt, count)
+            time.sleep(luck * 0.02)
+            scheduler.submit(request)
+            if luck < cancelled:
+                time.sleep(luck * 0.2)
+                scheduler.cancel(request)
+            answer = collect(request)
+            assert answer == expected[: len(answer)], (len(prompt), answer, expected)
+            assert request.finish_reason == "cancelled" or len(answer) == count, request.finish_reason
+
+        with scheduling(engine) as scheduler:
+            client(*texts[5], 40, 1.0)
+            client(*texts[9], 40, 1.0)
+            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+                for future in [pool.submit(client, *request) for request in drawn]:
+                    future.result()
+            wait_until(owned.all_free, 5)
+            self.assertEqual((scheduler.queued, scheduler.slots()["busy"], scheduler.state), (0, 0, "healthy"))
+
+    def test_the_text_is_the_cpus_alone_and_in_a_crowd(self) -> None:
+        """Traced, and untraced as two copies of the model; and nothing is compiled while it serves."""
+        for release, (chips, trace) in itertools.product(RELEASES, ((1, True), (2, False))):
+            with self.subTest(release, chips=chips, trace=trace), stand_in(release, chips) as card:
+                engine = tt_engine(32 // chips, trace=trace, data_parallel=chips)
+                self.assertEqual((engine.max_batch_size, engine.device), (32, {1: "n150", 2: "n300"}[chips]))
+                compiled = list(card.compiled)
+                self.check_text(engine, 40, 0, 40, seed=1)
+                self.assertEqual(card.compiled, compiled)
+
+    def test_a_thousand_requests_leave_nothing_behind(self) -> None:
+        """Where blocks are short, and requests wait for them beside free slots."""
+        for number, release in enumerate(RELEASES):
+            with (
+                self.subTest(release),
+                stand_in(release, 2) as card,
+                mock.patch.object(server, "KV_CACHE_TOKENS", 1024),
+            ):
+                copies = 1 + number % 2
+                self.check_text(tt_engine(16 // copies, data_parallel=copies), 250, 0.4, 24, seed=number)
+                self.assertEqual(card.log[-1], "fabric DISABLED")
+
+    def test_a_small_context(self) -> None:
+        """The releases pad prompts unequally, and by more than a small context holds."""
+        prompt, expected = cpu_texts()[8]
+        for release, max_seq_len in itertools.product(RELEASES, (32, 130, 300, 600)):
+            subtest = self.subTest(release, max_seq_len=max_seq_len)
+            with subtest, stand_in(release), scheduling(tt_engine(2, max_seq_len)) as scheduler:
+                request = generation(prompt[: max_seq_len - 2], 2)
+                scheduler.submit(request)
+                answer = collect(request)
+                self.assertEqual(len(answer), 2)
+                if max_seq_len >= len(prompt) + 2:
+                    self.assertEqual(answer, expected[:2])
+                with self.assertRaises(server.TooLong):
+                    scheduler.submit(generation(prompt, max_seq_len))
+
+    def test_admission_waits_for_blocks(self) -> None:
+        """A context of the whole pool fits it; beside that the next request waits, though slots are free."""
+        long, short = cpu_texts()[11], cpu_texts()[3]
+        with stand_in("2025-12") as card, mock.patch.object(server, "KV_CACHE_TOKENS", 512):
+            hold = threading.Event()
+            engine = tt_engine(4, 8192)
+            self.assertEqual(engine.max_seq_len, 512)
+            with scheduling(engine) as scheduler:
+                card.before = lambda call: hold.wait(PATIENCE)
+                requests = [generation(long[0], 250), generation(short[0], 40), generation(short[0], 20)]
+                for request in requests:
+                    scheduler.submit(request)
+                wait_until(lambda: scheduler.queued == 2)
+                with self.assertRaises(server.TooLong):
+                    scheduler.submit(generation(long[0], 256))
+                hold.set()
+                answers = [collect(request) for request in requests]
+        self.assertEqual([len(answer) for answer in answers], [250, 40, 20])
+        self.assertEqual([answers[0][:40], *answers[1:]], [long[1], short[1], short[1][:20]])
+        self.assertLess(requests[0].first_token or 0, requests[1].first_token or 0)
+
+    def test_admission_with_two_copies(self) -> None:
+        """Each has its own pool: where one has no room, the other is asked."""
+        prompt, answer = cpu_texts()[10]
+        with stand_in("2026-06", 2) as card, mock.patch.object(server, "KV_CACHE_TOKENS", 1024):
+            hold = threading.Event()
+            with scheduling(tt_engine(2, 1000, data_parallel=2)) as scheduler:
+                card.before = lambda call: hold.wait(PATIENCE)
+                requests = [generation(prompt, count) for count in (800, 790)]
+                for request in requests:
+                    scheduler.submit(request)
+                hold.set()
+                wait_until(lambda: requests[1].first_token)
+                self.assertEqual(scheduler.slots()["busy"], 2)
+                for request in requests:
+                    scheduler.cancel(request)
+                    found = collect(request)
+                    self.assertEqual(found[:40], answer[: len(found)])
+
+    def test_reset_batch_exactly_when_needed(self) -> None:
+        """When a request joins, leaves or is replaced by another with the same slot, blocks and parameters."""
+        first, second = cpu_texts()[4][0], cpu_texts()[5][0]
+        for release in RELEASES[1:]:
+            with self.subTest(release), stand_in(release) as card:
+                slots = HandDriven(tt_engine(4))
+                del card.resets[:]
+                slots.join(1, first)
+                slots.step(1)  # it joins
+                slots.step(1)
+                slots.join(2, second)
+                slots.step(1, 2)  # another joins
+                slots.step(2, 1)
+                slots.leave(1)
+                slots.step(2)  # one has left
+                slots.step(2)
+                slots.leave(2)
+                slots.join(2, second)
+                slots.step(2)  # a twin takes its place
+                slots.step(2)
+                slots.step(2, sampling=server.SamplingParams(seed=3))  # other parameters
+                slots.step(2, sampling=server.SamplingParams(seed=3))
+                slots.engine.close()
+                self.assertEqual(card.resets, 5 * [True, False])
+
+    def test_a_slot_that_changes_hands(self) -> None:
+        """While another decodes: what the slot's last holder left undone must not be done to the new one."""
+        (short, _), (other, expected), (long, answer) = (cpu_texts()[i] for i in (2, 3, 6))
+        for release, trace in itertools.product(RELEASES, (True, False)):
+            with self.subTest(release, trace=trace), stand_in(release):
+                slots = HandDriven(tt_engine(4, trace=trace))
+                slots.join(0, other)
+                slots.join(1, short)
+                for _ in range(5):
+                    slots.step(0, 1)
+                slots.leave(1)
+                slots.prepare(1, long)
+                for _ in range(20):
+                    slots.step(0, 1)  # first a token of the one and the prompt of the other
+                slots.engine.close()
+                self.assertEqual((slots.answers[0], slots.answers[1]), (expected[:26], answer[:20]))
+
+    def test_sampling_reaches_the_card_slot_by_slot(self) -> None:
+        asked = {
+            1: server.SamplingParams(0.5, 0.8, 5, seed=7),
+            2: GREEDY,
+            5: server.SamplingParams(1.5, 1.0, 0, seed=2**31),
+            6: server.SamplingParams(0.9, 0.7, 100),
+        }
+        for release in RELEASES[1:]:
+            with self.subTest(release), stand_in(release, 2) as card:
+                engine = tt_engine(4, data_parallel=2)
+                for slot in asked:
+                    engine.reserve(slot, 20)
+                tokens = engine.step([server.Work(slot, [1, 2, 3], 0, sampling) for slot, sampling in asked.items()])
+                batch = [server.Work(slot, [token], 3, asked[slot]) for slot, token in zip(asked, tokens)]
+                engine.step(batch)
+                engine.close()
+                there = card.sampled[-1]
+                found = {slot: entry[:3] for slot, entry in there.items() if slot != 2}
+                self.assertEqual(found, {1: (0.5, 5, 0.8), 5: (1.5, 32, 1.0), 6: (0.9, 32, 0.7)})
+                self.assertEqual(there[2][0], 0.0)
+                seeds = {slot: entry[3] for slot, entry in there.items()}
+                if release >= "2026-06":
+                    self.assertEqual(seeds, {1: 7, 2: None, 5: 2**31, 6: None})
+                else:
+                    self.assertEqual(len(set(seeds.values()) - {0}), 3)
+
+    def test_a_seed_gives_the_same_text_again(self) -> None:
+        prompt = cpu_texts()[4][0]
+        for release in RELEASES:
+            with self.subTest(release), stand_in(release), scheduling(tt_engine(4)) as scheduler:
+
+                def answer(seed: int | None) -> list[int]:
+                    params = server.SamplingParams(temperature=1.5, top_p=1.0, seed=seed)
+                    request = server.Generation(prompt, 12, params, frozenset())
+                    scheduler.submit(request)
+                    return collect(request)
+
+                self.assertEqual(answer(1), answer(1))
+                self.assertNotEqual(answer(1), answer(2))
+                self.assertNotEqual(answer(None), answer(None))
+
+    def test_precision(self) -> None:
+        for accuracy, expected in (
+            (False, "performance of Llama-3.2-1B-Instruct"),
+            (True, "accuracy of Llama-3.2-1B-Instruct"),
+        ):
+            with stand_in("2026-06") as card:
+                tt_engine(1, accuracy=accuracy).close()
+                self.assertEqual(card.precision, expected)
+
+    def test_metas_layout_alone(self) -> None:
+        """2025-09 reads it, by LLAMA_DIR; the others want Hugging Face's, and the error says where it is had."""
+        folder = random_checkpoint("meta", TT_SHAPE)
+        for release in RELEASES:
+            with self.subTest(release), stand_in(release) as card:
+                if release == HOST_ONLY:
+                    tt_engine(1, model=folder).close()
+                    self.assertEqual((os.environ.get("LLAMA_DIR"), os.environ.get("HF_MODEL")), (str(folder), None))
+                else:
+                    with self.assertRaisesRegex(server.UserError, "hf download"):
+                        tt_engine(1, model=folder)
+                    self.assertEqual(card.log, [])
+
+    def test_a_failed_load_closes_the_card(self) -> None:
+        opened = ["fabric FABRIC_1D", "open 1x2", "2 submeshes of 1x1"]
+        closed = ["close 1x1", "close 1x1", "close 1x2", "fabric DISABLED"]
+        for release, call in itertools.product(RELEASES, ("load", "prefill", "decode")):
+            for failure in (RuntimeError("out of memory"), KeyboardInterrupt()):
+                with self.subTest(release, call=call, failure=failure), stand_in(release, 2) as card:
+
+                    def before(found: str) -> None:
+                        if found == call:  # noqa: B023
+                            raise failure  # noqa: B023
+
+                    card.before = before
+                    with self.assertRaises(type(failure)):
+                        tt_engine(1, data_parallel=2)
+                    self.assertEqual(card.log, opened + closed)
+
+    def test_boards(self) -> None:
+        for name, chips, expected in (("N150", 2, "n150"), ("", 8, "t3k"), ("N300", 8, "n300"), ("", 2, "n300")):
+            with self.subTest(name, chips=chips), stand_in("2026-06", chips) as card:
+                os.environ |= {"MESH_DEVICE": name} if name else {}
+                engine = tt_engine(1)
+                self.assertEqual(engine.device, expected)
+                engine.close()
+                self.assertEqual(len(card.log), 2 if name == "N150" else 4)  # the fabric, for several chips
+        for name, parallel, expected in (("N15", 1, "N150, N300"), ("T3K", 1, "8 chips"), ("N300", 3, "3.*N300")):
+            with self.subTest(name), stand_in("2026-06", 2) as card, self.assertRaisesRegex(server.UserError, expected):
+                os.environ["MESH_DEVICE"] = name
+                tt_engine(1, data_parallel=parallel)
+            self.assertEqual(card.log, [])
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[tuple[Card, server.ApiServer]]:
+        """A server on the stand-in's card, in this process."""
+        with stand_in("2026-06") as card, fake_server(FakeEngine(), load=lambda progress: tt_engine(4)) as api:
+            wait_until(lambda: api.scheduler.state == "healthy")
+            yield card, api
+
+    def test_a_step_that_fails(self) -> None:
+        """500 for its requests; the next is served; the third in a row is the end."""
+        with self.served() as (card, api), self.assertLogs(server.logger, "ERROR"):
+            port, good = api.server_port, chat(api.server_port, max_tokens=5, temperature=0)["response"]
+
+            def before(call: str) -> None:
+                if call == failing:
+                    raise RuntimeError("TT_THROW: the device timed out")
+
+            card.before = before
+            for failing in ("prefill", "decode", "", "decode", "prefill", "decode"):
+                reply = ask(port, "POST", "/chat", {"prompt": "Hello", "max_tokens": 5, "temperature": 0})
+                self.assertEqual(reply.status, 500 if failing else 200, reply)
+                self.assertTrue(failing or reply.json["response"] == good)
+            wait_until(lambda: api.scheduler.ended)
+            self.assertEqual(health(port)["status"], "unhealthy")
+            self.assertEqual(ask(port, "POST", "/chat", {"prompt": "Hello"}).status, 503)
+            self.assertRegex(card.log[-1], "close 1x1")
+
+    def test_a_step_that_does_not_return(self) -> None:
+        hung = threading.Event()
+        with self.served() as (card, api), mock.patch.object(server.Scheduler, "STALL_SECONDS", 0.2):
+            card.before = lambda call: hung.wait(PATIENCE) if call == "decode" else None
+            port = api.server_port
+            with streamed(port, max_tokens=5) as lines:
+                wait_until(lambda: health(port)["status"] == "unhealthy")
+                self.assertRegex(health(port)["error"], r"\d+ seconds")
+                reply = ask(port, "POST", "/chat", {"prompt": "Hello"})
+                self.assertEqual(reply.status, 503, reply)
+                hung.set()
+                self.assertTrue(list(lines)[-1]["done"])  # it was slow, not dead
+            self.assertEqual(health(port)["status"], "healthy")
+
+
+class TTServerTest(unittest.TestCase):
+    """The program on the stand-in's card: the errors of a start, and every way out."""
+
+    def start(self, folder: str, chips: int = 1, *options: str, **variables: str) -> tuple[ServerProcess, Path]:
+        """A server, not yet ready, and the stand-in's folder."""
+        home = write_stand_in(SCRATCH / "tt-metal" / folder, "2026-06", chips)
+        variables = {**self.variables(home), **variables}
+        process = ServerProcess("--model", str(tt_model()), "--max-seq-len", "256", *options, **variables)
+        self.addCleanup(process.close)
+        return process, home
+
+    def variables(self, home: Path, *path: Path) -> dict[str, str]:
+        """The environment of a user with a card. The modules of the stand-in import this file."""
+        cluster = {"TT_METAL_MOCK_CLUSTER_DESC_PATH": "here", "TMPDIR": str(SCRATCH), **single_threaded()}
+        search = map(str, (*path, home, Path(__file__).resolve().parent))
+        unset = {name: "" for name in TT_VARIABLES if name != "TT_METAL_HOME"}
+        return {**unset, **cluster, "TT_METAL_HOME": str(home), "PYTHONPATH": os.pathsep.join(search)}
+
+    def test_a_start_and_sigterm_while_it_serves(self) -> None:
+        """Two chips, and another package called models in front of tt-metal's, as llama-models 0.1.1 brings it."""
+        other = SCRATCH / "site"
+        (other / "models").mkdir(parents=True)
+        (other / "models" / "__init__.py").write_text("raise ImportError('not this one')")
+        folder = SCRATCH / "tt-metal" / "serves"
+        process, _ = self.start("serves", 2, PYTHONPATH=self.variables(folder, other)["PYTHONPATH"])
+        process.ready()
+        self.assertEqual((folder / "log").read_text().splitlines(), ["fabric FABRIC_1D", "open 1x2"])
+        report = health(process.port)
+        self.assertEqual((report["device"], report["slots"]), ("n300", {"total": 32, "busy": 0}))
+        self.assertIn("n300", process.output)
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            ask_one = functools.partial(chat, process.port, max_tokens=20, temperature=0)
+            answers = {reply["response"] for reply in pool.map(ask_one, ["Hello"] * 40)}
+        self.assertEqual(len(answers), 1)
+        with streamed(process.port, max_tokens=150) as lines:
+            next(lines)
+            process.process.send_signal(signal.SIGTERM)
+            self.assertEqual(list(lines)[-1]["tokens_generated"], 150)
+        self.assertEqual(process.wait(), 0, process.output)
+        self.assertEqual((folder / "log").read_text().splitlines()[2:], ["close 1x2", "fabric DISABLED"])
+
+    def test_ctrl_c_while_it_loads(self) -> None:
+        folder = SCRATCH / "tt-metal" / "loads"
+        folder.mkdir(parents=True)
+        (folder / "hold").write_text("prefill")
+        process, _ = self.start("loads", 2)
+        wait_until(lambda: "compiling" in process.output)
+        process.process.send_signal(signal.SIGINT)
+        wait_until(lambda: health(process.port)["status"] == "stopping")
+        (folder / "hold").unlink()
+        self.assertEqual(process.wait(), 0, process.output)
+        self.assertNotIn("Traceback", process.output)
+        log = (folder / "log").read_text().splitlines()
+        self.assertEqual(log, ["fabric FABRIC_1D", "open 1x2", "close 1x2", "fabric DISABLED"])
+
+    def test_a_card_that_hangs_does_not_keep_the_process(self) -> None:
+        process, folder = self.start("hangs")
+        process.ready()
+        (folder / "hold").write_text("decode")
+        with streamed(process.port, max_tokens=5) as lines:
+            next(lines)
+            process.process.send_signal(signal.SIGINT)
+            process.wait_for("CTRL[+]C again")
+            for _ in range(2):
+                process.process.send_signal(signal.SIGINT)
+                time.sleep(0.3)
+            self.assertNotIn(process.wait(20), (0, None), process.output)
+
+    def test_what_is_wrong_with_a_start(self) -> None:
+        """One line, which says what to do, and exit status 2: a card is never passed over in silence."""
+        model, home = str(tt_model()), write_stand_in(SCRATCH / "tt-metal" / "wrong", "2026-06", 2)
+        blind = SCRATCH / "no-ttnn"
+        blind.mkdir()
+        (blind / "ttnn.py").write_text("raise ImportError('no ttnn here')")
+        good = self.variables(home)
+        bare = {**good, "TT_METAL_HOME": "", "PYTHONPATH": ""}
+        cases: list[tuple[str, list[str], dict[str, str]]] = [
+            ("no model.*--model", [], good),
+            ("not tt-metal's models: git clone", ["--model", model], bare),
+            ("ttnn is not .*pip install ttnn", ["--model", model], self.variables(home, blind)),
+            ("MESH_DEVICE.*2 chips: N150, N300", ["--model", model], {**good, "MESH_DEVICE": "N333"}),
+            ("T3K has 8 chips, this machine 2", ["--model", model], {**good, "MESH_DEVICE": "T3K"}),
+            ("--data-parallel 3", ["--model", model, "--data-parallel", "3"], good),
+            ("1, 2, 4, 8, 16, 32.*7", ["--model", model, "--max-batch-size", "7"], good),
+        ]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            starts = [pool.submit(run_to_end, "--port", "0", *options, **variables) for _, options, variables in cases]
+            for start, (expected, *_) in zip(starts, cases):
+                with self.subTest(expected):
+                    ended = start.result()
+                    self.assertEqual(ended.returncode, 2, ended.stdout + ended.stderr)
+                    self.assertRegex(ended.stderr.strip().splitlines()[-1], f"error: .*{expected}")
+                    self.assertNotIn("Traceback", ended.stderr)
+        self.assertFalse((home / "log").exists())
+
+
+def real_card_is_missing() -> str:
+    """Why the test on the real tt-metal cannot run here; empty where it can."""
+    if not has("ttnn"):
+        return "ttnn is not installed"
+    if not (Path(os.environ.get("TT_METAL_HOME", "")) / "models" / "tt_transformers").is_dir():
+        return "TT_METAL_HOME names no tt-metal checkout"
+    if not os.environ.get("TT_TEST_MODEL"):
+        return "TT_TEST_MODEL names no checkpoint"
+    return "" if server.card_present() else "there is no card, and none is mocked"
+
+
+@unittest.skipIf(real_card_is_missing(), real_card_is_missing())
+class RealCardTest(unittest.TestCase):
+    """The real ttnn and tt-metal, on a card or a mocked one, whose numbers are zeros."""
+
+    def test_load_serve_stop(self) -> None:
+        process = ServerProcess("--model", os.environ["TT_TEST_MODEL"])
+        self.addCleanup(process.close)
+        process.wait_for("Press CTRL[+]C to stop", 60 * PATIENCE)  # a large model's weights are converted first
+        port, report = process.port, health(process.port)
+        self.assertNotEqual(report["device"], "cpu")
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            prompts = ["Hello " * (1 + 10 * number) for number in range(40)]
+            replies = list(pool.map(lambda prompt: chat(port, prompt, max_tokens=20, seed=1), prompts))
+        self.assertTrue(all(0 < reply["tokens_generated"] <= 20 for reply in replies))
+        with streamed(port, max_tokens=8, temperature=0) as lines:
+            self.assertTrue(list(lines)[-1]["done"])
+        wait_until(lambda: health(port)["slots"] == {"total": 32, "busy": 0})
+        process.process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(), 0, process.output)
+        self.assertNotIn("Traceback", process.output)
 
 
 # ======================================================================================================================
