@@ -1839,8 +1839,8 @@ class Scheduler:
         while self._queue and (free := [slot for slot in self._slots if slot.generation is None]):
             generation = self._queue[0]
             length = len(generation.prompt) + generation.max_tokens
-            # The slot that holds most of the prompt already; else an empty one; else the one left longest ago. Where the
-            # engine has several pools of memory, the next best may have room when the best has not.
+            # The slot that holds most of the prompt already; else an empty one; else the one left longest ago. Where
+            # the engine has several pools of memory, the next best may have room when the best has not.
             free.sort(key=lambda slot: (-self._common(slot, generation), bool(slot.held), slot.used, slot.index))
             slot = next((slot for slot in free if self._make_room(slot, length)), None)
             if slot is None and len(free) < len(self._slots):
