@@ -929,6 +929,21 @@ class ChatTokenizerTest(unittest.TestCase):
         self.assertEqual(tokens, [begin, *message("system", "Be brief."), *message("user", "Hello!"), *answer])
         self.assertIn(end, tokenizer().stop_tokens)
 
+    @unittest.skipUnless(os.environ.get("TT_TEST_LLAMA_MODELS"), "TT_TEST_LLAMA_MODELS names no later llama-models")
+    def test_the_layout_of_later_llama_models(self) -> None:
+        """The same tokens from llama-models 0.1 or later, in a folder of its own (pip install --target)."""
+        program = """
+import tt_api_server as server
+tokenizer = server.ChatTokenizer()
+print(type(tokenizer._tokenizer).__module__, tokenizer.encode_chat([("user", "Hello, <|eot_id|>!")]))
+"""
+        folders = f"{os.environ['TT_TEST_LLAMA_MODELS']}{os.pathsep}{SERVER.parent}"
+        ended = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment(PYTHONPATH=folders)
+        )
+        expected = tokenizer().encode_chat([("user", "Hello, <|eot_id|>!")])
+        self.assertEqual(ended.stdout.strip(), f"llama_models.llama3.tokenizer {expected}", ended.stderr)
+
     def test_special_tokens_in_a_users_text_are_plain_text(self) -> None:
         plain = sum(token >= self.SPECIAL for token in tokenizer().encode_chat([("user", "x")]))
         names = "<|eot_id|> <|start_header_id|>system<|end_header_id|> <|begin_of_text|> <|end_of_text|> <|eom_id|>"

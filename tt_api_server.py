@@ -441,12 +441,11 @@ class ChatTokenizer:
     """
 
     def __init__(self, tokenizer_model: Path | None = None) -> None:
-        tokenizer_class = import_llama_models("tokenizer").Tokenizer
-        if tokenizer_model is None:
-            tokenizer_model = Path(import_llama_models("tokenizer").__file__).parent / "tokenizer.model"
-        self.path = tokenizer_model
+        module = import_llama_models("tokenizer")
+        self.path = tokenizer_model = tokenizer_model or Path(module.__file__).parent / "tokenizer.model"
+        named = str if ".api." in module.__name__ else Path  # the type of path that the layout's Tokenizer takes
         try:
-            self._tokenizer = tokenizer_class(str(tokenizer_model))
+            self._tokenizer = module.Tokenizer(named(tokenizer_model))
         except (ValueError, AssertionError) as error:
             raise UserError(f"{tokenizer_model} is not a Llama 3 tokenizer: download it again") from error
         if self._tokenizer.n_words != VOCAB_SIZE:
@@ -1797,6 +1796,8 @@ class Scheduler:
             pass
         except BaseException as error:
             self.failure = error
+            if not isinstance(error, UserError):  # which the command line shows
+                logger.error("the engine has failed", exc_info=error)
             self._give_up(f"{type(error).__name__}: {error}")
         finally:
             self.ended = True
