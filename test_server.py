@@ -3215,7 +3215,7 @@ class TTServerTest(unittest.TestCase):
             ask_one = functools.partial(chat, process.port, max_tokens=20, temperature=0)
             answers = {reply["response"] for reply in pool.map(ask_one, ["Hello"] * 40)}
         self.assertEqual(len(answers), 1)
-        with streamed(process.port, max_tokens=150) as lines:
+        with streamed(process.port, max_tokens=150, temperature=0) as lines:
             next(lines)
             process.process.send_signal(signal.SIGTERM)
             self.assertEqual(list(lines)[-1]["tokens_generated"], 150)
