@@ -1583,6 +1583,7 @@ class Generation:
         self.finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
         self.cancelled = False
         self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None: no more
+        self._ended = threading.Event()
 
     def put(self, token: int) -> None:
         """The scheduler's side: one more token."""
@@ -1595,21 +1596,24 @@ class Generation:
         """The scheduler's side: no more tokens."""
         self.finish_reason = reason
         self._tokens.put(None)
+        self._ended.set()
 
-    def steps(self, poll: Callable[[], None], interval: float = 0.25) -> Iterator[list[int]]:
+    def steps(self, poll: Callable[[], None], eager: bool = True, interval: float = 0.25) -> Iterator[list[int]]:
         """The handler's side: the token ids as they come, all there are each time. Calls `poll` while there are none.
 
-        Raises EngineError if the engine failed.
+        Raises EngineError if the engine failed. One who is not eager gets them at the end, or every `interval` seconds:
+        to wake 32 threads for each token takes a millisecond of the interpreter from the next step.
         """
         while True:
+            if not eager:
+                self._ended.wait(interval)
             try:
-                tokens = [self._tokens.get(timeout=interval)]
+                tokens = [self._tokens.get(timeout=interval if eager else 0)]
             except queue.Empty:
                 poll()
                 continue
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    tokens.append(self._tokens.get_nowait())
+            while not self._tokens.empty():
+                tokens.append(self._tokens.get_nowait())
             if found := [token for token in tokens if token is not None]:
                 yield found
             if tokens[-1] is None:
@@ -2116,7 +2120,7 @@ class Answer:
 
     def pieces(self, poll: Callable[[], None]) -> Iterator[str]:
         """The answer's text, piece by piece, none of them empty. `poll` is called in between, and may raise."""
-        for tokens in itertools.chain(self.generation.steps(poll), [None]):
+        for tokens in itertools.chain(self.generation.steps(poll, eager=self.request.stream), [None]):
             piece = self._stream.push([], final=True) if tokens is None else ""
             for token in tokens or []:  # one by one, so that a stop string ends the count at its own last token
                 piece += self._stream.push([token])
