@@ -560,7 +560,7 @@ def collect(request: server.Generation) -> list[int]:
         if time.monotonic() > deadline:
             raise AssertionError("the answer does not end")
 
-    return [token for tokens in request.steps(poll, 0.05) for token in tokens]
+    return [token for tokens in request.steps(poll, interval=0.05) for token in tokens]
 
 
 @contextlib.contextmanager
