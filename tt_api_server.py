@@ -277,12 +277,6 @@ class Checkpoint:
     note: str  # what is worth telling about the choice
 
     @property
-    def hf_folder(self) -> Path | None:
-        """The folder with the same model in Hugging Face's layout, if there is one."""
-        folders = (self.folder, self.folder.parent) if self.folder.name == "original" else (self.folder,)
-        return next((folder for folder in folders if (folder / "config.json").is_file()), None)
-
-    @property
     def tokenizer_model(self) -> Path | None:
         """The checkpoint's own tokenizer.model; None where it has none, and llama-models' copy serves."""
         for path in (self.folder / "tokenizer.model", self.folder / "original" / "tokenizer.model"):
@@ -353,6 +347,12 @@ class Checkpoint:
         return read, shapes
 
 
+def find_hf_folder(folder: Path) -> Path | None:
+    """The folder with config.json: this one, or the one above it where this is `original`."""
+    folders = (folder, folder.parent) if folder.name == "original" else (folder,)
+    return next((path for path in folders if (path / "config.json").is_file()), None)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the JSON file `path`."""
     try:
@@ -398,9 +398,7 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
 def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     """Look at `folder` and its `original` subfolder, choose the layout, and read the configuration."""
     meta = next((path for path in (folder, folder / "original") if (path / "params.json").is_file()), None)
-    hf = next((path for path in (folder, folder.parent) if (path / "config.json").is_file()), None)
-    if hf == folder.parent and folder.name != "original":
-        hf = None
+    hf = find_hf_folder(folder)
     parts = len(list(meta.glob("consolidated.*.pth"))) if meta else 0
     has_hf_weights = hf is not None and any(hf.glob("*.safetensors"))
     name = name or (folder.parent if folder.name == "original" else folder).name
@@ -926,7 +924,8 @@ def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
 
 def name_model(checkpoint: Checkpoint, reads_meta: bool) -> None:
     """Tell tt-metal the model: HF_MODEL, or LLAMA_DIR for Meta's layout, which 2025-09 reads; it refuses both."""
-    folder = checkpoint.hf_folder or (checkpoint.folder if reads_meta else None)
+    hf_folder = find_hf_folder(checkpoint.folder)
+    folder = hf_folder or (checkpoint.folder if reads_meta else None)
     if folder is None:
         raise UserError(
             f"this tt-metal reads Hugging Face's layout, and {checkpoint.folder} has Meta's: "
@@ -934,7 +933,7 @@ def name_model(checkpoint: Checkpoint, reads_meta: bool) -> None:
         )
     for name in ("HF_MODEL", "LLAMA_DIR"):
         os.environ.pop(name, None)
-    os.environ["HF_MODEL" if checkpoint.hf_folder else "LLAMA_DIR"] = str(folder)
+    os.environ["HF_MODEL" if hf_folder else "LLAMA_DIR"] = str(folder)
     if not os.access(folder, os.W_OK):  # where tt-metal keeps the converted weights by default
         os.environ.setdefault("TT_CACHE_PATH", str(Path.home() / ".cache" / "tt_metal" / checkpoint.name))
 
@@ -1519,7 +1518,7 @@ def demo_forward(
 
     As in Meta's checkpoints, rotary pairs are neighbours here.
     """
-    turns = torch.complex(tables[0], tables[1])[: tokens.shape[1]]  # [T, head_dim / 2]
+    turns = torch.complex(*(table[: tokens.shape[1]] for table in tables))  # [T, head_dim / 2]
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.view(*tokens.shape, -1, config.head_dim).transpose(1, 2)  # [B, heads, T, head_dim]
