@@ -70,13 +70,14 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -462,6 +463,10 @@ class ChatTokenizer:
             tokens += self._format._encode_header(role) + self.encode_text(text) + [self.end_of_turn]
         tokens += self._format._encode_header("assistant")
         return tokens
+
+    def encode_document(self, text: str) -> list[int]:
+        """Token ids of plain text that a document begins with."""
+        return [self._tokenizer.bos_id, *self.encode_text(text)]
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of plain text."""
@@ -1968,12 +1973,17 @@ SOCKET_TIMEOUT = 30.0  # seconds that a client may take for each read or write
 
 
 class ApiError(Exception):
-    """An answer that is not 200: the status, and one plain sentence for the caller."""
+    """An answer that is not 200: the status, one plain sentence for the caller, the field that it is about.
 
-    def __init__(self, status: int, message: str, **headers: str) -> None:
+    code: OpenAI's word for it, where it has one that clients look for.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
         super().__init__(message)
         self.status = status
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.param = param
+        self.code = code
+        self.headers = headers
 
 
 class ClientGone(Exception):
@@ -2001,7 +2011,7 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ApiError(400, f"{name} must be a number from {low:g} to {high:g}, not {shown(value)}")
+            raise ApiError(400, f"{name} must be a number from {low:g} to {high:g}, not {shown(value)}", name)
         return float(value)
 
     def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
@@ -2010,14 +2020,14 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ApiError(400, f"{name} must be a whole number from {low} to {high}, not {shown(value)}")
+            raise ApiError(400, f"{name} must be a whole number from {low} to {high}, not {shown(value)}", name)
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         """true or false."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise ApiError(400, f"{name} must be true or false, not {shown(value)}")
+            raise ApiError(400, f"{name} must be true or false, not {shown(value)}", name)
         return default if value is None else value
 
     def text(self, name: str) -> str | None:
@@ -2030,7 +2040,7 @@ class Fields:
         value = self.get("stop")
         strings = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(strings, list) or len(strings) > 4 or not all(isinstance(s, str) and s for s in strings):
-            raise ApiError(400, "stop must be a string or a list of up to four strings, none of them empty")
+            raise ApiError(400, "stop must be a string or a list of up to four strings, none of them empty", "stop")
         return [clean_text(string, "stop") for string in strings]
 
     def messages(self) -> list[tuple[str, str]]:
@@ -2039,25 +2049,24 @@ class Fields:
         if value is None:
             return []
         if not isinstance(value, list) or not value:
-            raise ApiError(400, 'messages must be a list of at least one {"role": ..., "content": ...}')
+            raise ApiError(400, 'messages must be a list of at least one {"role": ..., "content": ...}', "messages")
         messages = []
         for i, message in enumerate(value):
             where = f"messages[{i}]"
             if not isinstance(message, dict):
-                raise ApiError(400, f'{where} must be an object, {{"role": ..., "content": ...}}, not {shown(message)}')
+                must = f'{where} must be an object, {{"role": ..., "content": ...}}, not {shown(message)}'
+                raise ApiError(400, must, where)
             role = message.get("role")
             if not isinstance(role, str) or role not in ROLES:
-                raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}, not {shown(role)}")
+                must = f"{where}.role must be one of {', '.join(ROLES)}, not {shown(role)}"
+                raise ApiError(400, must, f"{where}.role")
             parts = message.get("content")
             if isinstance(parts, list):
-                for part in parts:
-                    if (
-                        not isinstance(part, dict)
-                        or part.get("type") != "text"
-                        or not isinstance(part.get("text"), str)
-                    ):
-                        raise ApiError(400, f'{where}.content has a part that is not {{"type": "text", "text": ...}}')
-                parts = "".join(part["text"] for part in parts)
+                texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+                if len(texts) < len(parts):
+                    must = f'{where}.content has a part that is not {{"type": "text", "text": ...}}'
+                    raise ApiError(400, must, f"{where}.content")
+                parts = "".join(clean_text(text, f"{where}.content") for text in texts)
             messages.append((ROLES[role], clean_text(parts, f"{where}.content")))
         return messages
 
@@ -2067,7 +2076,7 @@ class Fields:
             if name not in self._known:
                 near = difflib.get_close_matches(name, self._known, 1)
                 hint = f": did you mean {near[0]}?" if near else f": the fields are {', '.join(self._known)}"
-                raise ApiError(400, f"unknown field {shown(name)}{hint}")
+                raise ApiError(400, f"unknown field {shown(name)}{hint}", name)
 
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -2082,19 +2091,20 @@ def shown(value: Any) -> str:
 def clean_text(value: Any, name: str) -> str:
     """`value`, which must be a string; lone surrogates, which JSON can spell and UTF-8 cannot, become U+FFFD."""
     if not isinstance(value, str):
-        raise ApiError(400, f"{name} must be a string, not {shown(value)}")
+        raise ApiError(400, f"{name} must be a string, not {shown(value)}", name)
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @dataclass
-class ChatRequest:
+class TextRequest:
     """What the dialects make of a body."""
 
-    messages: list[tuple[str, str]]
-    max_tokens: int | None  # None: so many as the context holds
+    encode: Callable[[ChatTokenizer], list[int]]  # the prompt's token ids
+    max_tokens: int | None  # None: the dialect's default, or so many as the context holds
     sampling: SamplingParams
     stop: list[str]
     stream: bool
+    ignore_eos: bool = False  # go on past the end of the turn, up to max_tokens: for benchmarks
 
 
 def read_sampling(fields: Fields, temperature: float, top_p: float) -> SamplingParams:
@@ -2110,7 +2120,7 @@ def read_sampling(fields: Fields, temperature: float, top_p: float) -> SamplingP
 class Answer:
     """A request under way, on the handler's side: its text as it comes, and at the end its figures."""
 
-    def __init__(self, request: ChatRequest, generation: Generation, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, request: TextRequest, generation: Generation, tokenizer: ChatTokenizer) -> None:
         self.request = request
         self.generation = generation
         self.text = ""
@@ -2156,20 +2166,43 @@ class Answer:
         }
 
 
+class Dialect(Protocol):
+    """How a kind of client says what it wants, and how it is answered. One is made for each request."""
+
+    content_type: str  # of a stream
+    default_max_tokens: int | None  # None: so many as the context holds
+
+    def read(self, fields: Fields) -> TextRequest:
+        """Check the body. Raises ApiError."""
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """The body of a plain answer."""
+
+    def piece(self, answer: Answer, text: str) -> bytes:
+        """A piece of a streamed answer."""
+
+    def end(self, answer: Answer) -> bytes:
+        """What closes a streamed answer."""
+
+    def error(self, error: ApiError) -> dict[str, Any]:
+        """The body of an error."""
+
+    def line(self, value: dict[str, Any]) -> bytes:
+        """`value` as a piece of a stream, which may be an error's body."""
+
+
 class ChatDialect:
     """POST /chat: plain JSON, or newline-delimited JSON as it comes."""
 
     content_type = "application/x-ndjson"
-    default_max_tokens = 128
+    default_max_tokens: int | None = 128
 
-    def read(self, fields: Fields) -> ChatRequest:
-        """Check the body. Raises ApiError."""
-        prompt, system, stop, stream = (
-            fields.text("prompt"),
-            fields.text("system"),
-            fields.stop(),
-            fields.flag("stream"),
-        )
+    def __init__(self, _server: ApiServer) -> None:
+        self._prompt = ""
+
+    def read(self, fields: Fields) -> TextRequest:
+        prompt, system, stop = fields.text("prompt"), fields.text("system"), fields.stop()
+        stream = fields.flag("stream")
         max_tokens = fields.integer("max_tokens", None, 1, 2**31)
         sampling = read_sampling(fields, temperature=0.7, top_p=0.9)
         messages = fields.messages()
@@ -2179,26 +2212,173 @@ class ChatDialect:
         if prompt == "":
             raise ApiError(400, "prompt is empty: give it some text")
         messages = messages or [("user", prompt or "")]
+        self._prompt = messages[-1][1]
         if system is not None:
             messages = [("system", system), *messages]
-        return ChatRequest(messages, max_tokens, sampling, stop, stream)
+        return TextRequest(lambda tokenizer: tokenizer.encode_chat(messages), max_tokens, sampling, stop, stream)
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        """The body of a plain answer."""
-        prompt = answer.request.messages[-1][1]
-        return {"success": True, "prompt": prompt, "response": answer.text, **answer.figures()}
+        return {"success": True, "prompt": self._prompt, "response": answer.text, **answer.figures()}
 
     def piece(self, answer: Answer, text: str) -> bytes:
-        """A piece of a streamed answer."""
-        return json_line({"response": text})
+        return self.line({"response": text})
 
     def end(self, answer: Answer) -> bytes:
-        """What closes a streamed answer."""
-        return json_line({"done": True, **self.whole(answer)})
+        return self.line({"done": True, **self.whole(answer)})
 
-    def error(self, message: str) -> dict[str, Any]:
-        """The body of an error, or the last piece of a stream that fails."""
-        return {"error": message}
+    def error(self, error: ApiError) -> dict[str, Any]:
+        return {"error": str(error)}
+
+    def line(self, value: dict[str, Any]) -> bytes:
+        return json_line(value)
+
+
+class ChatCompletions:
+    """POST /v1/chat/completions: OpenAI's JSON, or server-sent events as it comes.
+
+    Source: https://platform.openai.com/docs/api-reference/chat/create, and what its clients send and expect.
+    """
+
+    content_type = "text/event-stream"
+    default_max_tokens: int | None = None
+    kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+    # Fields that would change the answer and are not served, with the values that ask for nothing: others are refused.
+    UNSUPPORTED: ClassVar[dict[str, list[Any]]] = {
+        "n": [1], "logprobs": [False], "top_logprobs": [0], "logit_bias": [{}],
+        "presence_penalty": [0], "frequency_penalty": [0],
+        "tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]], "function_call": ["none", "auto"],
+        "response_format": [{"type": "text"}], "modalities": [["text"]], "audio": [], "prediction": [],
+        "reasoning_effort": ["none"], "verbosity": ["medium"], "web_search_options": [],
+    }  # fmt: skip
+    # Fields that cannot change the answer.
+    IGNORED: ClassVar[tuple[str, ...]] = (
+        "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+        "prompt_cache_retention",
+    )  # fmt: skip
+
+    def __init__(self, server: ApiServer) -> None:
+        self._model = server.model
+        self._include_usage = False
+        self._role: dict[str, str] = {"role": "assistant"}  # said in a stream's first piece
+        self._envelope = {
+            "id": f"{self.id_prefix}{uuid.uuid4().hex}",
+            "object": self.kind,
+            "created": int(time.time()),
+            "model": server.model,
+            "system_fingerprint": f"fp_{__version__}_{server.scheduler.device}",
+        }
+
+    def read(self, fields: Fields) -> TextRequest:
+        messages = fields.messages()
+        max_tokens = fields.integer("max_tokens", None, 1, 2**31)
+        max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, 2**31)
+        request = self._read_common(fields, lambda tokenizer: tokenizer.encode_chat(messages), max_tokens)
+        if not messages:
+            raise ApiError(400, 'messages is missing: a list of {"role": ..., "content": ...}', "messages")
+        return request
+
+    def _read_common(
+        self, fields: Fields, encode: Callable[[ChatTokenizer], list[int]], max_tokens: int | None
+    ) -> TextRequest:
+        model = fields.text("model")
+        if model is not None and model != self._model:
+            raise model_not_found(model, self._model)
+        for name, harmless in self.UNSUPPORTED.items():
+            value = fields.get(name)
+            if value is not None and value not in harmless:
+                raise ApiError(400, f"{name} is not supported here: leave it out", name, "unsupported_parameter")
+        for name in self.IGNORED:
+            fields.get(name)
+        stream, options = fields.flag("stream"), fields.get("stream_options")
+        if options is not None and not (stream and isinstance(options, dict)):
+            raise ApiError(400, "stream_options must be an object, and goes with stream: true", "stream_options")
+        self._include_usage = Fields(options or {}).flag("include_usage")
+        sampling, stop = read_sampling(fields, temperature=1.0, top_p=1.0), fields.stop()
+        ignore_eos = fields.flag("ignore_eos")
+        fields.refuse_unknown()
+        return TextRequest(encode, max_tokens, sampling, stop, stream, ignore_eos)
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        choice = {**self._content(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
+        return {**self._envelope, "choices": [{"index": 0, **choice}], "usage": self._usage(answer)}
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        role, self._role = self._role, {}
+        return {"delta": {**role, "content": text} if text or role else {}}
+
+    def _chunk(self, text: str, finish_reason: str | None) -> bytes:
+        choice = {"index": 0, **self._delta(text), "logprobs": None, "finish_reason": finish_reason}
+        usage = {"usage": None} if self._include_usage else {}
+        return self.line({**self._envelope, "object": self.chunk_kind, "choices": [choice], **usage})
+
+    def _usage(self, answer: Answer) -> dict[str, Any]:
+        prompt, cached = len(answer.generation.prompt), answer.generation.cached
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answer.count,
+            "total_tokens": prompt + answer.count,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def piece(self, answer: Answer, text: str) -> bytes:
+        return self._chunk(text, None)
+
+    def end(self, answer: Answer) -> bytes:
+        usage = {**self._envelope, "object": self.chunk_kind, "choices": [], "usage": self._usage(answer)}
+        last = self.line(usage) if self._include_usage else b""
+        return self._chunk("", answer.finish_reason) + last + b"data: [DONE]\n\n"
+
+    def error(self, error: ApiError) -> dict[str, Any]:
+        kind = "invalid_request_error" if error.status < 500 else "server_error"
+        return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+    def line(self, value: dict[str, Any]) -> bytes:
+        return b"data: " + json_line(value) + b"\n"
+
+
+class Completions(ChatCompletions):
+    """POST /v1/completions: the same for plain text, which the model goes on with. No chat format is put around it."""
+
+    default_max_tokens: int | None = 16
+    kind = chunk_kind = "text_completion"
+    id_prefix = "cmpl-"
+    UNSUPPORTED: ClassVar[dict[str, list[Any]]] = {
+        "n": [1], "best_of": [1], "echo": [False], "suffix": [""], "logprobs": [], "logit_bias": [{}],
+        "presence_penalty": [0], "frequency_penalty": [0],
+    }  # fmt: skip
+    IGNORED: ClassVar[tuple[str, ...]] = ("user",)
+
+    def read(self, fields: Fields) -> TextRequest:
+        prompt = fields.get("prompt")
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        if (
+            isinstance(prompt, list)
+            and prompt
+            and all(type(token) is int and 0 <= token < VOCAB_SIZE for token in prompt)
+        ):
+            tokens = list(prompt)
+            encode: Callable[[ChatTokenizer], list[int]] = lambda _tokenizer: tokens  # noqa: E731
+        elif isinstance(prompt, str) and prompt:
+            text = clean_text(prompt, "prompt")
+            encode = lambda tokenizer: tokenizer.encode_document(text)  # noqa: E731
+        else:
+            raise ApiError(400, "prompt must be one string, not empty, or one list of token ids", "prompt")
+        return self._read_common(fields, encode, fields.integer("max_tokens", None, 1, 2**31))
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    _delta = _content
+
+
+def model_not_found(model: str, served: str) -> ApiError:
+    """The error for a model that is not the one served."""
+    message = f"there is no model {shown(model)} here: this server has {served}, and takes requests without a model too"
+    return ApiError(404, message, "model", "model_not_found")
 
 
 def json_line(value: dict[str, Any]) -> bytes:
@@ -2219,15 +2399,27 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     # Requests and routes
 
+    def _begin(self) -> None:
+        """Forget the connection's last request. Its path alone decides in which dialect it is answered, errors too."""
+        self.status, self.outcome, self.streaming = 0, "", False
+        path = getattr(self, "path", "").partition("?")[0]
+        dialects: dict[str, Callable[[ApiServer], Dialect]] = {"/v1/completions": Completions}
+        default = ChatCompletions if path.startswith("/v1") else ChatDialect
+        self.dialect = dialects.get(path, default)(self.server)
+
     def handle_request(self) -> None:
         """Answer the request whose header has just been read."""
-        self.status, self.outcome, self.streaming, self.dialect = 0, "", False, ChatDialect()
+        self._begin()
         try:
             with self.server.request_in_flight():
                 self._route()
                 self.wfile.flush()
         except ApiError as error:
             self._send_error(error)
+        except Unavailable as error:
+            self._send_error(ApiError(503, str(error)))
+        except TooLong as error:
+            self._send_error(ApiError(400, str(error), "max_tokens", "context_length_exceeded"))
         except EngineError as error:
             self._send_error(ApiError(500, str(error)))
         except (ClientGone, ConnectionError, TimeoutError):
@@ -2244,10 +2436,11 @@ class ApiHandler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         body = self._read_body()
         self._check_site()
-        if path not in ROUTES:
+        route = "/v1/models/NAME" if path.startswith("/v1/models/") else path
+        if route not in ROUTES:
             endpoints = ", ".join(f"{method} {known}" for known, (method, _) in ROUTES.items())
             raise ApiError(404, f"there is no {printable(path)} here: the endpoints are {endpoints}")
-        method, answer = ROUTES[path]
+        method, answer = ROUTES[route]
         allowed = ["OPTIONS", "GET", "HEAD"] if method == "GET" else ["OPTIONS", method]
         if self.command == "OPTIONS":
             self._send(204, b"", "", Allow=", ".join(allowed), **self._preflight(method))
@@ -2310,15 +2503,23 @@ class ApiHandler(BaseHTTPRequestHandler):
         status, report = self.server.health()
         self._send(status, json_line(report), "application/json", **({} if status == 200 else {"Retry-After": "1"}))
 
-    def chat(self, body: bytes) -> None:
-        """POST /chat."""
-        self._complete(body, ChatDialect())
+    def models(self, _body: bytes) -> None:
+        """GET /v1/models and /v1/models/NAME: the one that is served."""
+        server = self.server
+        model = {"id": server.model, "object": "model", "created": server.created, "owned_by": "tt_api_server"}
+        model["max_model_len"] = server.scheduler.max_seq_len  # vLLM's name for it
+        name = urllib.parse.unquote(self.path.partition("?")[0][len("/v1/models/") :])
+        if name and name != server.model:
+            raise model_not_found(name, server.model)
+        self._send(200, json_line(model if name else {"object": "list", "data": [model]}), "application/json")
 
-    def _complete(self, body: bytes, dialect: ChatDialect) -> None:
+    def complete(self, body: bytes) -> None:
         """The one path of a request for text, in any dialect, streamed or not."""
-        self.dialect = dialect
-        request = dialect.read(Fields(self._json_object(body)))
-        logger.debug("%s", request)
+        dialect = self.dialect
+        self.server.scheduler.check_available()
+        fields = self._json_object(body)
+        logger.debug("%s", json.dumps(fields))
+        request = dialect.read(Fields(fields))
         answer = self.server.submit(request, dialect.default_max_tokens)
         try:
             for piece in answer.pieces(self._check_client):
@@ -2401,19 +2602,19 @@ class ApiHandler(BaseHTTPRequestHandler):
     def _send_error(self, error: ApiError) -> None:
         """Answer with an error; a stream that has begun ends with it."""
         logger.debug("%s: %s", self._target(), error)
-        body = json_line(self.dialect.error(str(error)))
+        body = self.dialect.error(error)
         headers = {"Retry-After": "1", **error.headers} if error.status == 503 else error.headers
         try:
             if self.streaming:
-                self._write_piece(body, last=True)
+                self._write_piece(self.dialect.line(body), last=True)
             else:
-                self._send(error.status, body, "application/json", **headers)
+                self._send(error.status, json_line(body), "application/json", **headers)
         except OSError:
             self.close_connection = True
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """http.server's own refusals, of what is not HTTP, in our form."""
-        self.outcome, self.streaming, self.dialect = "", False, ChatDialect()
+        self._begin()
         self.close_connection = True
         if self.request_version == "HTTP/0.9":  # which has no header: what http.server takes a bad line for
             self.request_version = "HTTP/1.0"
@@ -2450,7 +2651,11 @@ class ApiHandler(BaseHTTPRequestHandler):
 
 ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
     "/health": ("GET", ApiHandler.health),
-    "/chat": ("POST", ApiHandler.chat),
+    "/chat": ("POST", ApiHandler.complete),
+    "/v1/chat/completions": ("POST", ApiHandler.complete),
+    "/v1/completions": ("POST", ApiHandler.complete),
+    "/v1/models": ("GET", ApiHandler.models),
+    "/v1/models/NAME": ("GET", ApiHandler.models),
 }
 
 
@@ -2482,6 +2687,7 @@ class ApiServer(ThreadingHTTPServer):
         self.model = ""  # the model's name, folder and what is worth saying of it; known early, shown by /health
         self.folder = ""
         self.note = "Model is loaded in memory for fast inference"
+        self.created = int(time.time())
         self._started = time.monotonic()
         self._in_flight = 0
         self._idle = threading.Condition()
@@ -2491,26 +2697,21 @@ class ApiServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
-    def submit(self, request: ChatRequest, default_max_tokens: int) -> Answer:
-        """Encode the request and queue it. Raises ApiError."""
-        scheduler = self.scheduler
-        try:
-            scheduler.check_available()
-            prompt = self.tokenizer.encode_chat(request.messages)
-            room = scheduler.max_seq_len - len(prompt)
-            if room < 1:
-                raise TooLong(
-                    f"the prompt has {len(prompt)} tokens, and the context holds {scheduler.max_seq_len}, "
-                    "the answer with it: shorten the prompt"
-                )
-            max_tokens = request.max_tokens or min(default_max_tokens, room)
-            generation = Generation(prompt, max_tokens, request.sampling, self.tokenizer.stop_tokens)
-            scheduler.submit(generation)
-        except TooLong as error:
-            raise ApiError(400, str(error)) from error
-        except Unavailable as error:
-            raise ApiError(503, str(error)) from error
-        return Answer(request, generation, self.tokenizer)
+    def submit(self, request: TextRequest, default_max_tokens: int | None) -> Answer:
+        """Encode the request and queue it. Raises Unavailable and TooLong."""
+        tokenizer, context = self.tokenizer, self.scheduler.max_seq_len
+        prompt = request.encode(tokenizer)
+        room = context - len(prompt)
+        if room < 1:
+            raise TooLong(
+                f"the prompt has {len(prompt)} tokens, and the context holds {context}, the answer with it: "
+                "shorten the prompt"
+            )
+        max_tokens = request.max_tokens or min(default_max_tokens or room, room)
+        stop_tokens = frozenset() if request.ignore_eos else tokenizer.stop_tokens
+        generation = Generation(prompt, max_tokens, request.sampling, stop_tokens)
+        self.scheduler.submit(generation)
+        return Answer(request, generation, tokenizer)
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of GET /health."""
