@@ -1226,6 +1226,45 @@ class TorchEngineTest(unittest.TestCase):
         for row in torch.cat((logits, rest)):
             self.assert_close(row[::EVERY], REFERENCE[shape])
 
+    def test_a_piece_of_a_prompt_alone_wants_no_token(self) -> None:
+        engine = float32_engine(random_checkpoint("meta", Shape()))
+        self.assertEqual(engine.step([server.Work(0, PROMPT[:9], 0, None)]), [-1])
+
+    @unittest.skipUnless("fbgemm" in torch.backends.quantized.supported_engines, "this PyTorch has no FBGEMM")
+    def test_a_tiled_product(self) -> None:
+        """Against float64, for widths that fill their tiles and widths that do not, of few rows and of many."""
+        torch.manual_seed(5)
+        for outputs, inputs in ((96, 64), (97, 80), (700, 32), (13 * 96, 96 * 96), (129 * 96 + 5, 16)):
+            weight = torch.randn(outputs, inputs).bfloat16()
+            linear = server.TiledLinear(weight)
+            for count in (1, 2, server.TiledLinear.FEW, server.TiledLinear.FEW + 1, 40):
+                rows = torch.randn(count, inputs).bfloat16()
+                expected = rows.double() @ weight.double().T
+                with self.subTest(outputs=outputs, inputs=inputs, rows=count), torch.inference_mode():
+                    product = linear(rows.float())
+                    self.assertEqual((product.shape, product.dtype), (expected.shape, torch.float32))
+                    self.assert_close(
+                        product / inputs**0.5, expected / inputs**0.5, 0.02
+                    )  # bfloat16: 8 bits of about 4
+
+    @unittest.skipUnless("fbgemm" in torch.backends.quantized.supported_engines, "this PyTorch has no FBGEMM")
+    def test_a_processor_without_bfloat16(self) -> None:
+        """The weights stay bfloat16, and the logits are as near as that allows, in one piece and in several."""
+        for shape in REFERENCE:
+            checkpoint = server.read_checkpoint(random_checkpoint("meta", shape))
+            with mock.patch.object(server, "has_mkldnn", return_value=False):
+                engine = server.TorchEngine(checkpoint, 4, 512, no_progress)
+            self.assertIsInstance(engine.heads[0], server.TiledLinear)
+            with self.subTest(shape=shape), torch.inference_mode():
+                whole = engine.logits([server.Work(0, PROMPT, 0, GREEDY)])[0, ::EVERY]
+                engine.logits([server.Work(1, PROMPT[:30], 0, None)])
+                engine.logits([server.Work(1, PROMPT[30:38], 30, None)])
+                engine.logits([server.Work(1, PROMPT[38:39], 38, None)])
+                pieces = engine.logits([server.Work(1, PROMPT[39:], 39, GREEDY)])[0, ::EVERY]
+                scale = max(map(abs, REFERENCE[shape]))
+                self.assert_close(whole, REFERENCE[shape], 0.03 * scale)
+                self.assert_close(pieces, REFERENCE[shape], 0.03 * scale)
+
     def test_greedy_text_is_the_same_alone_and_in_a_crowd(self) -> None:
         """Token for token: 24 requests, long and short, through 8 slots, at random times, their prompts in chunks."""
         folder, chance = random_checkpoint("meta", Shape()), random.Random(11)
@@ -3698,6 +3737,44 @@ def table(report: dict[str, Any]) -> str:
             + (f"; peak memory: {memory:.2f} GB" if memory else "")
         )
     return "\n".join(lines)
+
+
+class BenchTest(unittest.TestCase):
+    """The load generator, as a user starts it: its figures are of what was asked, and none of them fails it."""
+
+    SMALL = ("--users", "1,3", "--long-users", "2", "--tokens", "6", "--short", "4", "--long", "60")
+
+    def run_bench(self, *options: str) -> str:
+        """Its output."""
+        command = [sys.executable, __file__, "--bench", *self.SMALL, *options]
+        done = subprocess.run(
+            command, env=environment(**single_threaded()), capture_output=True, text=True, timeout=4 * PATIENCE
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""), done)
+        return done.stdout
+
+    def test_a_server_of_its_own(self) -> None:
+        report = json.loads(self.run_bench("--json", "--model", str(random_checkpoint("meta", Shape()))))
+        self.assertEqual(
+            [(line["users"], line["prompts"]) for line in report["load"]], [(1, "short"), (3, "short"), (2, "long")]
+        )
+        for line in report["load"]:
+            self.assertGreater(line["tokens_per_second"], 0)
+            self.assertLessEqual(line["first_token_median"], line["first_token_p99"])
+        short, long = (line["prompt_tokens"] for line in report["load"][1:])
+        self.assertGreater(long - short, 50)  # 56 words more
+        self.assertEqual([figures["users"] for figures in report["http_tax"]], [1, 3])
+        for name in ("seconds_to_healthy", "scheduler_alone", "peak_memory_gb"):
+            self.assertGreater(report[name], 0)
+        for name in ("second_turn", "interruption"):
+            self.assertGreater(report[name]["this server"]["ratio"], 0)
+
+    def test_a_server_that_runs_against_another(self) -> None:
+        port = SharedServer.get("random").port
+        lines = self.run_bench("--url", f"http://127.0.0.1:{port}", "--against", f"localhost:{port}").splitlines()
+        self.assertEqual([line.split()[0] for line in lines[1:4]], ["1", "1", "ratio"])
+        self.assertEqual(len(lines[3].split()), 1 + 2 * 5)  # a ratio and its x for each figure
+        self.assertRegex(lines[-1], r"^localhost:\d+: longest gap .* x its median")
 
 
 # ======================================================================================================================

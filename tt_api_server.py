@@ -827,14 +827,16 @@ class TiledLinear:
             tile[:, : len(outputs)] = outputs.T
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        product = self._bags(rows) if len(rows) <= self.FEW else self._widened(rows)  # [tiles, T, 96]
+        # Rows and product are rounded to bfloat16 both ways, so that a token's text does not depend on its company.
+        narrow = rows.bfloat16()
+        product = self._bags(narrow) if len(rows) <= self.FEW else self._widened(narrow)  # [tiles, T, 96]
         return product.transpose(0, 1).reshape(len(rows), -1)[:, : self._out].to(rows.dtype)
 
     def _bags(self, rows: torch.Tensor) -> torch.Tensor:
         sums = []
         for tiles in torch.split(self._tiles, self.BAGGED):
             vectors, starts = bags(len(tiles), len(rows), self._in)
-            weights = rows.bfloat16().expand(len(tiles), -1, -1).reshape(-1)
+            weights = rows.expand(len(tiles), -1, -1).reshape(-1)
             table = tiles.view(-1, self.TILE)
             sums.append(F.embedding_bag(vectors, table, starts, mode="sum", per_sample_weights=weights))
         return torch.cat(sums).view(-1, len(rows), self.TILE)
@@ -843,10 +845,11 @@ class TiledLinear:
         count = max(1, self.WIDENED // (self._in * self.TILE))
         product = torch.empty(len(self._tiles), len(rows), self.TILE)
         wide = room(count * self._in * self.TILE).view(count, self._in, self.TILE)
+        rows = rows.float()
         for some, tiles in zip(torch.split(product, count), torch.split(self._tiles, count)):
             weight = wide[: len(tiles)].copy_(tiles)
-            torch.bmm(rows.float().expand(len(tiles), -1, -1), weight, out=some)
-        return product
+            torch.bmm(rows.expand(len(tiles), -1, -1), weight, out=some)
+        return product.bfloat16()
 
 
 @functools.cache
