@@ -6,8 +6,9 @@
     python3 test_server.py --bench --model DIR        # no tests: measure a server under load (--bench --help)
 
 They need what requirements.txt asks for and nothing more; a test that can use more (transformers, safetensors, curl,
-jq) says why it is skipped where that is absent. What a socket cannot show is tested a level below: the text stream,
-the sampler, the logits, and the scheduler with an engine that holds it to the engine's contract.
+jq, selenium with chromium) says why it is skipped where that is absent. What a socket cannot show is tested a level
+below: the text stream, the sampler, the logits, and the scheduler with an engine that holds it to the engine's
+contract.
 
 No test depends on the speed of the machine: they wait for what must happen, and give up after many times as long as
 it takes.
@@ -17,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import base64
 import collections
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import http.client
 import importlib.util
 import itertools
@@ -1868,10 +1871,11 @@ class HttpErrorTest(unittest.TestCase):
             return Reply(response.status, response.headers, response.read())
 
     def test_routes(self) -> None:
-        self.check(ask(self.port, "GET", "/chats"), 404, "GET /health, POST /chat")
+        self.check(ask(self.port, "GET", "/chats"), 404, "GET /, GET /health, POST /chat")
         for method, path, allowed in (
             ("GET", "/chat", "POST"),
             ("DELETE", "/chat", "POST"),
+            ("POST", "/", "GET"),
             ("PUT", "/health", "GET"),
             ("POST", "/health", "GET"),
         ):
@@ -1882,7 +1886,7 @@ class HttpErrorTest(unittest.TestCase):
 
     def test_head(self) -> None:
         with connect(self.port) as connection:
-            for path, status in (("/health", 200), ("/chat", 405), ("/nowhere", 404)):
+            for path, status in (("/", 200), ("/health", 200), ("/chat", 405), ("/nowhere", 404)):
                 reply = exchange(connection, "HEAD", path)
                 self.assertEqual((reply.status, reply.body), (status, b""))
                 self.assertGreater(int(reply.headers["Content-Length"]), 10)
@@ -2110,6 +2114,457 @@ class StateTest(unittest.TestCase):
                 prompt = tokenizer().encode_chat([("user", f"Tell me about {i}")])
                 expected = tokenizer().decode_bytes(fake_answer(prompt, 20 + i % 9, tokenizer().stop_tokens))
                 self.assertEqual(answer, expected.decode())
+
+
+# ======================================================================================================================
+# The chat page
+# ======================================================================================================================
+
+
+class PageHeadersTest(unittest.TestCase):
+    """GET / as any client sees it."""
+
+    def test_the_policy(self) -> None:
+        with fake_server(FakeEngine()) as api:
+            reply = ask(api.server_port, "GET", "/?from=test")
+        self.assertEqual((reply.status, reply.headers["Content-Type"]), (200, "text/html; charset=utf-8"))
+        self.assertEqual(reply.headers["X-Content-Type-Options"], "nosniff")
+        self.assertEqual(reply.headers["Referrer-Policy"], "no-referrer")
+        directives = [directive.split() for directive in reply.headers["Content-Security-Policy"].split(";")]
+        policy = {name: " ".join(sources) for name, *sources in directives}
+        for name, sources in (
+            ("default-src", "'none'"),
+            ("connect-src", "'self'"),
+            ("img-src", "data:"),
+            ("base-uri", "'none'"),
+            ("form-action", "'none'"),
+            ("frame-ancestors", "'none'"),
+        ):
+            self.assertEqual(policy.pop(name), sources)
+        page = reply.body.decode()
+        for tag in ("script", "style"):
+            [source] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+            self.assertEqual(policy.pop(f"{tag}-src"), f"'sha256-{digest}'")
+        self.assertEqual(policy, {})
+        self.assertNotRegex(page, r"innerHTML|outerHTML|insertAdjacentHTML|document\.write")
+
+
+class Speaker(FakeEngine):
+    """A fake engine that answers every prompt with the same text, and then ends its turn."""
+
+    def __init__(self, text: str, before_step: Callable[[Sequence[server.Work]], object] = lambda batch: None) -> None:
+        super().__init__(max_seq_len=4096, before_step=before_step)
+        self._script = [*tokenizer().encode_text(text), tokenizer().end_of_turn]
+        self._said: collections.Counter[int] = collections.Counter()
+
+    def step(self, batch: Sequence[server.Work]) -> list[int]:
+        result = super().step(batch)
+        for i, work in enumerate(batch):
+            if len(work.tokens) > 1:  # a prompt; of one that the slot knows already a single token is read
+                self._said[work.slot] = 0
+            if work.sampling is not None:
+                result[i] = self._script[self._said[work.slot]]
+                self._said[work.slot] = (self._said[work.slot] + 1) % len(self._script)
+        return result
+
+
+# WebDriver's names of keys: selenium's own are there only where selenium is.
+NULL, BACKSPACE, ENTER, SHIFT, ESCAPE = "\ue000", "\ue003", "\ue007", "\ue008", "\ue00c"
+
+
+def browser_is_missing() -> str:
+    """Why the tests of the page cannot run here; empty where they can."""
+    if not has("selenium"):
+        return "selenium is not installed"
+    absent = [program for program in ("chromium", "chromedriver") if shutil.which(program) is None]
+    return f"there is no {absent[0]} here" if absent else ""
+
+
+@unittest.skipIf(browser_is_missing(), browser_is_missing())
+class PageTest(unittest.TestCase):
+    """The page of GET / in a browser: over the fake engine where a state is hard to come by, else over a real one."""
+
+    driver: Any
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = str(shutil.which("chromium"))
+        for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        cls.driver = webdriver.Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
+        cls.addClassCleanup(cls.driver.quit)
+
+    def setUp(self) -> None:
+        self.addCleanup(self.leave)
+
+    def leave(self) -> None:
+        """Leave the page, which must have said nothing on the console; answers that are not 200 are news there too."""
+        entries = [entry for entry in self.driver.get_log("browser") if entry["source"] != "network"]
+        self.driver.get("about:blank")
+        self.assertEqual(entries, [])
+
+    def open(self, port: int, state: str = "Ready") -> None:
+        """Open the page, and wait until it shows the server's state."""
+        self.driver.get(f"http://localhost:{port}/")
+        self.wait_for_state(state)
+
+    def wait_for_state(self, word: str) -> None:
+        """Wait until the header says so."""
+        wait_until(lambda: self.texts("#state")[0].startswith(word))
+
+    def script(self, source: str, *arguments: object) -> Any:
+        """Run JavaScript in the page."""
+        return self.driver.execute_script(source, *arguments)
+
+    def texts(self, selector: str) -> list[str]:
+        """The text of all elements that the selector finds, visible or not, as it is in the document."""
+        found = self.script("return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector)
+        return [str(text) for text in found]
+
+    def visible(self, selector: str) -> bool:
+        """Whether the element is shown."""
+        return bool(self.driver.find_element("css selector", selector).is_displayed())
+
+    def press(self, *keys: str) -> None:
+        """Type where the focus is."""
+        self.driver.switch_to.active_element.send_keys(*keys)
+
+    def click(self, selector: str) -> None:
+        """Press the button, which must be shown and enabled."""
+        element = self.driver.find_element("css selector", selector)
+        self.assertTrue(element.is_enabled(), selector)
+        element.click()
+
+    @property
+    def typed(self) -> str:
+        """What stands in the input."""
+        return str(self.script("return document.getElementById('input').value"))
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is under way, as assistive technology is told too."""
+        busy = bool(self.texts("article[aria-busy]"))
+        self.assertEqual(busy, self.visible("#stop"))
+        return busy
+
+    def answered(self, count: int) -> str:
+        """Wait until so many answers are complete; returns the last."""
+        wait_until(lambda: len(self.texts(".answer")) == count and not self.texts("[aria-busy]"))
+        return self.texts(".answer > div:first-child")[-1]
+
+    def watch_requests(self) -> list[server.ChatRequest]:
+        """The requests that servers of this process take from now on."""
+        requests = []
+        submit = server.ApiServer.submit
+
+        def watched(api: server.ApiServer, request: server.ChatRequest, default_max_tokens: int) -> server.Answer:
+            requests.append(request)
+            return submit(api, request, default_max_tokens)
+
+        patch = mock.patch.object(server.ApiServer, "submit", watched)
+        patch.start()
+        self.addCleanup(patch.stop)
+        return requests
+
+    def test_from_a_question_to_a_server_that_is_gone(self) -> None:
+        process = random_server("--max-batch-size", "1").ready()
+        self.addCleanup(process.close)
+        self.open(process.port)
+        self.assertEqual(self.texts("#state"), ["Ready · cpu"])
+        self.assertEqual(self.texts("#model"), [health(process.port)["model"]])
+        self.assertEqual(self.driver.title, health(process.port)["model"])
+        self.click("summary")
+        for selector, value in (("#temperature", "0"), ("#max-tokens", "9"), ("#system", "Be brief.")):
+            field = self.driver.find_element("css selector", selector)
+            field.clear()
+            field.send_keys(value)
+        self.driver.refresh()  # which keeps the settings
+        self.wait_for_state("Ready")
+        self.press("Why?", ENTER)
+        expected = chat(process.port, "Why?", system="Be brief.", temperature=0, max_tokens=9)
+        self.assertEqual(self.answered(1), expected["response"])
+        self.assertEqual(self.texts(".user"), ["Why?"])
+        cut, figures = self.texts(".answer p")
+        self.assertIn("limit of 9 tokens", cut)
+        self.assertRegex(figures, r"^[0-9.]+ tokens/s · first token after [0-9.]+ s$")
+        self.assertEqual(self.driver.get_log("browser"), [])  # not even of the network
+        process.close()
+        self.press("And now?")
+        self.wait_for_state("Unreachable")
+        self.assertIn("cannot be reached", self.texts("#reason")[0])
+        self.press(ENTER)
+        self.assertEqual((self.typed, self.texts(".user")), ("And now?", ["Why?"]))
+        self.assertFalse(self.driver.find_element("css selector", "#send").is_enabled())
+
+    def test_an_answer_comes_as_it_is_generated(self) -> None:
+        gate = Gate(opened=False)
+        text = "First comes this.\n\n  Then, after a while, that."
+        engine = Speaker(text, before_step=lambda batch: gate(batch) if len(engine.steps) > 4 else None)
+        with fake_server(engine) as api:
+            self.open(api.server_port)
+            self.press("Hello", ENTER)
+            try:
+                wait_until(lambda: self.texts(".answer > div")[0])
+                self.assertTrue(self.busy)
+                early = self.texts(".answer > div")[0]
+                self.assertTrue(text.startswith(early) and len(early) < len(text), early)
+                self.press("The next one", ENTER)  # waits in the input until its turn
+                self.assertEqual((self.typed, self.texts(".user")), ("The next one", ["Hello"]))
+            finally:
+                gate.open()
+            self.assertEqual(self.answered(1), text)
+            self.assertFalse(self.busy)
+            self.assertEqual(len(self.texts(".answer p")), 1)  # the figures; it was not cut
+
+    def test_stop_and_what_is_sent_next(self) -> None:
+        requests = self.watch_requests()
+        with fake_server(FakeEngine(max_seq_len=4096, before_step=Gate(delay=0.02))) as api:
+            self.open(api.server_port)
+            for number in (1, 2):
+                self.press(f"Question {number}", ENTER)
+                wait_until(lambda: self.busy and self.texts("[aria-busy] > div")[0])
+                if number == 1:
+                    self.click("#stop")
+                else:
+                    self.press(ESCAPE)
+                part = self.answered(number)
+                self.assertIn("Stopped", self.texts(".answer p")[-1])
+                self.assertLess(0, len(part))
+                self.assertLess(len(part), 512)
+                wait_until(lambda: health(api.server_port)["slots"]["busy"] == 0)
+                self.assertEqual(self.script("return document.activeElement.id"), "input")
+            parts = self.texts(".answer > div")
+            self.press("Question 3", ENTER)
+            wait_until(lambda: len(requests) == 3)
+            self.assertEqual(
+                requests[2].messages,
+                [
+                    ("user", "Question 1"),
+                    ("assistant", parts[0]),
+                    ("user", "Question 2"),
+                    ("assistant", parts[1]),
+                    ("user", "Question 3"),
+                ],
+            )
+            self.assertEqual((requests[2].max_tokens, requests[2].sampling.temperature), (512, 0.7))
+            self.click("#new")  # in the middle of an answer
+            self.assertEqual(self.texts("article"), [])
+            self.press("Afresh", ENTER)
+            wait_until(lambda: len(requests) == 4)
+            self.assertEqual(requests[3].messages, [("user", "Afresh")])
+            self.click("#stop")
+
+    def test_markup_is_text(self) -> None:
+        question = "<img src=x onerror=document.title='no'><b>bold</b>&amp;"
+        answer = "<script>document.title='no'</script>\n<a href='javascript:alert(1)'>link</a> &lt; **bold**"
+        with fake_server(Speaker(answer)) as api:
+            self.open(api.server_port)
+            title = self.driver.title
+            self.press(question, ENTER)
+            self.assertEqual(self.answered(1), answer)
+            self.assertEqual(self.texts(".user"), [question])
+            names = self.script("return [...document.querySelectorAll('#log *')].map((e) => e.tagName)")
+            self.assertEqual(set(names), {"ARTICLE", "DIV", "P"})
+            self.assertEqual(self.driver.title, title)
+
+    def test_keys(self) -> None:
+        with fake_server(Speaker("Yes.")) as api:
+            self.open(api.server_port)
+            self.press(ENTER, " ", ENTER)  # nothing to send
+            self.assertEqual((self.typed, self.texts("article")), (" ", []))
+            self.press(BACKSPACE, "one", SHIFT, ENTER, NULL, "two")
+            self.assertEqual((self.typed, self.texts("article")), ("one\ntwo", []))
+            composing = "{key: 'Enter', isComposing: true, bubbles: true, cancelable: true}"
+            went_on = self.script(
+                f"return document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {composing}))"
+            )
+            self.assertEqual((went_on, self.texts("article")), (True, []))  # the input method has it
+            self.press(ENTER)
+            self.assertEqual(self.answered(1), "Yes.")
+            self.assertEqual((self.typed, self.texts(".user")), ("", ["one\ntwo"]))
+            self.assertEqual(self.script("return document.activeElement.id"), "input")
+            self.click("summary")
+            self.assertTrue(self.visible("#settings"))
+            self.press(ESCAPE)
+            self.assertFalse(self.visible("#settings"))
+            self.assertEqual(self.script("return document.activeElement.id"), "input")
+
+    def test_loading(self) -> None:
+        engine, loaded = Speaker("At last."), threading.Event()
+
+        def load(progress: server.Progress) -> server.Engine:
+            progress("reading the stars", 0.5)
+            loaded.wait(PATIENCE)
+            return engine
+
+        with fake_server(engine, load=load) as api:
+            try:
+                self.open(api.server_port, "Loading")
+                wait_until(lambda: "reading the stars" in self.texts("#reason")[0])
+                self.assertRegex(self.texts("#figure")[0], r"^50 %, \d+ s$")
+                self.assertEqual(self.script("return document.getElementById('bar').value"), 0.5)
+                self.press("Too early", ENTER)
+                self.assertEqual((self.typed, self.texts("article")), ("Too early", []))
+            finally:
+                loaded.set()
+            self.wait_for_state("Ready · fake")
+            self.assertEqual((self.texts("#reason"), self.visible("#bar")), ([""], False))
+            self.press(ENTER)
+            self.assertEqual(self.answered(1), "At last.")
+
+    def test_a_request_that_fails_can_be_sent_again(self) -> None:
+        failing = Failing()
+        with (
+            fake_server(Speaker("There you are.", before_step=failing)) as api,
+            self.assertLogs(server.logger, "ERROR"),
+        ):
+            failing.count = 1
+            self.open(api.server_port)
+            self.press("Where?", ENTER)
+            wait_until(lambda: self.texts(".failure"))
+            self.assertIn("the engine failed", self.texts(".failure p")[0])
+            self.assertEqual((self.typed, self.texts("article")), ("Where?", []))
+            self.click(".failure button")
+            self.assertEqual(self.answered(1), "There you are.")
+            self.assertEqual((self.typed, self.texts(".user"), self.texts(".failure")), ("", ["Where?"], []))
+
+    def test_an_answer_that_breaks_off_stays(self) -> None:
+        requests = self.watch_requests()
+        failing = Failing()
+
+        def step(batch: Sequence[server.Work]) -> None:
+            failing.count = int(len(engine.steps) == 6)
+            failing(batch)
+
+        text = "Five words and some more, all of them in order."
+        engine = Speaker(text, before_step=step)
+        with fake_server(engine) as api, self.assertLogs(server.logger, "ERROR"):
+            self.open(api.server_port)
+            self.press("Where?", ENTER)
+            wait_until(lambda: self.texts(".failure"))
+            part = self.texts(".answer > div:first-child")[0]
+            self.assertTrue(text.startswith(part) and part, part)
+            self.assertRegex(self.texts(".failure p")[0], "broke off: the engine failed")
+            self.assertEqual((self.typed, self.texts(".user")), ("", ["Where?"]))
+            self.click(".failure button")
+            wait_until(lambda: not self.texts(".failure"))
+            self.assertEqual(self.answered(1), text)
+            self.assertEqual(self.texts(".user"), ["Where?"])
+            self.assertEqual([request.messages for request in requests], [[("user", "Where?")]] * 2)
+
+    def test_an_unhealthy_and_a_stopping_server(self) -> None:
+        failing = Failing()
+        failing.count = server.Scheduler.FAILURES
+        with fake_server(FakeEngine(before_step=failing)) as api, self.assertLogs(server.logger, "ERROR"):
+            for _ in range(failing.count):
+                ask(api.server_port, "POST", "/chat", {"prompt": "Hi"})
+            self.open(api.server_port, "Failed")
+            self.assertIn("RuntimeError", self.texts("#reason")[0])
+        with fake_server(FakeEngine(max_seq_len=4096, before_step=Gate(delay=0.01))) as api:
+            self.open(api.server_port)
+            self.press("Hello", ENTER)
+            wait_until(lambda: health(api.server_port)["slots"]["busy"] == 1)
+            api.scheduler.stop(drain=True)
+            self.wait_for_state("Stopping")
+            self.assertEqual(len(self.answered(1)), 512)
+
+    def test_an_api_key(self) -> None:
+        answer = server.ApiHandler.chat
+
+        def locked(handler: server.ApiHandler, body: bytes) -> None:
+            if handler.headers["Authorization"] != "Bearer sesame":
+                raise server.ApiError(401, "an API key is needed")
+            answer(handler, body)
+
+        with mock.patch.dict(server.ROUTES, {"/chat": ("POST", locked)}), fake_server(Speaker("Come in.")) as api:
+            self.open(api.server_port)
+            self.assertFalse(self.visible("#key"))
+            self.press("Knock", ENTER)
+            wait_until(lambda: self.texts(".failure"))
+            self.assertIn("an API key is needed", self.texts(".failure")[0])
+            self.assertEqual(self.typed, "Knock")
+            self.assertEqual(self.script("return document.activeElement.id"), "key")
+            self.press("sesame", ENTER, ENTER)  # back to the input, and send
+            self.assertEqual(self.answered(1), "Come in.")
+            self.driver.refresh()
+            self.wait_for_state("Ready")
+            self.press("Knock", ENTER)
+            self.assertEqual(self.answered(1), "Come in.")
+            self.assertNotIn("sesame", json.dumps(self.script("return {...localStorage}")))
+
+    def test_the_view_follows_only_a_reader_at_the_end(self) -> None:
+        with fake_server(FakeEngine(max_seq_len=8192, before_step=Gate(delay=0.005))) as api:
+            self.open(api.server_port)
+            self.emulate(360, 400)
+            self.script("document.getElementById('max-tokens').value = 4000")
+            self.press("Hello", ENTER)
+            beyond = "const s = document.getElementById('scroller'); return s.scrollHeight - s.clientHeight"
+            top = "return document.getElementById('scroller').scrollTop"
+            wait_until(lambda: self.script(beyond) > 100)
+            self.assertLess(abs(self.script(f"{beyond} - s.scrollTop")), 2)
+            self.script("document.getElementById('scroller').scrollTop = 10")
+            before = self.script(beyond)
+            wait_until(lambda: self.script(beyond) > before + 50)
+            self.assertEqual(self.script(top), 10)
+            self.click("#stop")
+            self.answered(1)
+            self.assertEqual(self.script("return document.documentElement.scrollWidth"), 360)
+
+    def emulate(self, width: int, height: int, scheme: str = "light") -> None:
+        """A screen of this size, and a user who likes it light or dark."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.addCleanup(self.driver.execute_cdp_cmd, "Emulation.clearDeviceMetricsOverride", {})
+        self.driver.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+
+    def test_colours(self) -> None:
+        """Both schemes, each with the contrasts of WCAG's level AA."""
+
+        def luminance(colour: str) -> float:
+            channels = [int(channel) / 255 for channel in re.findall(r"\d+", colour)[:3]]
+            linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+            return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+        def style(selector: str, name: str) -> str:
+            element = f"document.querySelector({selector!r})"
+            return str(self.script(f"return getComputedStyle({element})[{name!r}]"))
+
+        with fake_server(Speaker("Yes.")) as api:
+            self.open(api.server_port)
+            self.click("summary")
+            self.script("document.getElementById('max-tokens').value = 1")
+            self.press(ESCAPE, "Hello", ENTER)
+            self.answered(1)
+            self.press("x")
+            pages = []
+            for scheme in ("light", "dark"):
+                self.emulate(1200, 800, scheme)
+                page = style("body", "backgroundColor")
+                pages.append(luminance(page))
+                for selector, ground in (
+                    (".answer > div", page),
+                    (".answer p:last-child", page),
+                    (".answer .cut", page),
+                    ("#state", page),
+                    ("#keys", page),
+                    (".user > div", style(".user > div", "backgroundColor")),
+                    ("label", style("#settings", "backgroundColor")),
+                    ("#input", style("#composer", "backgroundColor")),
+                    ("#send", style("#send", "backgroundColor")),
+                ):
+                    low, high = sorted([luminance(style(selector, "color")), luminance(ground)])
+                    self.assertGreaterEqual((high + 0.05) / (low + 0.05), 4.5, (scheme, selector))
+            light, dark = pages
+            self.assertGreater(light, 0.8)
+            self.assertLess(dark, 0.1)
 
 
 # ======================================================================================================================
