@@ -494,7 +494,7 @@ class FakeEngine:
         before_step: Callable[[Sequence[server.Work]], object] = lambda batch: None,
     ) -> None:
         self.max_batch_size, self.max_seq_len, self.splits_prompts = slots, max_seq_len, splits_prompts
-        self.pool = slots * max_seq_len if pool is None else pool
+        self.pool = self.kv_cache_tokens = slots * max_seq_len if pool is None else pool
         self.before_step = before_step
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self.reserved = [0] * slots
@@ -2258,19 +2258,19 @@ class PageTest(unittest.TestCase):
         wait_until(lambda: len(self.texts(".answer")) == count and not self.texts("[aria-busy]"))
         return self.texts(".answer > div:first-child")[-1]
 
-    def watch_requests(self) -> list[server.ChatRequest]:
-        """The requests that servers of this process take from now on."""
-        requests = []
-        submit = server.ApiServer.submit
+    def watch_requests(self) -> list[dict[str, Any]]:
+        """The bodies that servers of this process are sent from now on."""
+        bodies = []
+        parse = server.ApiHandler._json_object
 
-        def watched(api: server.ApiServer, request: server.ChatRequest, default_max_tokens: int) -> server.Answer:
-            requests.append(request)
-            return submit(api, request, default_max_tokens)
+        def watched(handler: server.ApiHandler, body: bytes) -> dict[str, Any]:
+            bodies.append(parse(handler, body))
+            return bodies[-1]
 
-        patch = mock.patch.object(server.ApiServer, "submit", watched)
+        patch = mock.patch.object(server.ApiHandler, "_json_object", watched)
         patch.start()
         self.addCleanup(patch.stop)
-        return requests
+        return bodies
 
     def test_from_a_question_to_a_server_that_is_gone(self) -> None:
         process = random_server("--max-batch-size", "1").ready()
@@ -2342,22 +2342,15 @@ class PageTest(unittest.TestCase):
             parts = self.texts(".answer > div")
             self.press("Question 3", ENTER)
             wait_until(lambda: len(requests) == 3)
-            self.assertEqual(
-                requests[2].messages,
-                [
-                    ("user", "Question 1"),
-                    ("assistant", parts[0]),
-                    ("user", "Question 2"),
-                    ("assistant", parts[1]),
-                    ("user", "Question 3"),
-                ],
-            )
-            self.assertEqual((requests[2].max_tokens, requests[2].sampling.temperature), (512, 0.7))
+            said = [(message["role"], message["content"]) for message in requests[2]["messages"]]
+            users, answers = [("user", f"Question {i}") for i in (1, 2, 3)], [("assistant", part) for part in parts]
+            self.assertEqual(said, [users[0], answers[0], users[1], answers[1], users[2]])
+            self.assertEqual((requests[2]["max_tokens"], requests[2]["temperature"]), (512, 0.7))
             self.click("#new")  # in the middle of an answer
             self.assertEqual(self.texts("article"), [])
             self.press("Afresh", ENTER)
             wait_until(lambda: len(requests) == 4)
-            self.assertEqual(requests[3].messages, [("user", "Afresh")])
+            self.assertEqual(requests[3]["messages"], [{"role": "user", "content": "Afresh"}])
             self.click("#stop")
 
     def test_markup_is_text(self) -> None:
@@ -2456,7 +2449,8 @@ class PageTest(unittest.TestCase):
             wait_until(lambda: not self.texts(".failure"))
             self.assertEqual(self.answered(1), text)
             self.assertEqual(self.texts(".user"), ["Where?"])
-            self.assertEqual([request.messages for request in requests], [[("user", "Where?")]] * 2)
+            question = [{"role": "user", "content": "Where?"}]
+            self.assertEqual([request["messages"] for request in requests], [question, question])
 
     def test_an_unhealthy_and_a_stopping_server(self) -> None:
         failing = Failing()
@@ -2473,30 +2467,6 @@ class PageTest(unittest.TestCase):
             api.scheduler.stop(drain=True)
             self.wait_for_state("Stopping")
             self.assertEqual(len(self.answered(1)), 512)
-
-    def test_an_api_key(self) -> None:
-        answer = server.ApiHandler.chat
-
-        def locked(handler: server.ApiHandler, body: bytes) -> None:
-            if handler.headers["Authorization"] != "Bearer sesame":
-                raise server.ApiError(401, "an API key is needed")
-            answer(handler, body)
-
-        with mock.patch.dict(server.ROUTES, {"/chat": ("POST", locked)}), fake_server(Speaker("Come in.")) as api:
-            self.open(api.server_port)
-            self.assertFalse(self.visible("#key"))
-            self.press("Knock", ENTER)
-            wait_until(lambda: self.texts(".failure"))
-            self.assertIn("an API key is needed", self.texts(".failure")[0])
-            self.assertEqual(self.typed, "Knock")
-            self.assertEqual(self.script("return document.activeElement.id"), "key")
-            self.press("sesame", ENTER, ENTER)  # back to the input, and send
-            self.assertEqual(self.answered(1), "Come in.")
-            self.driver.refresh()
-            self.wait_for_state("Ready")
-            self.press("Knock", ENTER)
-            self.assertEqual(self.answered(1), "Come in.")
-            self.assertNotIn("sesame", json.dumps(self.script("return {...localStorage}")))
 
     def test_the_view_follows_only_a_reader_at_the_end(self) -> None:
         with fake_server(FakeEngine(max_seq_len=8192, before_step=Gate(delay=0.005))) as api:
@@ -4034,7 +4004,7 @@ def serving(engine: server.Engine, checkpoint: server.Checkpoint) -> Iterator[se
 class NoEngine:
     """An Engine that does nothing, to measure what is around it."""
 
-    device, max_batch_size, max_seq_len, splits_prompts = "none", 32, 100_000, True
+    device, max_batch_size, max_seq_len, kv_cache_tokens, splits_prompts = "none", 32, 100_000, 3_200_000, True
 
     def reserve(self, slot: int, length: int) -> bool:
         return True

@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import codecs
 import contextlib
 import ctypes
@@ -48,6 +49,7 @@ import errno
 import functools
 import gc
 import hashlib
+import hmac
 import importlib
 import importlib.machinery
 import importlib.util
@@ -76,13 +78,13 @@ import time
 import urllib.parse
 import uuid
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -606,6 +608,7 @@ class Engine(Protocol):
     device: str  # "n150", "t3k", "cpu" ...
     max_batch_size: int  # slots that are read in one step
     max_seq_len: int  # tokens that a slot can hold, prompt and answer
+    kv_cache_tokens: int  # that all slots together can hold
     splits_prompts: bool  # a prompt may be read in pieces, and go on from what an earlier request left in the slot
 
     def reserve(self, slot: int, length: int) -> bool:
@@ -666,6 +669,7 @@ class TorchEngine:
         config = self.config = checkpoint.config
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
+        self.kv_cache_tokens = max_batch_size * max_seq_len
         # bfloat16 where the processor multiplies it. Elsewhere it is emulated, many times slower than float32: there
         # the weights alone are bfloat16, see TiledLinear, or nothing is.
         fast_bfloat16 = has_mkldnn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -1149,6 +1153,7 @@ class TTEngine:
         lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
         self._prompt_lengths = sorted({common.get_padded_prefill_len(length) for length in lengths})
 
+        self.kv_cache_tokens = data_parallel * (blocks - 1) * BLOCK_SIZE
         self._free_blocks = [list(range(blocks - 1, 0, -1)) for _ in range(data_parallel)]  # per copy
         self._blocks: list[list[int]] = [[] for _ in range(self.max_batch_size)]  # per slot
         # Written in place, so that a call costs no more than its changes. An idle slot's position is -1.
@@ -1679,11 +1684,12 @@ class Generation:
         self.sampling = sampling
         self.stop_tokens = stop_tokens
         self.submitted = time.monotonic()
+        self.admitted: float | None = None  # when it was given a slot
         self.first_token: float | None = None
         self.count = 0  # tokens generated, the stop token aside
         self.cached = 0  # prompt tokens that the slot held already
         self.finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
-        self.cancelled = False
+        self.cancelled = ""  # the reason to finish it with, once it is given up
         self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None: no more
         self._ended = threading.Event()
 
@@ -1779,6 +1785,53 @@ class Pace:
             self._token = seconds / prompt_tokens  # too much, for a step without prompt tokens takes its time too
 
 
+class Histogram:
+    """Durations in seconds, counted by upper bounds as Prometheus has them."""
+
+    BOUNDS = tuple(digit * 10.0**power for power in range(-3, 3) for digit in (1, 2.5, 5))  # 1 ms to 500 s
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS) + 1)  # the last: of those longer than all bounds
+        self.total = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.total += seconds
+
+
+class Statistics:
+    """What has been since the start. Of the requests accepted each finishes once, so that the figures add up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.accepted = 0
+        self.finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.queue_time, self.first_token, self.per_token, self.duration = (Histogram() for _ in range(4))
+
+    def accept(self) -> None:
+        """A request has been queued."""
+        with self._lock:
+            self.accepted += 1
+
+    def finish(self, generation: Generation) -> None:
+        """A request has finished, for whatever reason."""
+        now = time.monotonic()
+        with self._lock:
+            self.finished[generation.finish_reason or "error"] += 1
+            self.generated_tokens += generation.count
+            self.duration.observe(now - generation.submitted)
+            if generation.admitted is not None:
+                self.queue_time.observe(generation.admitted - generation.submitted)
+            if generation.first_token is not None:
+                self.prompt_tokens += len(generation.prompt)
+                self.cached_tokens += generation.cached
+                self.first_token.observe(generation.first_token - generation.submitted)
+                if generation.count > 1:
+                    self.per_token.observe((now - generation.first_token) / (generation.count - 1))
+
+
 class Scheduler:
     """Continuous batching: one thread that loads the engine, runs it, and closes it.
 
@@ -1811,6 +1864,7 @@ class Scheduler:
         self._wake = threading.Condition()  # guards the state, the queue, and who is in which slot
         self._failures = 0
         self._step_began: float | None = None
+        self.statistics = Statistics()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.ended = False
 
@@ -1845,6 +1899,7 @@ class Scheduler:
             free = len(self._slots) - self.slots()["busy"]  # those in front of the queue have a slot, all but
             if len(self._queue) >= self.max_queue + free:
                 raise Unavailable(f"the queue is full ({self.max_queue} requests wait): try again in a moment")
+            self.statistics.accept()
             self._queue.append(generation)
             self._wake.notify()
 
@@ -1858,13 +1913,13 @@ class Scheduler:
         if self.state != "healthy":
             raise Unavailable(reasons[self.state])
 
-    def cancel(self, generation: Generation) -> None:
-        """Give the request up, wherever it is; its slot is free before the next step."""
+    def cancel(self, generation: Generation, reason: str = "cancelled") -> None:
+        """End the request, wherever it is; its slot is free before the next step. "stop": its text is complete."""
         with self._wake:
-            generation.cancelled = True
+            generation.cancelled = reason
             if generation in self._queue:
                 self._queue.remove(generation)
-                generation.finish("cancelled")
+                self._finish(generation, reason)
             self._wake.notify()
 
     def stop(self, drain: bool) -> None:
@@ -1874,7 +1929,7 @@ class Scheduler:
                 self._state = "stopping"
             for generation in [*self._queue, *(slot.generation for slot in self._slots)]:
                 if generation and not drain:
-                    generation.cancelled = True
+                    generation.cancelled = "cancelled"
             self._wake.notify()
 
     def slots(self) -> dict[str, int]:
@@ -1885,6 +1940,16 @@ class Scheduler:
     def queued(self) -> int:
         """Requests that wait for a slot."""
         return len(self._queue)
+
+    @property
+    def kv_cache_use(self) -> float:
+        """The part of the KV cache that is reserved for the requests in slots, 0 to 1."""
+        reserved = sum(slot.reserved for slot in self._slots if slot.generation)
+        return reserved / self._engine.kv_cache_tokens if reserved else 0.0
+
+    def _finish(self, generation: Generation, reason: str) -> None:
+        generation.finish(reason)
+        self.statistics.finish(generation)
 
     # The scheduler's own thread:
 
@@ -1944,10 +2009,10 @@ class Scheduler:
     def _drop_cancelled(self) -> None:
         for generation in [generation for generation in self._queue if generation.cancelled]:
             self._queue.remove(generation)
-            generation.finish("cancelled")
+            self._finish(generation, generation.cancelled)
         for slot in self._slots:
             if slot.generation and slot.generation.cancelled:
-                self._leave(slot, "cancelled")
+                self._leave(slot, slot.generation.cancelled)
 
     def _admit(self) -> None:
         """Give free slots to those who wait longest, while there is room."""
@@ -1961,10 +2026,11 @@ class Scheduler:
             if slot is None and len(free) < len(self._slots):
                 return  # until one of those at work is done
             if slot is None:
-                self._queue.popleft().finish("error")
+                self._finish(self._queue.popleft(), "error")
                 logger.error("the engine has no room for %d tokens though it is idle", length)
                 continue
             self._queue.popleft()
+            generation.admitted = time.monotonic()
             slot.held = generation.cached = self._common(slot, generation)
             slot.generation, slot.tokens = generation, list(generation.prompt)
 
@@ -2037,7 +2103,7 @@ class Scheduler:
         assert slot.generation is not None
         if reason in ("stop", "length"):  # not a step alone: a card may fail at every decode, and never at a prefill
             self._failures = 0
-        slot.generation.finish(reason)
+        self._finish(slot.generation, reason)
         slot.generation, slot.used = None, time.monotonic()
         if self._engine.splits_prompts:
             del slot.tokens[slot.held :]
@@ -2062,7 +2128,7 @@ class Scheduler:
                 self._state = "unhealthy"
             for generation in [*self._queue, *(slot.generation for slot in self._slots)]:
                 if generation:
-                    generation.finish("error")
+                    self._finish(generation, "error")
             self._queue.clear()
             for slot in self._slots:  # without a word to the engine, which may be closed
                 slot.generation = None
@@ -2582,7 +2648,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         body = self._read_body()
         self._check_site()
-        route = "/v1/models/NAME" if path.startswith("/v1/models/") else path
+        self._check_key(path)
+        route = route_of(path)
         if route not in ROUTES:
             endpoints = ", ".join(f"{method} {known}" for known, (method, _) in ROUTES.items())
             raise ApiError(404, f"there is no {printable(path)} here: the endpoints are {endpoints}")
@@ -2628,14 +2695,42 @@ class ApiHandler(BaseHTTPRequestHandler):
     def _check_site(self) -> None:
         """Refuse pages of other sites, which a browser lets ask any server that its user can reach.
 
-        An Origin must be a page of this machine. While the server listens on this machine alone, the Host must be this
-        machine too: another name that leads here is another site's (DNS rebinding).
+        While the server listens on this machine alone, and anyone may ask, the Host must be this machine too: another
+        name that leads here is another site's (DNS rebinding).
         """
         host, origin = self.header.get("host"), self.header.get("origin")
-        if host and self.server.on_loopback and not is_loopback(f"//{host}"):
+        if host and self.server.on_loopback and not self.server.api_key and not is_loopback(f"//{host}"):
             raise ApiError(403, f"the Host {printable(host)} is not this machine's: ask localhost")
-        if origin and not is_loopback(origin):
-            raise ApiError(403, f"pages of {printable(origin)} may not use this server")
+        if origin and not self._allowed(origin):
+            shown_origin = printable(origin)
+            raise ApiError(
+                403, f"pages of {shown_origin} may not use this server: --allow-origin {shown_origin} lets them"
+            )
+
+    def _allowed(self, origin: str) -> bool:
+        """Whether pages of this origin may ask: this machine's, those named, and the server's own page.
+
+        A page that came from the name it asks may be another site's all the same, whose name leads here by now: so by
+        its own Origin it is known only if that is an address, or if it needs the key anyway.
+        """
+        server, host = self.server, self.header.get("host")
+        own = origin.partition("://")[2] == host and (bool(server.api_key) or is_address(origin))
+        return own or is_loopback(origin) or origin in server.allowed_origins or "*" in server.allowed_origins
+
+    def _check_key(self, path: str) -> None:
+        """Refuse who has not the key: as a Bearer token or, for browsers, which ask their user, as a Basic password."""
+        key = self.server.api_key
+        if key is None or path == "/health" or self.command == "OPTIONS":
+            return
+        kind, _, text = self.header.get("authorization", "").partition(" ")
+        given = text.strip().encode("latin-1")
+        if kind.lower() == "basic":
+            with contextlib.suppress(ValueError):
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+        if kind.lower() not in ("bearer", "basic") or not hmac.compare_digest(given, key.encode()):
+            challenge = {"WWW-Authenticate": 'Basic realm="tt_api_server", charset="UTF-8"'}
+            message = "the API key is missing or wrong: send it with -H 'Authorization: Bearer KEY'"
+            raise ApiError(401, message, None, "invalid_api_key", **challenge)
 
     def _preflight(self, method: str) -> dict[str, str]:
         return {
@@ -2652,6 +2747,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         """GET /health."""
         status, report = self.server.health()
         self._send(status, json_line(report), "application/json", **({} if status == 200 else {"Retry-After": "1"}))
+
+    def metrics(self, _body: bytes) -> None:
+        """GET /metrics."""
+        self._send(200, metrics_text(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def models(self, _body: bytes) -> None:
         """GET /v1/models and /v1/models/NAME: the one that is served."""
@@ -2681,7 +2780,7 @@ class ApiHandler(BaseHTTPRequestHandler):
                 self._send(200, json_line(dialect.whole(answer)), "application/json")
         finally:
             if answer.generation.finish_reason is None:
-                self.server.scheduler.cancel(answer.generation)
+                self.server.scheduler.cancel(answer.generation, answer.finish_reason or "cancelled")
             figures = answer.figures()
             self.outcome = (
                 f" prompt={figures['prompt_tokens']} generated={figures['tokens_generated']}"
@@ -2739,7 +2838,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         if content_type:
             lines.append(f"Content-Type: {content_type}")
         origin = self.header.get("origin")
-        if origin and is_loopback(origin):
+        if origin and self._allowed(origin):
             lines += [f"Access-Control-Allow-Origin: {origin}", "Vary: Origin"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if self.close_connection:
@@ -2787,6 +2886,7 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def _log(self) -> None:
         """One line for each request; never a prompt's text. Those that only ask how it is are for --verbose."""
+        self.server.count(self.path.partition("?")[0], self.status)
         level = logging.DEBUG if self.command == "GET" and self.status == 200 else logging.INFO
         if logger.isEnabledFor(level):
             logger.log(level, "%s %s%s", self._target(), self.status or "-", self.outcome)
@@ -2799,12 +2899,66 @@ class ApiHandler(BaseHTTPRequestHandler):
 ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
     "/": ("GET", ApiHandler.page),
     "/health": ("GET", ApiHandler.health),
+    "/metrics": ("GET", ApiHandler.metrics),
     "/chat": ("POST", ApiHandler.complete),
     "/v1/chat/completions": ("POST", ApiHandler.complete),
     "/v1/completions": ("POST", ApiHandler.complete),
     "/v1/models": ("GET", ApiHandler.models),
     "/v1/models/NAME": ("GET", ApiHandler.models),
 }
+
+
+def route_of(path: str) -> str:
+    """The key of ROUTES that the path belongs to, if there is one; else the path."""
+    return "/v1/models/NAME" if path.startswith("/v1/models/") else path
+
+
+def metrics_text(server: ApiServer) -> str:
+    """What /metrics says, in Prometheus's format. Names are vLLM's, with tt_ for vllm:, where the meaning is vLLM's."""
+    scheduler, statistics = server.scheduler, server.scheduler.statistics
+    lines: list[str] = []
+
+    def add(name: str, kind: str, what: str, samples: dict[str, float]) -> None:  # by suffix and labels
+        lines.extend((f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {kind}"))
+        lines.extend(f"tt_{name}{labels} {value}" for labels, value in samples.items())
+
+    def label(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
+    slots = scheduler.slots()
+    info = f'{{model={label(server.model)},device={label(scheduler.device)},version="{__version__}"}}'
+    add("server_info", "gauge", "What is served, and on what.", {info: 1})
+    add("num_requests_running", "gauge", "Requests in a slot.", {"": slots["busy"]})
+    add("num_requests_waiting", "gauge", "Requests that wait for a slot.", {"": scheduler.queued})
+    add("slots", "gauge", "Requests that can run together.", {"": slots["total"]})
+    add(
+        "kv_cache_usage_perc", "gauge", "Part of the KV cache that is reserved, 1 is all.", {"": scheduler.kv_cache_use}
+    )
+    add("requests_accepted_total", "counter", "Requests that were queued.", {"": statistics.accepted})
+    outcomes = {f'{{finished_reason="{reason}"}}': count for reason, count in statistics.finished.items()}
+    add("requests_finished_total", "counter", "Requests that finished, by outcome.", dict(outcomes))
+    responses = {f'{{path="{p}",status="{status}"}}': count for (p, status), count in dict(server.responses).items()}
+    add("http_responses_total", "counter", "Answers, by path and status.", dict(responses))
+    for name, what, count in (
+        ("prompt_tokens_total", "Prompt tokens of finished requests.", statistics.prompt_tokens),
+        ("generation_tokens_total", "Tokens generated for finished requests.", statistics.generated_tokens),
+        ("prefix_cache_queries_total", "Prompt tokens looked up in the slots.", statistics.prompt_tokens),
+        ("prefix_cache_hits_total", "Prompt tokens that a slot held already.", statistics.cached_tokens),
+    ):
+        add(name, "counter", what, {"": count})
+    for name, what, histogram in (
+        ("time_to_first_token_seconds", "From the request to its first token.", statistics.first_token),
+        ("request_time_per_output_token_seconds", "Of a request, from its second token on.", statistics.per_token),
+        ("e2e_request_latency_seconds", "From the request to its last token.", statistics.duration),
+        ("request_queue_time_seconds", "From the request to a slot.", statistics.queue_time),
+    ):
+        counts = list(itertools.accumulate(histogram.counts))
+        samples: dict[str, float] = {
+            f'_bucket{{le="{bound:g}"}}': count for bound, count in zip(histogram.BOUNDS, counts)
+        }
+        samples |= {'_bucket{le="+Inf"}': counts[-1], "_sum": histogram.total, "_count": counts[-1]}
+        add(name, "histogram", what, samples)
+    return "\n".join([*lines, ""])
 
 
 @functools.lru_cache
@@ -2819,6 +2973,13 @@ def is_loopback(url: str) -> bool:
     with contextlib.suppress(ValueError):
         host = urllib.parse.urlsplit(url).hostname or ""
         return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def is_address(url: str) -> bool:
+    """Whether the URL's host is an IP address, which no other site can have."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(urllib.parse.urlsplit(url).hostname or ""))
     return False
 
 
@@ -2843,6 +3004,9 @@ class ApiServer(ThreadingHTTPServer):
         self.folder = ""
         self.note = "Model is loaded in memory for fast inference"
         self.created = int(time.time())
+        self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
+        self.api_key: str | None = None
+        self.allowed_origins: list[str] = []
         self._started = time.monotonic()
         self._in_flight = 0
         self._idle = threading.Condition()
@@ -2888,6 +3052,12 @@ class ApiServer(ThreadingHTTPServer):
         if state == "unhealthy":
             report["error"] = scheduler.error
         return (200 if state == "healthy" else 503), {**report, "slots": scheduler.slots(), "queued": scheduler.queued}
+
+    def count(self, path: str, status: int) -> None:
+        """Count an answer. Paths that are no endpoint count as one: their number is not the client's to choose."""
+        route = route_of(path)
+        with self._idle:
+            self.responses[route if route in ROUTES else "other", status] += 1
 
     @contextlib.contextmanager
     def request_in_flight(self) -> Iterator[None]:
@@ -2999,8 +3169,6 @@ svg { display: block; width: 1.1rem; fill: none; stroke: currentColor; stroke-wi
   <details id="drawer">
     <summary>Settings</summary>
     <form id="settings">
-      <label class="wide" id="lock" hidden>API key, kept until this tab is closed
-        <input id="key" type="password" autocomplete="off"></label>
       <label class="wide">System prompt <textarea id="system" rows="3"></textarea></label>
       <label>Temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0.7"></label>
       <label>Max tokens <input id="max-tokens" type="number" min="1" value="512"></label>
@@ -3035,7 +3203,7 @@ svg { display: block; width: 1.1rem; fill: none; stroke: currentColor; stroke-wi
 <script>
 "use strict"
 const $ = (id) => document.getElementById(id)
-const input = $("input"), key = $("key"), scroller = $("scroller")
+const input = $("input"), scroller = $("scroller")
 let messages = []  // what is shown, and what the next request sends
 let request = null  // the AbortController of the answer under way
 let state = "connecting", timer
@@ -3065,22 +3233,13 @@ function refresh() {  // what can be pressed now, and how high the input is
 
 // The server's state
 
-const authorization = () => (key.value ? {Authorization: "Bearer " + key.value} : {})
-
-function askForKey() {
-  $("lock").hidden = false
-  $("drawer").open = true
-  key.focus()
-}
-
 async function poll() {
   clearTimeout(timer)
   let health = {status: "gone"}
   try {
-    const response = await fetch("/health", {headers: authorization(), signal: AbortSignal.timeout(5000)})
-    health = response.status === 401 ? {status: "locked"} : await response.json()
+    const response = await fetch("/health", {signal: AbortSignal.timeout(5000)})
+    health = await response.json()
   } catch { /* gone */ }
-  if (health.status === "locked" && state !== "locked") askForKey()
   state = health.status
   follow(() => showHealth(health))
   clearTimeout(timer)
@@ -3094,7 +3253,6 @@ function showHealth(health) {
     loading: ["Loading", "The model is loading: " + doing],
     unhealthy: ["Failed", "The server cannot answer: " + health.error],
     stopping: ["Stopping", "The server is stopping: it completes the answers under way and takes no new questions."],
-    locked: ["Locked", "The server asks for an API key: enter it in the settings."],
     gone: ["Unreachable", "The server cannot be reached. This page looks for it every second."],
   }[state] || ["Not ready", health.error || "The server does not answer as expected."]
   document.body.dataset.state = state
@@ -3113,13 +3271,12 @@ function showHealth(health) {
 
 async function answerTo(chat, signal, onText) {  // returns the last line of the answer: the figures, or an error
   const response = await fetch("/chat", {
-    method: "POST", signal, headers: {"Content-Type": "application/json", ...authorization()},
+    method: "POST", signal, headers: {"Content-Type": "application/json"},
     body: JSON.stringify({  // an empty number is NaN, which JSON spells null: the server's default
       messages: chat, stream: true, system: $("system").value || null,
       temperature: $("temperature").valueAsNumber, max_tokens: $("max-tokens").valueAsNumber,
     }),
   })
-  if (response.status === 401) askForKey()
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
   let rest = "", last = {}, read
   while (!(read = await reader.read()).done) {
@@ -3224,14 +3381,12 @@ document.onkeydown = (event) => {
   else input.focus()
 }
 for (const field of document.querySelectorAll("label > *")) {
-  const store = field === key ? "sessionStorage" : "localStorage", name = "tt_api_server." + field.id
-  try { field.value = window[store].getItem(name) ?? field.value } catch { /* forbidden here */ }
+  const name = "tt_api_server." + field.id
+  try { field.value = localStorage.getItem(name) ?? field.value } catch { /* forbidden here */ }
   field.oninput = () => {
-    try { window[store].setItem(name, field.value) } catch { /* forbidden here */ }
+    try { localStorage.setItem(name, field.value) } catch { /* forbidden here */ }
   }
 }
-$("lock").hidden = !key.value
-key.onchange = poll
 poll()
 </script>
 </html>
@@ -3264,6 +3419,24 @@ DRAIN_SECONDS = 60  # that requests in flight have to finish when the server is 
 DEFAULT_MAX_SEQ_LEN = 8192
 
 
+EXAMPLES = """examples:
+  python3 tt_api_server.py --model ~/models/Llama-3.1-8B-Instruct --port 8000
+  TT_API_KEY=$(cat key) python3 tt_api_server.py --host 0.0.0.0
+  python3 tt_api_server.py --device cpu --max-batch-size 4 --max-seq-len 2048
+"""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """One that suggests the option that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end."""
+        mistyped = message.partition("unrecognized arguments: ")[2].split()
+        near = [difflib.get_close_matches(name.partition("=")[0], self._option_string_actions, 1) for name in mistyped]
+        hint = "".join(f": did you mean {found[0]}?" for found in near[:1] if found)
+        super().error(message + hint)
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
 
@@ -3275,37 +3448,35 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
         return parse
 
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tt_api_server.py",
         description=(__doc__ or "").partition("\nThe rooms of this file")[0],
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--port", type=count(0, 65535), default=8080, help="port to listen on; 0: any free one (default: 8080)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    add(
-        "--model",
-        metavar="DIR",
-        help="folder of a Llama 3 model (default: $HF_MODEL, else $LLAMA_DIR, else a demo)",
-    )
+    add = parser.add_argument_group("what is served").add_argument
+    model = "folder of a Llama 3 model (environment: HF_MODEL, else LLAMA_DIR; default: a demo)"
+    add("--model", metavar="DIR", help=model)
     add("--device", choices=("auto", "tt", "cpu"), default="auto", help="where the model runs (default: auto)")
     add("--max-batch-size", type=count(1, 1024), default=32, help="requests that are answered together (default: 32)")
-    add(
-        "--max-seq-len",
-        type=count(32, 1_000_000),
-        help=f"tokens of a prompt and its answer (default: the model's own, {DEFAULT_MAX_SEQ_LEN} at most)",
-    )
+    length = f"tokens of a prompt and its answer (default: the model's own, {DEFAULT_MAX_SEQ_LEN} at most)"
+    add("--max-seq-len", type=count(32, 1_000_000), help=length)
     add("--max-queue", type=count(0, 1_000_000), default=256, help="requests that may wait for a slot (default: 256)")
-    add("--accuracy", action="store_true", help="card: tt-metal's settings for accuracy rather than for performance")
-    add(
-        "--data-parallel",
-        type=count(1, 32),
-        default=1,
-        metavar="N",
-        help="card: N copies of the model, each on its chips",
-    )
-    add("--no-trace", action="store_true", help="card: do without traces, to debug; slower")
-    add("--verbose", action="store_true", help="log more: prompts, and why requests were refused")
+    add = parser.add_argument_group("to whom").add_argument
+    add("--port", type=count(0, 65535), default=8080, help="port to listen on; 0: any free one (default: 8080)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    key = "asked of everyone but /health; `ps` shows it, so better (environment: TT_API_KEY)"
+    add("--api-key", metavar="KEY", default=os.environ.get("TT_API_KEY"), help=key)
+    origin = "a site whose pages may ask, beside this machine's; may be repeated; *: any"
+    add("--allow-origin", action="append", default=[], metavar="ORIGIN", help=origin)
+    card = "on a card (environment: MESH_DEVICE names the board, TT_METAL_HOME the checkout)"
+    add = parser.add_argument_group(card).add_argument
+    add("--accuracy", action="store_true", help="tt-metal's settings for accuracy rather than for performance")
+    copies = "N copies of the model, each on its chips"
+    add("--data-parallel", type=count(1, 32), default=1, metavar="N", help=copies)
+    add("--no-trace", action="store_true", help="do without traces, to debug; slower")
+    add = parser.add_argument_group("about").add_argument
+    add("--verbose", action="store_true", help="log more: prompts, why requests were refused, who asks for /health")
     add("--version", action="version", version=f"tt_api_server {__version__}")
     return parser.parse_args(arguments)
 
@@ -3387,6 +3558,7 @@ def open_engine(checkpoint: Checkpoint, device: str, options: argparse.Namespace
 def serve(options: argparse.Namespace) -> int:
     """Bind, load, serve, stop; returns the exit status."""
     server = bind(options.host, options.port)
+    server.api_key, server.allowed_origins = options.api_key or None, options.allow_origin
     host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
     url = f"http://{host}:{server.server_port}"
     found = find_checkpoint(options.model)
@@ -3398,6 +3570,8 @@ def serve(options: argparse.Namespace) -> int:
     else:
         print(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served instead")
     print(f"Health: {url}/health, while it loads too\n", flush=True)
+    if not server.on_loopback and not server.api_key:
+        logger.warning("anyone who can reach %s can use this server: set TT_API_KEY to ask for a key", url)
 
     def load(progress: Progress) -> Engine:
         progress("importing PyTorch")
@@ -3423,6 +3597,7 @@ def serve(options: argparse.Namespace) -> int:
     event = events.get()
     if event == "ready":
         print(ready_message(url, scheduler.device), flush=True)
+        notify_systemd("READY=1")
         event = events.get()
         if event == "ended":  # the engine has failed for good: /health says so until someone stops the server
             event = events.get()
@@ -3430,6 +3605,7 @@ def serve(options: argparse.Namespace) -> int:
         raise scheduler.failure
     status = 1 if scheduler.failure or scheduler.state == "unhealthy" else 0
     if event == "signal" and not scheduler.ended:
+        notify_systemd("STOPPING=1")
         busy = scheduler.slots()["busy"] + scheduler.queued
         if busy:
             print(f"\nStopping: {busy} requests finish first. Press CTRL+C again to cut them short.", flush=True)
@@ -3438,6 +3614,17 @@ def serve(options: argparse.Namespace) -> int:
     server.shutdown()
     print("\nStopped." if status == 0 else "\nStopped before all was done.", flush=True)
     return status
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd, where it started this with Type=notify. Source: sd_notify(3)."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.connect(f"\0{address[1:]}" if address.startswith("@") else address)
+                sender.send(state.encode())
+        except OSError as error:
+            logger.warning("systemd does not hear %s at NOTIFY_SOCKET: %s", state, error)
 
 
 def stop(scheduler: Scheduler, events: queue.SimpleQueue[str], status: int) -> int:
