@@ -17,6 +17,7 @@ it takes.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import atexit
 import base64
 import collections
@@ -629,6 +630,21 @@ class Gate:
     def open(self) -> None:
         """Let the steps go."""
         self._open.set()
+
+    def shut(self) -> None:
+        """Hold the next step up."""
+        self._open.clear()
+
+
+def fail_at(number: int) -> Callable[[Sequence[server.Work]], None]:
+    """Lets the engine fail in this step, the first being 0."""
+    steps = itertools.count()
+
+    def before_step(batch: Sequence[server.Work]) -> None:
+        if next(steps) == number:
+            raise RuntimeError("the card is on fire")
+
+    return before_step
 
 
 class Failing:
@@ -3787,6 +3803,578 @@ class RealCardTest(unittest.TestCase):
         process.process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(), 0, process.output)
         self.assertNotIn("Traceback", process.output)
+
+
+# ======================================================================================================================
+# OpenAI's dialect, by hand and through the clients that people have
+# ======================================================================================================================
+
+QUESTION = [{"role": "user", "content": "What is machine learning?"}]
+
+
+def events(data: bytes) -> list[dict[str, Any]]:
+    """The JSON of server-sent events, which must end as OpenAI's do."""
+    *parts, done, rest = data.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", ""), (done, rest)
+    assert all(part.startswith("data: ") and "\n" not in part for part in parts), parts
+    return [json.loads(part[6:]) for part in parts]
+
+
+class OpenAITest(unittest.TestCase):
+    """The bytes: what stands in each object, and what is refused, how."""
+
+    def setUp(self) -> None:
+        self.port = SharedServer.get("random").port
+        self.model = health(self.port)["model"]
+
+    def post(self, path: str, **body: object) -> Reply:
+        return ask(self.port, "POST", path, {"max_tokens": 6, "temperature": 0, **body})
+
+    def test_models(self) -> None:
+        listed = ask(self.port, "GET", "/v1/models").json
+        (model,) = listed["data"]
+        self.assertEqual((listed["object"], model["id"], model["object"]), ("list", self.model, "model"))
+        self.assertLess(abs(model["created"] - time.time()), 3600)
+        self.assertEqual(ask(self.port, "GET", f"/v1/models/{self.model}").json, model)
+        missing = ask(self.port, "GET", "/v1/models/gpt-4")
+        self.assertEqual((missing.status, missing.json["error"]["code"]), (404, "model_not_found"))
+
+    def test_a_chat(self) -> None:
+        reply = self.post("/v1/chat/completions", model=self.model, messages=QUESTION).json
+        self.assertRegex(reply["id"], r"^chatcmpl-\w+$")
+        self.assertEqual((reply["object"], reply["model"]), ("chat.completion", self.model))
+        self.assertLess(abs(reply["created"] - time.time()), 3600)
+        (choice,) = reply["choices"]
+        self.assertEqual((choice["index"], choice["finish_reason"], choice["logprobs"]), (0, "length", None))
+        plain = chat(self.port, "What is machine learning?", max_tokens=6, temperature=0)
+        self.assertEqual(choice["message"], {"role": "assistant", "content": plain["response"], "refusal": None})
+        usage = reply["usage"]
+        self.assertEqual((usage["prompt_tokens"], usage["completion_tokens"]), (plain["prompt_tokens"], 6))
+        self.assertEqual(usage["total_tokens"], plain["prompt_tokens"] + 6)
+        again = self.post("/v1/chat/completions", messages=QUESTION).json
+        self.assertEqual(again["usage"]["prompt_tokens_details"], {"cached_tokens": plain["prompt_tokens"] - 1})
+        self.assertNotEqual(again["id"], reply["id"])
+
+    def test_a_streamed_chat(self) -> None:
+        text = self.post("/v1/chat/completions", messages=QUESTION).json["choices"][0]["message"]["content"]
+        for options in ({}, {"stream_options": {"include_usage": True}}):
+            reply = self.post("/v1/chat/completions", messages=QUESTION, stream=True, **options)
+            self.assertEqual(reply.headers["Content-Type"], "text/event-stream")
+            chunks = events(reply.body)
+            self.assertEqual({chunk["object"] for chunk in chunks}, {"chat.completion.chunk"})
+            self.assertEqual(len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}), 1)
+            if options:
+                self.assertEqual({chunk["usage"] is None for chunk in chunks[:-1]}, {True})
+                last = chunks.pop()
+                self.assertEqual((last["choices"], last["usage"]["completion_tokens"]), ([], 6))
+            choices = [chunk["choices"][0] for chunk in chunks]
+            self.assertEqual(choices[0]["delta"]["role"], "assistant")
+            self.assertEqual("".join(choice["delta"].get("content", "") for choice in choices), text)
+            self.assertEqual([choice["finish_reason"] for choice in choices], [None] * (len(choices) - 1) + ["length"])
+            self.assertEqual(choices[-1]["delta"], {})
+
+    def test_what_a_chat_may_carry(self) -> None:
+        """Other names for the same, parts, what asks for nothing, and what cannot matter."""
+        plain = self.post("/v1/chat/completions", messages=QUESTION).json["choices"]
+        parts = [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "machine learning?"}],
+            }
+        ]
+        for body in (
+            {"messages": parts},
+            {"messages": QUESTION, "max_completion_tokens": 6, "max_tokens": None},
+            {"messages": [{**QUESTION[0], "name": "me"}], "user": "me", "metadata": {}, "store": False},
+            {"messages": QUESTION, "n": 1, "logprobs": False, "tools": None, "response_format": {"type": "text"}},
+            {
+                "messages": QUESTION,
+                "presence_penalty": 0,
+                "frequency_penalty": 0.0,
+                "logit_bias": {},
+                "top_logprobs": None,
+            },
+            {"messages": QUESTION, "model": None, "stop": None, "stream_options": None, "seed": 1},
+        ):
+            with self.subTest(body=body):
+                self.assertEqual(self.post("/v1/chat/completions", **body).json["choices"], plain)
+        brief = {"role": "system", "content": "Be brief."}
+        system = self.post("/v1/chat/completions", messages=[brief, *QUESTION]).json["choices"]
+        developer = self.post("/v1/chat/completions", messages=[{**brief, "role": "developer"}, *QUESTION]).json[
+            "choices"
+        ]
+        self.assertEqual(system, developer)
+        text = plain[0]["message"]["content"]
+        stopped = self.post("/v1/chat/completions", messages=QUESTION, stop=[text[3:5]]).json["choices"][0]
+        self.assertEqual(
+            (stopped["message"]["content"], stopped["finish_reason"]), (text[: text.index(text[3:5])], "stop")
+        )
+
+    def test_completions(self) -> None:
+        first = self.post("/v1/completions", prompt="Once upon a time").json
+        self.assertRegex(first["id"], r"^cmpl-\w+$")
+        self.assertEqual((first["object"], first["choices"][0]["finish_reason"]), ("text_completion", "length"))
+        text = first["choices"][0]["text"]
+        tokens = tokenizer().encode_document("Once upon a time")
+        self.assertEqual(first["usage"]["prompt_tokens"], len(tokens))
+        for prompt in (["Once upon a time"], tokens, [tokens]):
+            self.assertEqual(self.post("/v1/completions", prompt=prompt).json["choices"][0]["text"], text)
+        chunks = events(self.post("/v1/completions", prompt="Once upon a time", stream=True).body)
+        self.assertEqual({chunk["object"] for chunk in chunks}, {"text_completion"})
+        self.assertEqual("".join(chunk["choices"][0]["text"] for chunk in chunks), text)
+        self.assertEqual(
+            self.post("/v1/completions", prompt="Hi", max_tokens=None).json["usage"]["completion_tokens"], 16
+        )
+
+    def test_errors(self) -> None:
+        one = {"messages": QUESTION}
+        refused: list[tuple[str, object]] = [
+            ("n", 2),
+            ("tools", [{"type": "function"}]),
+            ("logprobs", True),
+            ("logit_bias", {"1": 5}),
+            ("presence_penalty", 0.5),
+            ("response_format", {"type": "json_object"}),
+            ("audio", {}),
+        ]
+        for path, body, status, param, code in (
+            ("chat/completions", {**one, "model": "gpt-4"}, 404, "model", "model_not_found"),
+            ("completions", {"prompt": "Hi", "model": "gpt-4"}, 404, "model", "model_not_found"),
+            ("chat/completions", {**one, "max_tokens": 10**6}, 400, "max_tokens", "context_length_exceeded"),
+            (
+                "chat/completions",
+                {"messages": [{"role": "user", "content": "x " * 9000}]},
+                400,
+                "max_tokens",
+                "context_length_exceeded",
+            ),
+            ("chat/completions", {**one, "temperature": 3}, 400, "temperature", None),
+            ("chat/completions", {**one, "max_tokns": 3}, 400, "max_tokns", None),
+            ("chat/completions", {**one, "stream_options": {"include_usage": True}}, 400, "stream_options", None),
+            ("chat/completions", {}, 400, "messages", None),
+            (
+                "chat/completions",
+                {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+                400,
+                "messages[0].content",
+                None,
+            ),
+            ("completions", {"prompt": ["a", "b"]}, 400, "prompt", None),
+            ("completions", {"prompt": [128256]}, 400, "prompt", None),
+            ("nothing", {}, 404, None, None),
+            *(
+                ("chat/completions", {**one, name: value}, 400, name, "unsupported_parameter")
+                for name, value in refused
+            ),
+        ):
+            with self.subTest(path, body=body):
+                reply = ask(self.port, "POST", f"/v1/{path}", body)
+                error = reply.json["error"]
+                self.assertEqual(sorted(error), ["code", "message", "param", "type"])
+                self.assertEqual((reply.status, error["param"], error["code"]), (status, param, code), error)
+                self.assertEqual(error["type"], "invalid_request_error")
+
+    def test_a_failure_in_the_middle_of_a_stream(self) -> None:
+        with fake_server(FakeEngine(before_step=fail_at(5))) as api, self.assertLogs(server.logger, "ERROR"):
+            reply = ask(api.server_port, "POST", "/v1/chat/completions", {"messages": QUESTION, "stream": True})
+        last = json.loads(reply.body.decode().strip().rpartition("data: ")[2])
+        self.assertEqual((reply.status, last["error"]["type"]), (200, "server_error"))
+
+
+@unittest.skipUnless(has("openai"), "openai is not installed")
+class OpenAIClientTest(unittest.TestCase):
+    """The official Python client, unchanged but for its base_url; LangChain's; and the one for JavaScript."""
+
+    def setUp(self) -> None:
+        self.port = SharedServer.get("demo").port
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.model = server.DEMO_NAME
+        self.settings: dict[str, Any] = {"model": self.model, "messages": QUESTION, "temperature": 0}
+
+    def test_the_python_client(self) -> None:
+        import openai
+
+        with openai.OpenAI(base_url=self.url, api_key="none", max_retries=0) as client:
+            self.assertEqual([model.id for model in client.models.list()], [self.model])
+            self.assertEqual(client.models.retrieve(self.model).owned_by, "tt_api_server")
+            whole = client.chat.completions.create(**self.settings)
+            text = whole.choices[0].message.content or ""
+            self.assertIn("learns from examples", text)
+            self.assertEqual(whole.choices[0].finish_reason, "stop")
+            self.assertIsNotNone(whole.usage)
+            chunks = list(
+                client.chat.completions.create(**self.settings, stream=True, stream_options={"include_usage": True})
+            )
+            self.assertEqual("".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices), text)
+            self.assertEqual(
+                chunks[-1].usage,
+                whole.usage.model_copy(update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}),
+            )
+            self.assertTrue(client.completions.create(model=self.model, prompt="Machine", max_tokens=3).choices[0].text)
+            with self.assertRaises(openai.NotFoundError) as missing:
+                client.chat.completions.create(**{**self.settings, "model": "gpt-4"})
+            self.assertEqual(missing.exception.code, "model_not_found")
+            with self.assertRaises(openai.BadRequestError) as long:
+                client.chat.completions.create(**self.settings, max_completion_tokens=10**6)
+            self.assertEqual((long.exception.code, long.exception.param), ("context_length_exceeded", "max_tokens"))
+            with self.assertRaises(openai.BadRequestError) as refused:
+                client.chat.completions.create(**self.settings, n=2)
+            self.assertIn("n is not supported", str(refused.exception))
+
+    def test_the_asynchronous_client(self) -> None:
+        import openai
+
+        async def eight() -> list[str]:
+            async with openai.AsyncOpenAI(base_url=self.url, api_key="none") as client:
+                stream = await client.chat.completions.create(**self.settings, stream=True)
+                streamed_text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+                answers = await asyncio.gather(*(client.chat.completions.create(**self.settings) for _ in range(8)))
+                return [streamed_text, *(answer.choices[0].message.content or "" for answer in answers)]
+
+        texts = asyncio.run(eight())
+        self.assertEqual(len(texts), 9)
+        self.assertEqual(len(set(texts)), 1, texts)
+
+    def test_an_error_in_a_stream_reaches_the_client(self) -> None:
+        import openai
+
+        with fake_server(FakeEngine(before_step=fail_at(5))) as api, self.assertLogs(server.logger, "ERROR"):
+            url = f"http://127.0.0.1:{api.server_port}/v1"
+            with (
+                openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
+                self.assertRaises(openai.APIError),
+            ):
+                list(client.chat.completions.create(model=api.model, messages=QUESTION, stream=True))
+
+    @unittest.skipUnless(has("langchain_openai"), "langchain-openai is not installed")
+    def test_langchain(self) -> None:
+        from langchain_openai import ChatOpenAI
+
+        model = ChatOpenAI(base_url=self.url, api_key="none", model=self.model, temperature=0, stream_usage=True)
+        whole = model.invoke("What is machine learning?")
+        self.assertIn("learns from examples", whole.content)
+        pieces = list(model.stream([("system", "You are a helpful assistant."), ("user", "What is machine learning?")]))
+        self.assertIn("learns from examples", "".join(str(piece.content) for piece in pieces))
+        self.assertGreater(sum(piece.usage_metadata["output_tokens"] for piece in pieces if piece.usage_metadata), 10)
+
+    @unittest.skipUnless(
+        os.environ.get("TT_TEST_NODE_MODULES"), "TT_TEST_NODE_MODULES names no folder with npm's openai"
+    )
+    def test_the_javascript_client(self) -> None:
+        script = """
+            const {OpenAI} = require("openai")
+            const client = new OpenAI({baseURL: process.argv[1], apiKey: "none", maxRetries: 0})
+            const settings = {model: process.argv[2], temperature: 0,
+              messages: [{role: "user", content: "What is machine learning?"}]}
+            async function main() {
+              const models = []
+              for await (const model of client.models.list()) models.push(model.id)
+              const whole = await client.chat.completions.create(settings)
+              let text = ""
+              for await (const chunk of await client.chat.completions.create({...settings, stream: true}))
+                text += chunk.choices[0].delta.content ?? ""
+              const wrong = {...settings, model: "gpt-4"}
+              const code = await client.chat.completions.create(wrong).catch((error) => error.code)
+              console.log(JSON.stringify({models, whole: whole.choices[0].message.content, text, code}))
+            }
+            main()
+        """
+        environment = {**os.environ, "NODE_PATH": os.environ["TT_TEST_NODE_MODULES"]}
+        command = ["node", "-e", script, self.url, self.model]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        said = json.loads(done.stdout)
+        self.assertEqual((said["models"], said["code"]), ([self.model], "model_not_found"))
+        self.assertIn("learns from examples", said["whole"])
+        self.assertEqual(said["text"], said["whole"])
+
+
+# ======================================================================================================================
+# Operation: metrics, access, systemd, nginx
+# ======================================================================================================================
+
+
+class MetricsTest(unittest.TestCase):
+    """/metrics: what it counts, against what the clients counted, in a form that Prometheus takes."""
+
+    def scrape(self, port: int) -> dict[str, float]:
+        """The samples, by name and labels as they are written."""
+        reply = ask(port, "GET", "/metrics")
+        self.assertEqual(
+            (reply.status, reply.headers["Content-Type"]), (200, "text/plain; version=0.0.4; charset=utf-8")
+        )
+        lines = [line for line in reply.body.decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    def in_flight(self, api: server.ApiServer, count: int) -> bool:
+        """Whether so many requests have a slot or wait for one."""
+        return api.scheduler.slots()["busy"] + api.scheduler.queued == count
+
+    def test_the_figures_add_up(self) -> None:
+        """Answers that end, are stopped by a text, are given up, fail or are refused: each is counted once."""
+        gate = Gate()
+        failing = Failing()
+
+        def before_step(batch: Sequence[server.Work]) -> None:
+            gate(batch)
+            failing(batch)
+
+        with fake_server(FakeEngine(4, before_step=before_step), max_queue=2) as api:
+            port = api.server_port
+            whole = [chat(port, f"Question {i}", max_tokens=20, temperature=0) for i in range(10)]
+            stop = whole[0]["response"][5:7]
+            stopped = chat(port, "Question 0", max_tokens=20, temperature=0, stop=stop)
+            self.assertEqual(stopped["finish_reason"], "stop")
+            with self.assertLogs(server.logger, "ERROR"):
+                failing.count = 1
+                self.assertEqual(ask(port, "POST", "/chat", {"prompt": "Hi"}).status, 500)
+            self.assertEqual(ask(port, "POST", "/chat", {"prompt": 5}).status, 400)
+            self.assertEqual(ask(port, "GET", "/etc/passwd").status, 404)
+            gate.shut()
+            with contextlib.ExitStack() as clients:
+                for i in range(4):  # given up below, in their slots and in the queue
+                    clients.enter_context(contextlib.closing(dial(port, post({"prompt": f"Hello {i}"}))))
+                    wait_until(functools.partial(self.in_flight, api, i + 1))
+                during = self.scrape(port)
+            gate.open()
+            wait_until(lambda: api.scheduler.slots()["busy"] == api.scheduler.queued == 0)
+            after = self.scrape(port)
+        self.assertEqual(during["tt_num_requests_running"] + during["tt_num_requests_waiting"], 4)
+        self.assertGreater(during["tt_kv_cache_usage_perc"], 0)
+        finished = {
+            reason: after[f'tt_requests_finished_total{{finished_reason="{reason}"}}']
+            for reason in server.Statistics().finished
+        }
+        self.assertEqual(finished, {"stop": 1, "length": 10, "error": 1, "cancelled": 4})
+        self.assertEqual(after["tt_requests_accepted_total"], sum(finished.values()))
+        self.assertEqual((after["tt_num_requests_running"], after["tt_kv_cache_usage_perc"]), (0, 0))
+        answered = [*whole, stopped]
+        generated = after["tt_generation_tokens_total"] - sum(answer["tokens_generated"] for answer in answered)
+        self.assertTrue(0 <= generated <= 3, generated)  # what came behind the stop string, or to those who went away
+        prompts = sum(answer["prompt_tokens"] for answer in answered)
+        self.assertGreaterEqual(after["tt_prompt_tokens_total"], prompts)
+        self.assertEqual(after["tt_prompt_tokens_total"], after["tt_prefix_cache_queries_total"])
+        self.assertGreater(after["tt_prefix_cache_hits_total"], 0)  # Question 0, the second time
+        self.assertEqual(after['tt_http_responses_total{path="/chat",status="200"}'], 11)
+        self.assertEqual(after['tt_http_responses_total{path="/chat",status="400"}'], 1)
+        self.assertEqual(after['tt_http_responses_total{path="other",status="404"}'], 1)
+        self.assertEqual(after["tt_e2e_request_latency_seconds_count"], after["tt_requests_accepted_total"])
+        self.assertGreaterEqual(after["tt_time_to_first_token_seconds_count"], 11)
+        for name in (
+            "time_to_first_token",
+            "request_time_per_output_token",
+            "e2e_request_latency",
+            "request_queue_time",
+        ):
+            counts = [value for key, value in after.items() if key.startswith(f"tt_{name}_seconds_bucket")]
+            self.assertEqual(counts, sorted(counts))
+            self.assertEqual(counts[-1], after[f"tt_{name}_seconds_count"])
+
+    def test_while_it_loads(self) -> None:
+        loading = threading.Event()
+        engine = FakeEngine()
+
+        def load(progress: server.Progress) -> server.Engine:
+            loading.wait()
+            return engine
+
+        with fake_server(engine, load=load) as api:
+            self.assertEqual(self.scrape(api.server_port)["tt_slots"], 0)
+            loading.set()
+            wait_until(lambda: api.scheduler.state == "healthy")
+            self.assertEqual(self.scrape(api.server_port)["tt_slots"], 4)
+
+    @unittest.skipUnless(has("prometheus_client"), "prometheus_client is not installed")
+    def test_the_clients_parser(self) -> None:
+        from prometheus_client.parser import text_string_to_metric_families
+
+        port = SharedServer.get("random").port
+        families = {
+            family.name: family for family in text_string_to_metric_families(ask(port, "GET", "/metrics").body.decode())
+        }
+        self.assertEqual(families["tt_server_info"].samples[0].labels["model"], health(port)["model"])
+        self.assertEqual(families["tt_time_to_first_token_seconds"].type, "histogram")
+        self.assertTrue(all(family.documentation for family in families.values()))
+
+    @unittest.skipUnless(shutil.which("promtool"), "promtool is not installed")
+    def test_promtool(self) -> None:
+        text = ask(SharedServer.get("random").port, "GET", "/metrics").body
+        done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b"", b""))
+
+
+class AccessTest(unittest.TestCase):
+    """The API key, and pages of other sites that may ask."""
+
+    def test_the_key(self) -> None:
+        process = random_server("--max-batch-size", "2", TT_API_KEY="open sesame").ready()
+        self.addCleanup(process.close)
+        port, question = process.port, {"prompt": "Hi", "max_tokens": 1}
+
+        def basic(password: str) -> str:
+            return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
+
+        for path in [path for path in server.ROUTES if path != "/health"] + ["/nowhere"]:
+            method = server.ROUTES.get(path, ("GET", None))[0]
+            for key in (
+                None,
+                "open sesame",
+                "Bearer",
+                "Bearer open",
+                "Bearer open sesame!",
+                basic("open"),
+                "Basic %",
+                "Token open sesame",
+            ):
+                with self.subTest(path, key=key):
+                    reply = ask(
+                        port,
+                        method,
+                        path,
+                        question if method == "POST" else None,
+                        {"Authorization": key} if key else {},
+                    )
+                    self.assertEqual(reply.status, 401)
+                    self.assertIn("Basic", reply.headers["WWW-Authenticate"])
+                    error = reply.json["error"]
+                    self.assertEqual(error["code"] if path.startswith("/v1") else "invalid_api_key", "invalid_api_key")
+                    self.assertNotIn("sesame", json.dumps(error))
+        for key in ("Bearer open sesame", "bearer open sesame", basic("open sesame")):
+            self.assertEqual(ask(port, "POST", "/chat", question, {"Authorization": key}).status, 200)
+            self.assertEqual(ask(port, "GET", "/metrics", headers={"Authorization": key}).status, 200)
+        self.assertEqual(ask(port, "GET", "/health").status, 200)
+        self.assertEqual(ask(port, "OPTIONS", "/chat", headers={"Origin": "http://localhost:3000"}).status, 204)
+        # Who has the key may come by any name.
+        named = {"Host": "box.example", "Origin": "http://box.example", "Authorization": "Bearer open sesame"}
+        self.assertEqual(ask(port, "POST", "/chat", question, named).status, 200)
+        self.assertNotIn("sesame", process.output)
+
+    def test_other_sites(self) -> None:
+        process = random_server("--allow-origin", "https://app.example", "--allow-origin", "http://x.example:1").ready()
+        self.addCleanup(process.close)
+        port, question = process.port, {"prompt": "Hi", "max_tokens": 1}
+        for origin, status in (
+            ("https://app.example", 200),
+            ("http://x.example:1", 200),
+            ("http://localhost:3000", 200),
+            ("http://app.example", 403),
+            ("https://app.example.evil.example", 403),
+            ("null", 403),
+        ):
+            reply = ask(port, "POST", "/chat", question, {"Origin": origin})
+            self.assertEqual(
+                (reply.status, reply.headers["Access-Control-Allow-Origin"]),
+                (status, origin if status == 200 else None),
+            )
+            preflight = ask(
+                port, "OPTIONS", "/chat", headers={"Origin": origin, "Access-Control-Request-Method": "POST"}
+            )
+            self.assertEqual(preflight.status, 204 if status == 200 else 403)
+
+    def test_the_servers_own_page_from_another_machine(self) -> None:
+        """By its address it is known; by a name, which could be another site's, only to those who have the key."""
+        with fake_server(FakeEngine()) as api:
+            api.on_loopback = False
+            for host, status in (("192.168.1.9:8080", 200), ("[fd00::9]:8080", 200), ("box.example:8080", 403)):
+                headers = {"Host": host, "Origin": f"http://{host}"}
+                reply = ask(api.server_port, "POST", "/chat", {"prompt": "Hi"}, headers)
+                self.assertEqual(reply.status, status, reply)
+            headers["Origin"] = "http://192.168.1.10"
+            self.assertEqual(ask(api.server_port, "POST", "/chat", {"prompt": "Hi"}, headers).status, 403)
+
+    def test_a_server_for_everyone_says_so(self) -> None:
+        for variables, warned in (({}, True), ({"TT_API_KEY": "k"}, False)):
+            with (
+                self.subTest(variables),
+                contextlib.closing(random_server("--host", "0.0.0.0", **variables)) as process,
+            ):
+                process.wait_for("Press CTRL[+]C")
+                self.assertEqual("set TT_API_KEY" in process.output, warned)
+
+
+class OperationTest(unittest.TestCase):
+    """systemd and nginx, with what the README says of them."""
+
+    def test_systemd_is_told(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            for address in (f"{folder}/notify", f"\0tt-api-server-test-{os.getpid()}"):
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+                    systemd.bind(address)
+                    systemd.settimeout(PATIENCE)
+                    process = random_server(NOTIFY_SOCKET=address.replace("\0", "@"))
+                    self.addCleanup(process.close)
+                    self.assertEqual(systemd.recv(100), b"READY=1")
+                    self.assertEqual(health(process.port)["status"], "healthy")
+                    process.process.send_signal(signal.SIGTERM)
+                    self.assertEqual(systemd.recv(100), b"STOPPING=1")
+                    self.assertEqual(process.wait(), 0)
+
+    def readme(self, language: str) -> str:
+        """The README's block of code in that language."""
+        match = re.search(rf"```{language}\n(.*?)```", SERVER.with_name("README.md").read_text(), re.DOTALL)
+        assert match, language
+        return match[1]
+
+    @unittest.skipUnless(shutil.which("nginx"), "nginx is not installed")
+    def test_nginx_over_two_servers_of_which_one_is_killed(self) -> None:
+        """With the README's configuration: nothing is lost but answers that had begun on the one that is killed."""
+        servers = [random_server("--max-batch-size", "4").ready() for _ in range(2)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        configuration = self.readme("nginx").replace("listen 8080", f"listen 127.0.0.1:{port}")
+        for process, name in zip(servers, ("127.0.0.1:8081", "127.0.0.1:8082")):
+            self.addCleanup(process.close)
+            self.assertIn(name, configuration)
+            configuration = configuration.replace(name, f"127.0.0.1:{process.port}")
+        folder = Path(tempfile.mkdtemp(dir=SCRATCH))
+        paths = "".join(
+            f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (folder / "nginx.conf").write_text(
+            f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+            f"http {{ access_log off; {paths}\n{configuration}\n}}"
+        )
+        nginx = subprocess.Popen(
+            ["nginx", "-p", str(folder), "-e", f"{folder}/error.log", "-c", str(folder / "nginx.conf")]
+        )
+        self.addCleanup(nginx.wait)
+        self.addCleanup(nginx.terminate)
+        wait_until(lambda: not connection_refused(port))
+        answered = itertools.count()
+        killed = threading.Event()
+
+        def client(number: int) -> list[str]:
+            outcomes = []
+            for i in range(30):
+                stream = (number + i) % 2 == 0
+                late = killed.is_set()
+                try:
+                    reply = ask(port, "POST", "/chat", {"prompt": f"{number} {i}", "max_tokens": 40, "stream": stream})
+                    whole = (
+                        reply.status == 200 and json.loads(reply.body.splitlines()[-1]).get("tokens_generated") == 40
+                    )
+                except (http.client.HTTPException, OSError, ValueError):
+                    whole = False
+                outcomes.append("whole" if whole else "lost after" if late else "lost at the time")
+                if next(answered) == 60:
+                    servers[0].process.kill()
+                    killed.set()
+            return outcomes
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            outcomes = collections.Counter(itertools.chain(*pool.map(client, range(8))))
+        self.assertEqual(outcomes["lost after"], 0, outcomes)
+        self.assertLessEqual(outcomes["lost at the time"], 8, outcomes)  # streams that had begun there
+        self.assertGreaterEqual(outcomes["whole"], 8 * 30 - 8)
+        self.assertEqual(health(servers[1].port)["slots"]["busy"], 0)
+
+
+def connection_refused(port: int) -> bool:
+    """Whether nobody listens."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return False
+    return True
 
 
 # ======================================================================================================================
