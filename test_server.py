@@ -267,7 +267,7 @@ class ServerProcess:
         self.began = time.monotonic()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.port = int(self.wait_for(r"http://127\.0\.0\.1:(\d+)/health")[1])
+        self.port = int(self.wait_for(r"http://[\d.]+:(\d+)/health")[1])
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -4039,18 +4039,16 @@ class OpenAIClientTest(unittest.TestCase):
         import openai
 
         with fake_server(FakeEngine(before_step=fail_at(5))) as api, self.assertLogs(server.logger, "ERROR"):
-            url = f"http://127.0.0.1:{api.server_port}/v1"
-            with (
-                openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
-                self.assertRaises(openai.APIError),
-            ):
-                list(client.chat.completions.create(model=api.model, messages=QUESTION, stream=True))
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{api.server_port}/v1", api_key="none", max_retries=0)
+            with client, self.assertRaises(openai.APIError):
+                list(client.chat.completions.create(**{**self.settings, "model": api.model, "stream": True}))
 
     @unittest.skipUnless(has("langchain_openai"), "langchain-openai is not installed")
     def test_langchain(self) -> None:
         from langchain_openai import ChatOpenAI
 
-        model = ChatOpenAI(base_url=self.url, api_key="none", model=self.model, temperature=0, stream_usage=True)
+        settings: dict[str, Any] = {"base_url": self.url, "api_key": "none", "stream_usage": True}
+        model = ChatOpenAI(model=self.model, temperature=0, **settings)
         whole = model.invoke("What is machine learning?")
         self.assertIn("learns from examples", whole.content)
         pieces = list(model.stream([("system", "You are a helpful assistant."), ("user", "What is machine learning?")]))
@@ -4122,9 +4120,16 @@ class MetricsTest(unittest.TestCase):
         with fake_server(FakeEngine(4, before_step=before_step), max_queue=2) as api:
             port = api.server_port
             whole = [chat(port, f"Question {i}", max_tokens=20, temperature=0) for i in range(10)]
+            whole += [
+                chat(port, "Once more", max_tokens=1, temperature=0) for _ in range(2)
+            ]  # the second finds the first
             stop = whole[0]["response"][5:7]
-            stopped = chat(port, "Question 0", max_tokens=20, temperature=0, stop=stop)
+            gate.delay = 0.05  # or all the tokens would be there before the first is read
+            with streamed(port, "Question 0", max_tokens=20, temperature=0, stop=stop) as lines:
+                stopped = list(lines)[-1]
+            gate.delay = 0.0
             self.assertEqual(stopped["finish_reason"], "stop")
+            wait_until(functools.partial(self.in_flight, api, 0))
             with self.assertLogs(server.logger, "ERROR"):
                 failing.count = 1
                 self.assertEqual(ask(port, "POST", "/chat", {"prompt": "Hi"}).status, 500)
@@ -4136,6 +4141,8 @@ class MetricsTest(unittest.TestCase):
                     clients.enter_context(contextlib.closing(dial(port, post({"prompt": f"Hello {i}"}))))
                     wait_until(functools.partial(self.in_flight, api, i + 1))
                 during = self.scrape(port)
+            slots = api.scheduler._slots
+            wait_until(lambda: not api.scheduler.queued and all(s.generation.cancelled for s in slots if s.generation))
             gate.open()
             wait_until(lambda: api.scheduler.slots()["busy"] == api.scheduler.queued == 0)
             after = self.scrape(port)
@@ -4145,7 +4152,7 @@ class MetricsTest(unittest.TestCase):
             reason: after[f'tt_requests_finished_total{{finished_reason="{reason}"}}']
             for reason in server.Statistics().finished
         }
-        self.assertEqual(finished, {"stop": 1, "length": 10, "error": 1, "cancelled": 4})
+        self.assertEqual(finished, {"stop": 1, "length": 12, "error": 1, "cancelled": 4})
         self.assertEqual(after["tt_requests_accepted_total"], sum(finished.values()))
         self.assertEqual((after["tt_num_requests_running"], after["tt_kv_cache_usage_perc"]), (0, 0))
         answered = [*whole, stopped]
@@ -4154,12 +4161,12 @@ class MetricsTest(unittest.TestCase):
         prompts = sum(answer["prompt_tokens"] for answer in answered)
         self.assertGreaterEqual(after["tt_prompt_tokens_total"], prompts)
         self.assertEqual(after["tt_prompt_tokens_total"], after["tt_prefix_cache_queries_total"])
-        self.assertGreater(after["tt_prefix_cache_hits_total"], 0)  # Question 0, the second time
-        self.assertEqual(after['tt_http_responses_total{path="/chat",status="200"}'], 11)
+        self.assertGreater(after["tt_prefix_cache_hits_total"], 0)
+        self.assertEqual(after['tt_http_responses_total{path="/chat",status="200"}'], 13)
         self.assertEqual(after['tt_http_responses_total{path="/chat",status="400"}'], 1)
         self.assertEqual(after['tt_http_responses_total{path="other",status="404"}'], 1)
         self.assertEqual(after["tt_e2e_request_latency_seconds_count"], after["tt_requests_accepted_total"])
-        self.assertGreaterEqual(after["tt_time_to_first_token_seconds_count"], 11)
+        self.assertGreaterEqual(after["tt_time_to_first_token_seconds_count"], 13)
         for name in (
             "time_to_first_token",
             "request_time_per_output_token",

@@ -1762,24 +1762,32 @@ class Pace:
     MOST_WAITING = 4.0  # for each stream, as far as that counts
 
     def __init__(self) -> None:
-        self._decode: float | None = None
+        self._decode: dict[int, float] = {}  # by the number of streams, those of one power of two together
         self._token: float | None = None
 
     def budget(self, streams: int, waiting: int) -> int:
         """Prompt tokens for the next step, of so many streams and so many whose prompts are not read yet."""
         if not streams:
             return self.CHUNK
-        if not self._decode or not self._token:
+        decode = self._expected(streams)
+        if not decode or not self._token:
             return min(8, self.CHUNK)  # until it is known what one costs
         patience = self.PATIENCE * min(max(1.0, waiting / streams), self.MOST_WAITING)
-        return max(8, min(self.CHUNK, int(patience * self._decode / self._token)))
+        return max(8, min(self.CHUNK, int(patience * decode / self._token)))
+
+    def _expected(self, streams: int) -> float | None:
+        """Seconds of a step of so many streams and nothing else; as of the nearest number seen, if that was not."""
+        nearest = min(self._decode, key=lambda seen: abs(seen - streams.bit_length()), default=0)
+        return self._decode.get(nearest)
 
     def observe(self, seconds: float, streams: int, prompt_tokens: int) -> None:
         """Learn from a step."""
+        decode = self._expected(streams)
         if not prompt_tokens:
-            self._decode = seconds if self._decode is None else 0.8 * self._decode + 0.2 * seconds
-        elif streams and self._decode is not None:
-            cost = max((seconds - self._decode) / prompt_tokens, self._decode / self.CHUNK)
+            kind = streams.bit_length()
+            self._decode[kind] = 0.8 * self._decode[kind] + 0.2 * seconds if kind in self._decode else seconds
+        elif streams and decode is not None:
+            cost = max((seconds - decode) / prompt_tokens, decode / self.CHUNK)
             self._token = cost if self._token is None else 0.8 * self._token + 0.2 * cost
         elif self._token is None:
             self._token = seconds / prompt_tokens  # too much, for a step without prompt tokens takes its time too
