@@ -26,6 +26,7 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import http.server
 import importlib.util
 import itertools
 import json
@@ -2212,6 +2213,7 @@ class PageTest(unittest.TestCase):
         options.binary_location = str(shutil.which("chromium"))
         for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
             options.add_argument(flag)
+        options.add_argument("--host-resolver-rules=MAP *.example 127.0.0.1")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         cls.driver = webdriver.Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
         cls.addClassCleanup(cls.driver.quit)
@@ -2368,6 +2370,36 @@ class PageTest(unittest.TestCase):
             wait_until(lambda: len(requests) == 4)
             self.assertEqual(requests[3]["messages"], [{"role": "user", "content": "Afresh"}])
             self.click("#stop")
+
+    def test_pages_from_elsewhere(self) -> None:
+        """The tutorial's fetch, from a development server on localhost, and from another site before it is named."""
+
+        class Page(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Nobody reads it."""
+
+        ask_it = """
+            const [url, done] = arguments
+            fetch(url, {method: "POST", headers: {"Content-Type": "application/json"},
+              body: JSON.stringify({prompt: "Write a short story", max_tokens: 3})
+            }).then((reply) => reply.json()).then((answer) => done(answer.tokens_generated), () => done("refused"))
+        """
+        with http.server.HTTPServer(("127.0.0.1", 0), Page) as pages, fake_server(FakeEngine()) as api:
+            threading.Thread(target=pages.serve_forever, daemon=True).start()
+            here, there = (f"http://{host}:{pages.server_port}" for host in ("localhost", "app.example"))
+            for page, allowed, expected in ((here, [], 3), (there, [], "refused"), (there, [there], 3)):
+                with self.subTest(page=page, allowed=allowed):
+                    api.allowed_origins = allowed
+                    self.driver.get(page)
+                    answer = self.driver.execute_async_script(ask_it, f"http://localhost:{api.server_port}/chat")
+                    self.assertEqual(answer, expected)
+            self.driver.get_log("browser")  # which says that one was refused
+            pages.shutdown()
 
     def test_markup_is_text(self) -> None:
         question = "<img src=x onerror=document.title='no'><b>bold</b>&amp;"

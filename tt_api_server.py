@@ -9,9 +9,12 @@
 The model is loaded once and stays loaded. Requests that come together are answered together: each holds a slot of one
 batch, joins it between two steps, and leaves it when its answer is complete (continuous batching).
 
-    GET  /         a page to chat in, for browsers
-    GET  /health   is it ready, with which model, on what, and how busy
-    POST /chat     {"prompt": ...} or {"messages": [...]}, max_tokens, temperature, top_p, top_k, seed, stop, stream
+    GET  /                      a page to chat in, for browsers
+    GET  /health                is it ready, with which model, on what, and how busy
+    POST /chat                  {"prompt": ...} or {"messages": [...]}, max_tokens, temperature, top_p, top_k, seed,
+                                stop, stream
+    POST /v1/chat/completions   the same as OpenAI's clients ask for it; /v1/completions and /v1/models too
+    GET  /metrics               figures for Prometheus
 
 The rooms of this file, top to bottom; each uses only those above it:
 
@@ -21,15 +24,15 @@ The rooms of this file, top to bottom; each uses only those above it:
     Sampling       from logits to the next token
     Engines        token ids in, token ids out
     Demo model     a tiny Llama, trained on the spot when no model is given
-    Scheduler      the one thread that runs the engine: who is in the batch, what each slot reads next
-    HTTP           the socket, the JSON, the errors, the chat page
+    Scheduler      the one thread that runs the engine: who is in the batch, what each slot reads next; statistics
+    HTTP           the socket, the JSON, the dialects, the errors, the metrics, the chat page
     CLI            options, banner, signals, start and stop
 
 A request goes down through them once, and its answer comes up once:
 
-    socket - ApiHandler - ChatDialect.read - ChatTokenizer - Scheduler.submit - queue
-                                                                                  |
-    socket - ApiHandler - ChatDialect - TextStream - Answer - Generation - Scheduler - Engine
+    socket - ApiHandler - Dialect.read - ChatTokenizer - Scheduler.submit - queue
+                                                                              |
+    socket - ApiHandler - Dialect - TextStream - Answer - Generation - Scheduler - Engine
 
 The handler's thread owns the socket and the text; the scheduler's one thread owns the engine and the token ids; a
 Generation is all that they share.
