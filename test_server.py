@@ -2602,8 +2602,9 @@ class CliTest(unittest.TestCase):
     def test_help_and_version(self) -> None:
         text = run_to_end("--help")
         self.assertEqual(text.returncode, 0)
-        options = "port host model device max-batch-size max-seq-len max-queue verbose version"
-        for word in (*(f"--{option}" for option in options.split()), "8080", "/health", "/chat", "curl"):
+        options = "port host model device max-batch-size max-seq-len max-queue api-key allow-origin verbose version"
+        words = "8080 /health /chat /v1/chat/completions /metrics curl HF_MODEL TT_API_KEY MESH_DEVICE examples:"
+        for word in (*(f"--{option}" for option in options.split()), *words.split()):
             self.assertIn(word, text.stdout)
         version = run_to_end("--version")
         self.assertEqual((version.returncode, version.stdout.strip()), (0, f"tt_api_server {server.__version__}"))
@@ -2620,7 +2621,8 @@ class CliTest(unittest.TestCase):
             (["--max-seq-len", "1.5"], "--max-seq-len"),
             (["--max-queue", "-5"], "--max-queue"),
             (["--port", "0", "--model", model, "--max-seq-len", "9000"], "--max-seq-len.*9000.*8192"),
-            (["--prot", "80"], "--prot"),
+            (["--prot", "80"], "--prot 80: did you mean --port[?]"),
+            (["--max-batchsize=4"], "did you mean --max-batch-size[?]"),
             (["extra"], "extra"),
         ]
         if not has("ttnn"):

@@ -2897,7 +2897,8 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def _log(self) -> None:
         """One line for each request; never a prompt's text. Those that only ask how it is are for --verbose."""
-        self.server.count(self.path.partition("?")[0], self.status)
+        if self.status:  # else the client went away before there was any
+            self.server.count(self.path.partition("?")[0], self.status)
         level = logging.DEBUG if self.command == "GET" and self.status == 200 else logging.INFO
         if logger.isEnabledFor(level):
             logger.log(level, "%s %s%s", self._target(), self.status or "-", self.outcome)
