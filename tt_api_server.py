@@ -1761,7 +1761,7 @@ class Pace:
     """
 
     CHUNK = 512  # prompt tokens that are read at once, at most: more are no faster, and take longer to give up
-    PATIENCE = 2.0
+    PATIENCE = 1.5
     MOST_WAITING = 4.0  # for each stream, as far as that counts
 
     def __init__(self) -> None:
