@@ -2605,7 +2605,9 @@ class ApiHandler(BaseHTTPRequestHandler):
             self.send_error(400, "the first line must be: METHOD PATH HTTP/1.1")
             return False
         room = MAX_HEADER_BYTES
-        while (line := self.rfile.readline(room + 1)) not in (b"\r\n", b"\n", b""):
+        while (line := self.rfile.readline(room + 1)) not in (b"\r\n", b"\n"):
+            if not line:  # the client went away
+                return False
             room -= len(line)
             if room < 0 or len(self.header) == MAX_HEADER_FIELDS:
                 self.send_error(431, f"a header has at most {MAX_HEADER_FIELDS} fields and {MAX_HEADER_BYTES} bytes")
