@@ -1888,7 +1888,7 @@ class HttpErrorTest(unittest.TestCase):
             return Reply(response.status, response.headers, response.read())
 
     def test_routes(self) -> None:
-        self.check(ask(self.port, "GET", "/chats"), 404, "GET /, GET /health, POST /chat")
+        self.check(ask(self.port, "GET", "/chats"), 404, "GET /, GET /health, GET /metrics, POST /chat")
         for method, path, allowed in (
             ("GET", "/chat", "POST"),
             ("DELETE", "/chat", "POST"),
