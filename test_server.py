@@ -589,16 +589,20 @@ def scheduling(engine: server.Engine, max_queue: int = 1000) -> Iterator[server.
 
 
 @contextlib.contextmanager
-def fake_server(
-    engine: FakeEngine, max_queue: int = 100, load: Callable[[server.Progress], server.Engine] | None = None
+def serving(
+    load: Callable[[server.Progress], server.Engine],
+    tokenizer: server.ChatTokenizer,
+    model: str = "",
+    max_queue: int = 1000,
+    wait: bool = True,
 ) -> Iterator[server.ApiServer]:
-    """The real HTTP server and tokenizer over a fake engine, in this process: for states that are hard to come by."""
+    """The real HTTP server and scheduler in this process; with `wait`, the engine is loaded when this returns."""
     with server.ApiServer("127.0.0.1", 0) as api:
-        api.tokenizer = tokenizer()
-        api.scheduler = server.Scheduler(load or (lambda progress: engine), max_queue, no_progress)
+        api.model, api.tokenizer = model, tokenizer
+        api.scheduler = server.Scheduler(load, max_queue, no_progress)
         threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         api.scheduler.start()
-        if load is None:
+        if wait:
             wait_until(lambda: api.scheduler.state != "loading")
         try:
             yield api
@@ -606,6 +610,15 @@ def fake_server(
             api.scheduler.stop(drain=False)
             wait_until(lambda: api.scheduler.ended)
             api.shutdown()
+
+
+@contextlib.contextmanager
+def fake_server(
+    engine: FakeEngine, max_queue: int = 100, load: Callable[[server.Progress], server.Engine] | None = None
+) -> Iterator[server.ApiServer]:
+    """The real server and tokenizer over a fake engine: for states that are hard to come by."""
+    with serving(load or (lambda progress: engine), tokenizer(), max_queue=max_queue, wait=load is None) as api:
+        yield api
     assert not engine.breaches, f"the engine's contract was broken: {set(engine.breaches)}"
 
 
@@ -4600,7 +4613,8 @@ class Bench:
         engine = server.open_engine(checkpoint, server.choose_device(parsed, checkpoint), parsed, no_progress)
         measured = []
         clients = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        with clients, serving(engine, checkpoint) as api:
+        words = server.ChatTokenizer(checkpoint.tokenizer_model)
+        with clients, serving(lambda progress: engine, words, checkpoint.name) as api:
             target = Target.find(f"127.0.0.1:{api.server_port}")
             for users in counts:
                 ratios, alone = [], 0.0
@@ -4611,23 +4625,6 @@ class Bench:
                     ratios.append(over_http["tokens_per_second"] / alone)
                 measured.append({"users": users, "engine_alone": alone, "ratio": statistics.median(ratios)})
         return measured
-
-
-@contextlib.contextmanager
-def serving(engine: server.Engine, checkpoint: server.Checkpoint) -> Iterator[server.ApiServer]:
-    """The HTTP server and the scheduler over an engine that is loaded, in this process."""
-    with server.ApiServer("127.0.0.1", 0) as api:
-        api.model, api.tokenizer = checkpoint.name, server.ChatTokenizer(checkpoint.tokenizer_model)
-        api.scheduler = server.Scheduler(lambda progress: engine, 1000, no_progress)
-        threading.Thread(target=api.serve_forever, daemon=True).start()
-        api.scheduler.start()
-        wait_until(lambda: api.scheduler.state != "loading")
-        try:
-            yield api
-        finally:
-            api.scheduler.stop(drain=False)
-            wait_until(lambda: api.scheduler.ended)
-            api.shutdown()
 
 
 class NoEngine:

@@ -853,7 +853,7 @@ class TiledLinear:
     def _widened(self, rows: torch.Tensor) -> torch.Tensor:
         count = max(1, self.WIDENED // (self._in * self.TILE))
         product = torch.empty(len(self._tiles), len(rows), self.TILE)
-        wide = room(count * self._in * self.TILE).view(count, self._in, self.TILE)
+        wide = scratch(count * self._in * self.TILE).view(count, self._in, self.TILE)
         rows = rows.float()
         for some, tiles in zip(torch.split(product, count), torch.split(self._tiles, count)):
             weight = wide[: len(tiles)].copy_(tiles)
@@ -870,7 +870,7 @@ def bags(tiles: int, rows: int, vectors: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 @functools.cache
-def room(count: int) -> torch.Tensor:
+def scratch(count: int) -> torch.Tensor:
     """Room for so many float32, the same each time: fresh memory costs a page fault for every 4 KB."""
     return torch.empty(count)
 
@@ -2594,6 +2594,11 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.path = ""
         self.header: dict[str, str] = {}
 
+    @property
+    def endpoint(self) -> str:
+        """The path without its query; empty before there is one."""
+        return self.path.partition("?")[0]
+
     def parse_request(self) -> bool:
         """Read the header, in place of http.server's own: it takes a quarter of the time, and no header that a proxy
         in front might read otherwise. Names are lower case; a field that comes twice has both values, with a comma.
@@ -2627,7 +2632,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     def _begin(self) -> None:
         """Forget the connection's last request. Its path alone decides in which dialect it is answered, errors too."""
         self.status, self.outcome, self.streaming = 0, "", False
-        path = self.path.partition("?")[0]
+        path = self.endpoint
         dialects: dict[str, Callable[[ApiServer], Dialect]] = {"/v1/completions": Completions}
         default = ChatCompletions if path.startswith("/v1") else ChatDialect
         self.dialect = dialects.get(path, default)(self.server)
@@ -2658,7 +2663,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_request
 
     def _route(self) -> None:
-        path = self.path.partition("?")[0]
+        path = self.endpoint
         body = self._read_body()
         self._check_site()
         self._check_key(path)
@@ -2770,7 +2775,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         server = self.server
         model = {"id": server.model, "object": "model", "created": server.created, "owned_by": "tt_api_server"}
         model["max_model_len"] = server.scheduler.max_seq_len  # vLLM's name for it
-        name = urllib.parse.unquote(self.path.partition("?")[0][len("/v1/models/") :])
+        name = urllib.parse.unquote(self.endpoint[len("/v1/models/") :])
         if name and name != server.model:
             raise model_not_found(name, server.model)
         self._send(200, json_line(model if name else {"object": "list", "data": [model]}), "application/json")
@@ -2895,12 +2900,12 @@ class ApiHandler(BaseHTTPRequestHandler):
     # The log
 
     def _target(self) -> str:
-        return f"{printable(self.command or '-')} {printable(getattr(self, 'path', '-').partition('?')[0])}"
+        return f"{printable(self.command or '-')} {printable(self.endpoint or '-')}"
 
     def _log(self) -> None:
         """One line for each request; never a prompt's text. Those that only ask how it is are for --verbose."""
         if self.status:  # else the client went away before there was any
-            self.server.count(self.path.partition("?")[0], self.status)
+            self.server.count(self.endpoint, self.status)
         level = logging.DEBUG if self.command == "GET" and self.status == 200 else logging.INFO
         if logger.isEnabledFor(level):
             logger.log(level, "%s %s%s", self._target(), self.status or "-", self.outcome)
