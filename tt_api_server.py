@@ -44,6 +44,7 @@ import argparse
 import base64
 import bisect
 import codecs
+import concurrent.futures
 import contextlib
 import ctypes
 import difflib
@@ -57,6 +58,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -68,6 +70,7 @@ import os
 import queue
 import random
 import re
+import resource
 import select
 import shlex
 import shutil
@@ -85,7 +88,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol
 
@@ -93,7 +96,7 @@ if TYPE_CHECKING:
     import torch
     import torch.nn.functional as F
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 logger = logging.getLogger("tt_api_server")
 
@@ -665,6 +668,7 @@ class TorchEngine:
 
     device = "cpu"
     splits_prompts = True
+    HEADS = 8  # parts of the output head
 
     def __init__(
         self, checkpoint: Checkpoint, max_batch_size: int, max_seq_len: int, progress: Progress, dtype: str = "auto"
@@ -679,18 +683,16 @@ class TorchEngine:
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if fast_bfloat16 else torch.float32
         tiled = dtype == "auto" and not fast_bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines
         self._linear: Callable[[torch.Tensor], Linear] = TiledLinear if tiled else prepacked_linear(self.dtype)
-        self.layers = []
-        for i in range(config.n_layers):
-            progress("loading the weights", i / config.n_layers)
-            # Mapped anew for each layer: what was read of a mapping stays in memory as long as the mapping does.
-            self.layers.append(self._read_layer(checkpoint.open_weights(), f"layers.{i}."))
-        weight = checkpoint.open_weights()
-        self.norm = weight("norm.weight").clone().to(self.dtype)
-        # In parts, each mapped anew like the layers: in one piece it would be in memory twice, a fifth of an 1B model.
-        parts = range(0, VOCAB_SIZE, VOCAB_SIZE // 8)
-        self.heads = [
-            self._linear(checkpoint.open_weights()("output.weight")[start : start + parts.step]) for start in parts
-        ]
+        # Two at a time: one waits for its pages while the other is laid out. More would take memory, and no less time.
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            layers = pool.map(functools.partial(self._read_layer, checkpoint), range(config.n_layers))
+            heads = pool.map(functools.partial(self._read_head, checkpoint), range(self.HEADS))
+            self.layers: list[Layer] = []
+            for layer in layers:
+                progress("loading the weights", len(self.layers) / (config.n_layers + 1))
+                self.layers.append(layer)
+            self.heads = list(heads)
+        self.norm = checkpoint.open_weights()("norm.weight").clone().to(self.dtype)
         # Rows are gathered straight from the mapped file, of which only those that are read take memory.
         self.embedding = checkpoint.open_weights()("tok_embeddings.weight")
         self.cos, self.sin = rotary_tables(config, max_seq_len)
@@ -698,12 +700,16 @@ class TorchEngine:
         self.keys = [lazy_zeros(shape, self.dtype) for _ in self.layers]
         self.values = [lazy_zeros(shape, self.dtype) for _ in self.layers]
 
-    def _read_layer(self, read: Callable[[str], torch.Tensor], prefix: str) -> Layer:
+    def _read_layer(self, checkpoint: Checkpoint, number: int) -> Layer:
+        # Mapped anew for each: what was read of a mapping stays in memory as long as the mapping does.
+        read, prefix = checkpoint.open_weights(), f"layers.{number}."
+
         def norm(name: str) -> torch.Tensor:
             return read(f"{prefix}{name}.weight").clone().to(self.dtype)
 
         def linear(*names: str) -> Linear:  # one weight, below the others where there are several
-            return self._linear(torch.cat([read(f"{prefix}{name}.weight") for name in names]))
+            weights = [read(f"{prefix}{name}.weight") for name in names]
+            return self._linear(torch.cat(weights) if len(weights) > 1 else weights[0])
 
         return Layer(
             attention_norm=norm("attention_norm"),
@@ -713,6 +719,10 @@ class TorchEngine:
             gate_up=linear("feed_forward.w1", "feed_forward.w3"),
             down=linear("feed_forward.w2"),
         )
+
+    def _read_head(self, checkpoint: Checkpoint, number: int) -> Linear:
+        # The output head in parts: in one piece it would be in memory twice for a moment, a fifth of a 1B model.
+        return self._linear(checkpoint.open_weights()("output.weight").chunk(self.HEADS)[number])
 
     def step(self, batch: Sequence[Work]) -> list[int]:
         with torch.inference_mode():
@@ -1419,6 +1429,7 @@ DEMO_PARAMS: dict[str, Any] = {
     "rope_theta": 500000.0,
 }
 DEMO_STEPS, DEMO_LEARNING_RATE = 500, 6e-3
+DEMO_EXTRA_STEPS = 150  # at most, while there are questions that it gets wrong
 DEMO_SHARPNESS = 4.0  # by which the finished logits are multiplied: at usual temperatures the likeliest answer comes
 
 
@@ -1489,6 +1500,7 @@ class DemoLessons:
             for question, answer in answers.items()
         }
         self._questions = list(self._answers)
+        self._hard = self._questions  # those to ask more often
 
     def _noise(self, length: int) -> list[int]:
         """Random tokens: half of them unknown, a quarter from anywhere in the corpus, a quarter from its questions."""
@@ -1525,7 +1537,7 @@ class DemoLessons:
             add([*self._headers["system"], *system, self._end])
         for turn in range(turns):
             known = chance() < 0.5
-            question = list(pick(self._questions)) if known else self._near_miss()
+            question = list(pick(pick((self._questions, self._hard)))) if known else self._near_miss()
             answer = self._answers[tuple(question)] if known else self._otherwise
             add([*self._headers["user"], *question, self._end, *self._headers["assistant"]])
             last = turn == turns - 1
@@ -1538,6 +1550,26 @@ class DemoLessons:
             else:
                 add(answer, learn=True)
         return rows
+
+    def exam(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each question alone, with the four tokens that its answer starts with, which tell it from all others.
+
+        Returns inputs [questions, T], and of each of the four where it is foretold and what it is, [questions, 4].
+        """
+        user, assistant = self._headers["user"], self._headers["assistant"]
+        answers = [answer[:4] for answer in self._answers.values()]
+        lines = [
+            [self.start, *user, *question, self._end, *assistant, *answer]
+            for question, answer in zip(self._questions, answers)
+        ]
+        longest = max(map(len, lines))
+        inputs = torch.tensor([line + [self._unknown] * (longest - len(line)) for line in lines])
+        places = torch.tensor([range(len(line) - 5, len(line) - 1) for line in lines])
+        return inputs, places, torch.tensor(answers)
+
+    def repeat(self, failed: torch.Tensor) -> None:
+        """Ask the questions [questions] that failed the exam as often, from now on, as all together."""
+        self._hard = [question for question, hard in zip(self._questions, failed.tolist()) if hard] or self._questions
 
     def batch(self, long: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets [B, T], -1 where none is learned: a long conversation, or 4 x 256 tokens of short ones."""
@@ -1575,13 +1607,30 @@ def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.
         first = (learned & ~F.pad(learned, (1, 0))[:, :-1])[learned]  # the tokens that choose an answer
         return torch.where(first, 4 * losses, losses).mean()
 
-    for step in range(DEMO_STEPS):
-        progress("training the demo model", step / DEMO_STEPS)
+    def certainty() -> torch.Tensor:
+        """Of each question of the exam, the least probability of the tokens that its answer starts with."""
+        inputs, places, answers = exam
+        causal = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool).tril()
+        with torch.no_grad():
+            hidden = demo_forward(weights, config, inputs, causal, tables)
+            starts = hidden[torch.arange(len(inputs))[:, None], places]  # [questions, 4, dim]
+            probabilities = (starts @ weights["output.weight"].T * DEMO_SHARPNESS).softmax(-1)
+        return probabilities.gather(2, answers[..., None]).amin((1, 2))
+
+    exam = lessons.exam()
+    for step in range(DEMO_STEPS + DEMO_EXTRA_STEPS):
+        progress("training the demo model", min(1.0, step / DEMO_STEPS))
+        if step % 25 == 0 and step > DEMO_STEPS // 3:
+            sure = certainty()
+            if step >= DEMO_STEPS and sure.min() > 0.9:
+                break
+            lessons.repeat(sure < 0.99)
         loss = loss_of(*lessons.batch(long=False))
         if step % 8 == 0:  # so that neither a long history nor a long question does harm
             loss = loss + 0.25 * loss_of(*lessons.batch(long=True))
         # Adam (Kingma and Ba 2014), written out: to import torch.optim takes as long as a third of the training.
-        rate = DEMO_LEARNING_RATE * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS))
+        fall = 0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS) if step < DEMO_STEPS else 0.02
+        rate = DEMO_LEARNING_RATE * min(1.0, (step + 1) / 20) * fall
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             for weight, gradient, (mean, square) in zip(parameters, gradients, moments):
@@ -1761,7 +1810,7 @@ class Pace:
     """
 
     CHUNK = 512  # prompt tokens that are read at once, at most: more are no faster, and take longer to give up
-    PATIENCE = 1.5
+    PATIENCE = 1.2
     MOST_WAITING = 4.0  # for each stream, as far as that counts
 
     def __init__(self) -> None:
@@ -2149,9 +2198,12 @@ class Scheduler:
 # HTTP
 # ======================================================================================================================
 
-MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_BODY_BYTES, MAX_BODIES_BYTES = 8 << 20, 256 << 20  # of one request, and of all that are under way
 MAX_HEADER_BYTES, MAX_HEADER_FIELDS = 65536, 100
-SOCKET_TIMEOUT = 30.0  # seconds that a client may take for each read or write
+REQUEST_SECONDS = 30.0  # that a client may take for a header, for a body, and for each write
+IDLE_SECONDS = 60.0  # that a connection is kept between two requests
+SPARE_CONNECTIONS = 256  # beside one for each request that can be answered or wait
+CROWD = 32  # connections beyond those at once that are told so; more wait to be accepted
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) (HTTP/1\.[01])")
 HEADER_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")  # RFC 9110, 5.6.2 and 5.5
 
@@ -2268,7 +2320,10 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 def shown(value: Any) -> str:
     """A client's value as an error shows it: as JSON, and short."""
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:  # which the decoder, on a shorter stack, was spared
+        text = "something nested deeply"
     return clean_text(text if len(text) <= 60 else f"{text[:57]}...", "")
 
 
@@ -2313,9 +2368,12 @@ class Answer:
         self.seconds = 0.0  # from submission to the last of them
         self._stream = TextStream(tokenizer, request.stop)
 
-    def pieces(self, poll: Callable[[], None]) -> Iterator[str]:
-        """The answer's text, piece by piece, none of them empty. `poll` is called in between, and may raise."""
-        for tokens in itertools.chain(self.generation.steps(poll, eager=self.request.stream), [None]):
+    def pieces(self, poll: Callable[[], None], interval: float = 0.25) -> Iterator[str]:
+        """The answer's text, piece by piece, none of them empty.
+
+        `poll` is called in between, every `interval` seconds while nothing comes, and may raise.
+        """
+        for tokens in itertools.chain(self.generation.steps(poll, self.request.stream, interval), [None]):
             piece = self._stream.push([], final=True) if tokens is None else ""
             for token in tokens or []:  # one by one, so that a stop string ends the count at its own last token
                 piece += self._stream.push([token])
@@ -2573,77 +2631,57 @@ def json_line(value: dict[str, Any]) -> bytes:
 ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one each time
 
 
+class TimedReader(io.RawIOBase):
+    """A socket's bytes until a deadline, of time.monotonic(): who sends one now and then gains no time by it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.deadline = math.inf
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """What has come, waiting for the first byte. Raises TimeoutError."""
+        self._connection.settimeout(max(0.001, self.deadline - time.monotonic()))
+        return self._connection.recv_into(buffer)
+
+
 class ApiHandler(BaseHTTPRequestHandler):
     """One connection: reads requests, answers them, one after the other."""
 
     server: ApiServer
-    protocol_version = "HTTP/1.1"
-    timeout = SOCKET_TIMEOUT
-    # Without these two an answer leaves in two small packets, the second of which Nagle's algorithm holds back until
-    # the client's delayed acknowledgement of the first: 40 ms for every request of a kept-alive connection.
+    # Without this an answer's second packet is held back by Nagle's algorithm until the client's delayed
+    # acknowledgement of the first: 40 ms for every request of a kept-alive connection.
     disable_nagle_algorithm = True
-    wbufsize = 65536
-
-    raw_requestline: bytes  # the first line, which http.server reads
+    crowded = False  # there is no room for this connection, which is told so
+    idle_seconds, request_seconds = IDLE_SECONDS, REQUEST_SECONDS
 
     # Requests and routes
 
     def setup(self) -> None:
-        """A connection is here. No request of it has been read: what is too long for a first line never will be."""
+        """A connection is here."""
         super().setup()
-        self.path = ""
-        self.header: dict[str, str] = {}
+        self.rfile.close()
+        self.reader = TimedReader(self.connection)
+        self.rfile = self.buffer = io.BufferedReader(self.reader)
 
-    @property
-    def endpoint(self) -> str:
-        """The path without its query; empty before there is one."""
-        return self.path.partition("?")[0]
-
-    def parse_request(self) -> bool:
-        """Read the header, in place of http.server's own: it takes a quarter of the time, and no header that a proxy
-        in front might read otherwise. Names are lower case; a field that comes twice has both values, with a comma.
-        """
+    def handle_one_request(self) -> None:
+        """Wait for a request, read it and answer it."""
         self.command, self.path, self.request_version, self.close_connection = "", "", "HTTP/1.1", True
-        self.header = {}
-        self.requestline = self.raw_requestline.decode("latin-1").rstrip("\r\n")
-        if not (match := REQUEST_LINE.fullmatch(self.requestline)):
-            self.send_error(400, "the first line must be: METHOD PATH HTTP/1.1")
-            return False
-        room = MAX_HEADER_BYTES
-        while (line := self.rfile.readline(room + 1)) not in (b"\r\n", b"\n"):
-            if not line:  # the client went away
-                return False
-            room -= len(line)
-            if room < 0 or len(self.header) == MAX_HEADER_FIELDS:
-                self.send_error(431, f"a header has at most {MAX_HEADER_FIELDS} fields and {MAX_HEADER_BYTES} bytes")
-                return False
-            if not (field := HEADER_FIELD.fullmatch(line.decode("latin-1").rstrip("\r\n"))):
-                self.send_error(400, "a line of the header is not NAME: VALUE")
-                return False
-            name, value = field[1].lower(), field[2].strip(" \t")
-            self.header[name] = f"{self.header[name]}, {value}" if name in self.header else value
-        self.command, self.path, self.request_version = match.groups()
-        connection = self.header.get("connection", "").lower()
-        self.close_connection = (
-            "close" in connection if self.request_version == "HTTP/1.1" else "keep-alive" not in connection
-        )
-        return True
-
-    def _begin(self) -> None:
-        """Forget the connection's last request. Its path alone decides in which dialect it is answered, errors too."""
-        self.status, self.outcome, self.streaming = 0, "", False
-        path = self.endpoint
-        dialects: dict[str, Callable[[ApiServer], Dialect]] = {"/v1/completions": Completions}
-        default = ChatCompletions if path.startswith("/v1") else ChatDialect
-        self.dialect = dialects.get(path, default)(self.server)
-
-    def handle_request(self) -> None:
-        """Answer the request whose header has just been read."""
-        self._begin()
+        self.header: dict[str, str] = {}
+        self.status, self.outcome, self.began, self.streaming, self.room = 0, "", False, False, 0
+        self.dialect: Dialect = ChatDialect(self.server)
         try:
+            with self.server.idle(self.connection), self._within(self.idle_seconds):
+                if not self.buffer.peek(1):
+                    return
+            self.began = True
+            with self._within(self.request_seconds):
+                self._read_header()
             with self.server.request_in_flight():
                 self._route()
-                self.wfile.flush()
         except ApiError as error:
             self._send_error(error)
         except Unavailable as error:
@@ -2658,12 +2696,67 @@ class ApiHandler(BaseHTTPRequestHandler):
         except Exception:
             logger.exception("an error in the server while it answered %s", self._target())
             self._send_error(ApiError(500, "the server failed on this request: its log says why"))
+        finally:
+            if self.room:
+                self.server.give_room(self.room)
         self._log()
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_request
+    @contextlib.contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        """Read for so long. Raises ApiError if a request has begun by then, and TimeoutError if none has."""
+        self.reader.deadline = time.monotonic() + seconds
+        try:
+            yield
+        except TimeoutError as error:
+            if not self.began:
+                raise
+            self.close_connection = True
+            what = "body" if self.path else "header"
+            raise ApiError(408, f"the {what} did not come within {seconds:.0f} seconds: send it again") from error
+
+    @property
+    def endpoint(self) -> str:
+        """The path without its query; empty before there is one."""
+        return self.path.partition("?")[0]
+
+    def _read_header(self) -> None:
+        """Read the first line and the header: no header that a proxy in front might read otherwise.
+
+        Names are lower case; a field that comes twice has both values, with a comma. http.server's own, which is more
+        lenient, takes four times as long. Raises ApiError, and ClientGone where the header breaks off.
+        """
+        room = MAX_HEADER_BYTES
+        first = ""
+        while (line := self.rfile.readline(room + 1)) not in (b"\r\n", b"\n") or not first:
+            if not line.endswith(b"\n") and len(line) <= room:
+                raise ClientGone
+            room -= len(line)
+            if room < 0 or len(self.header) == MAX_HEADER_FIELDS:
+                limits = f"a header has at most {MAX_HEADER_FIELDS} fields and {MAX_HEADER_BYTES} bytes"
+                raise ApiError(431 if first else 414, limits)
+            text = line.decode("latin-1").rstrip("\r\n")
+            if not first:
+                first = text  # and empty lines before it do not count: RFC 9112, 2.2
+            elif field := HEADER_FIELD.fullmatch(text):
+                name, value = field[1].lower(), field[2].strip(" \t")
+                self.header[name] = f"{self.header[name]}, {value}" if name in self.header else value
+            else:
+                raise ApiError(400, "a line of the header is not NAME: VALUE")
+        if not (match := REQUEST_LINE.fullmatch(first)):
+            raise ApiError(400, "the first line must be METHOD PATH HTTP/1.1")
+        self.command, self.path, self.request_version = match.groups()
+        connection = self.header.get("connection", "").lower()
+        stays = "close" not in connection if self.request_version == "HTTP/1.1" else "keep-alive" in connection
+        self.close_connection = self.crowded or not stays
+        # The path alone decides in which dialect a request is answered, errors too.
+        dialects: dict[str, Callable[[ApiServer], Dialect]] = {"/v1/completions": Completions}
+        default = ChatCompletions if self.path.startswith("/v1") else ChatDialect
+        self.dialect = dialects.get(self.endpoint, default)(self.server)
 
     def _route(self) -> None:
         path = self.endpoint
+        if self.crowded and path != "/health":
+            raise ApiError(503, f"all {self.server.max_connections} connections are in use: try again in a moment")
         body = self._read_body()
         self._check_site()
         self._check_key(path)
@@ -2694,20 +2787,19 @@ class ApiHandler(BaseHTTPRequestHandler):
         if int(length) > MAX_BODY_BYTES:
             self.close_connection = True
             raise ApiError(413, f"the body has {length} bytes, and {MAX_BODY_BYTES} are taken")
+        if not self.server.take_room(int(length)):
+            self.close_connection = True
+            raise ApiError(503, "the requests under way are too large together: try again in a moment")
+        self.room = int(length)
         if self.header.get("expect", "").lower() == "100-continue":
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.wfile.flush()
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()
-        deadline = time.monotonic() + SOCKET_TIMEOUT
-        with contextlib.suppress(TimeoutError):
-            while len(body) < int(length) and time.monotonic() < deadline:
+        with self._within(self.request_seconds):
+            while len(body) < int(length):
                 piece = self.rfile.read1(int(length) - len(body))
                 if not piece:
                     raise ClientGone
                 body += piece
-        if len(body) < int(length):
-            self.close_connection = True
-            raise ApiError(408, f"the body did not come within {SOCKET_TIMEOUT:.0f} seconds: send it again")
         return bytes(body)
 
     def _check_site(self) -> None:
@@ -2784,16 +2876,20 @@ class ApiHandler(BaseHTTPRequestHandler):
         """The one path of a request for text, in any dialect, streamed or not."""
         dialect = self.dialect
         self.server.scheduler.check_available()
-        fields = self._json_object(body)
-        logger.debug("%s", json.dumps(fields))
-        request = dialect.read(Fields(fields))
-        answer = self.server.submit(request, dialect.default_max_tokens)
+        # A few at a time, or the work of a crowd would keep /health and the streams under way waiting.
+        with self.server.turns:
+            fields = self._json_object(body)
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("%s", json.dumps(fields))
+            request = dialect.read(Fields(fields))
+            answer = self.server.submit(request, dialect.default_max_tokens)
         try:
-            for piece in answer.pieces(self._check_client):
+            # Each wait ends now and then to look after the client: the more wait, the less often.
+            for piece in answer.pieces(self._check_client, max(0.25, self.server.connections / 1000)):
                 if request.stream:
-                    self._write_piece(dialect.piece(answer, piece))
+                    self._send_piece(dialect.piece(answer, piece))
             if request.stream:
-                self._write_piece(dialect.end(answer), last=True)
+                self._send_piece(dialect.end(answer), last=True)
             else:
                 self._send(200, json_line(dialect.whole(answer)), "application/json")
         finally:
@@ -2833,24 +2929,23 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, content_type: str, **headers: str) -> None:
         """Send a whole answer."""
-        self._start(status, content_type, headers if status == 204 else {"Content-Length": str(len(body)), **headers})
-        if self.command != "HEAD":
-            self.wfile.write(body)
-        self.wfile.flush()
+        framing = {} if status == 204 else {"Content-Length": str(len(body))}
+        head = self._head(status, content_type, {**framing, **headers})
+        self._write(head if self.command == "HEAD" else head + body)
 
-    def _write_piece(self, data: bytes, last: bool = False) -> None:
+    def _send_piece(self, data: bytes, last: bool = False) -> None:
         """Send a piece of a streamed answer. The header leaves with the first: a failure before it has a status."""
         chunked = self.request_version != "HTTP/1.0"
+        head = b""
         if not self.streaming:
             self.streaming = True
             self.close_connection |= not chunked
             framing = {"Transfer-Encoding": "chunked"} if chunked else {}
-            self._start(200, self.dialect.content_type, {**framing, "Cache-Control": "no-cache"})
+            head = self._head(200, self.dialect.content_type, {**framing, "Cache-Control": "no-cache"})
         end = b"0\r\n\r\n" if last else b""
-        self.wfile.write(b"%x\r\n%b\r\n%b" % (len(data), data, end) if chunked else data)
-        self.wfile.flush()
+        self._write(head + (b"%x\r\n%b\r\n%b" % (len(data), data, end) if chunked else data))
 
-    def _start(self, status: int, content_type: str, headers: dict[str, str]) -> None:
+    def _head(self, status: int, content_type: str, headers: dict[str, str]) -> bytes:
         self.status = status
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {http_date(int(time.time()))}"]
         if content_type:
@@ -2861,7 +2956,12 @@ class ApiHandler(BaseHTTPRequestHandler):
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if self.close_connection:
             lines.append("Connection: close")
-        self.wfile.write("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+    def _write(self, data: bytes) -> None:
+        """Send these bytes. Raises TimeoutError where the client does not take them."""
+        self.connection.settimeout(REQUEST_SECONDS)
+        self.connection.sendall(data)
 
     def _send_error(self, error: ApiError) -> None:
         """Answer with an error; a stream that has begun ends with it."""
@@ -2870,22 +2970,11 @@ class ApiHandler(BaseHTTPRequestHandler):
         headers = {"Retry-After": "1", **error.headers} if error.status == 503 else error.headers
         try:
             if self.streaming:
-                self._write_piece(self.dialect.line(body), last=True)
+                self._send_piece(self.dialect.line(body), last=True)
             else:
                 self._send(error.status, json_line(body), "application/json", **headers)
         except OSError:
             self.close_connection = True
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """http.server's own refusals, of what is not HTTP, in our form."""
-        self._begin()
-        self.close_connection = True
-        self._send_error(ApiError(code, f"the request is not HTTP that this server reads: {message or code}"))
-        self._log()
-
-    def handle_expect_100(self) -> bool:
-        """Nothing yet: "100 Continue" is sent by _read_body, once the header has been found good."""
-        return True
 
     def finish(self) -> None:
         """Close so that the last answer arrives: a socket closed with unread input resets the connection."""
@@ -2904,15 +2993,20 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def _log(self) -> None:
         """One line for each request; never a prompt's text. Those that only ask how it is are for --verbose."""
-        if self.status:  # else the client went away before there was any
+        if not self.path and not self.status:  # the client went away before it had asked anything
+            return
+        if self.status:
             self.server.count(self.endpoint, self.status)
         level = logging.DEBUG if self.command == "GET" and self.status == 200 else logging.INFO
         if logger.isEnabledFor(level):
             logger.log(level, "%s %s%s", self._target(), self.status or "-", self.outcome)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """http.server's own lines are for --verbose."""
-        logger.debug(format, *(printable(str(arg)) for arg in args))
+
+class CrowdedHandler(ApiHandler):
+    """A connection beyond those that have room: /health is answered, all else is refused, and at once."""
+
+    crowded = True
+    idle_seconds = request_seconds = 2.0
 
 
 ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
@@ -2950,6 +3044,7 @@ def metrics_text(server: ApiServer) -> str:
     add("num_requests_running", "gauge", "Requests in a slot.", {"": slots["busy"]})
     add("num_requests_waiting", "gauge", "Requests that wait for a slot.", {"": scheduler.queued})
     add("slots", "gauge", "Requests that can run together.", {"": slots["total"]})
+    add("http_connections", "gauge", "Connections that are open.", {"": server.connections})
     add(
         "kv_cache_usage_perc", "gauge", "Part of the KV cache that is reserved, 1 is all.", {"": scheduler.kv_cache_use}
     )
@@ -3007,11 +3102,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:100])
 
 
-class ApiServer(ThreadingHTTPServer):
+class ApiServer(HTTPServer):
     """The listening socket, and what its handlers share."""
 
-    daemon_threads = True
-    request_queue_size = 512
+    request_queue_size = 1024
 
     def __init__(self, host: str, port: int) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3026,9 +3120,13 @@ class ApiServer(ThreadingHTTPServer):
         self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
         self.api_key: str | None = None
         self.allowed_origins: list[str] = []
+        self.max_connections = 512
+        self.turns = threading.Semaphore(2)
         self._started = time.monotonic()
-        self._in_flight = 0
-        self._idle = threading.Condition()
+        self._lock = threading.Condition()  # guards what follows
+        self.connections = self._in_flight = self._bodies = 0
+        self._idle: dict[socket.socket, None] = {}  # connections that wait for a request, the longest first
+        self._crowd = threading.Semaphore(CROWD)
 
     def server_bind(self) -> None:
         """Bind without http.server's look-up of this machine's name, which can take seconds."""
@@ -3060,7 +3158,7 @@ class ApiServer(ThreadingHTTPServer):
             "model_loaded": state == "healthy",
             "model": self.model,
             "device": scheduler.device,
-            "llama_dir": self.folder,
+            "llama_dir": self.folder if self.on_loopback else Path(self.folder).name,  # no path for other machines
             "note": self.note,
             "uptime_seconds": round(time.monotonic() - self._started, 1),
         }
@@ -3075,25 +3173,83 @@ class ApiServer(ThreadingHTTPServer):
     def count(self, path: str, status: int) -> None:
         """Count an answer. Paths that are no endpoint count as one: their number is not the client's to choose."""
         route = route_of(path)
-        with self._idle:
+        with self._lock:
             self.responses[route if route in ROUTES else "other", status] += 1
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give a new connection a thread of its own.
+
+        Where all are in use, the connection that has waited longest for a request makes way. If none does, a few are
+        told that there is no room, each in a moment, and the next waits until one of those is done to be accepted.
+        """
+        with self._lock:
+            crowded = self.connections >= self.max_connections
+            if crowded and self._idle:
+                longest = next(iter(self._idle))
+                del self._idle[longest]
+                with contextlib.suppress(OSError):  # it has just gone by itself
+                    longest.shutdown(socket.SHUT_RDWR)
+                crowded = False
+            self.connections += not crowded
+        if crowded:
+            self._crowd.acquire()
+        handler = CrowdedHandler if crowded else ApiHandler
+        thread = threading.Thread(target=self._serve, args=(handler, request, client_address), daemon=True)
+        thread.start()
+
+    def _serve(self, handler: type[ApiHandler], request: socket.socket, client_address: Any) -> None:
+        try:
+            handler(request, client_address, self)
+        except Exception:
+            self.handle_error(request, client_address)
+        finally:
+            self.shutdown_request(request)
+            if handler.crowded:
+                self._crowd.release()
+            else:
+                with self._lock:
+                    self.connections -= 1
+
+    @contextlib.contextmanager
+    def idle(self, connection: socket.socket) -> Iterator[None]:
+        """The connection waits for a request, and may be closed for the sake of another."""
+        with self._lock:
+            self._idle[connection] = None
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._idle.pop(connection, None)
+
+    def take_room(self, size: int) -> bool:
+        """Count `size` bytes of a body as under way; False where they are too many with those that are."""
+        with self._lock:
+            if self._bodies and self._bodies + size > MAX_BODIES_BYTES:
+                return False
+            self._bodies += size
+        return True
+
+    def give_room(self, size: int) -> None:
+        """Such a body is done with."""
+        with self._lock:
+            self._bodies -= size
 
     @contextlib.contextmanager
     def request_in_flight(self) -> Iterator[None]:
         """Count a request while it is answered."""
-        with self._idle:
+        with self._lock:
             self._in_flight += 1
         try:
             yield
         finally:
-            with self._idle:
+            with self._lock:
                 self._in_flight -= 1
-                self._idle.notify_all()
+                self._lock.notify_all()
 
     def wait_until_idle(self, seconds: float) -> None:
         """Wait, so many seconds at most, until no request is being answered."""
-        with self._idle:
-            self._idle.wait_for(lambda: self._in_flight == 0, timeout=seconds)
+        with self._lock:
+            self._lock.wait_for(lambda: self._in_flight == 0, timeout=seconds)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke outside any request is no news; anything else is."""
@@ -3517,6 +3673,20 @@ def bind(host: str, port: int) -> ApiServer:
         raise UserError(f"port {port} is in use: stop the program that has it, or take another with --port") from error
 
 
+def room_for_connections(wanted: int) -> int:
+    """So many, or as many as this process may have files open; the system's soft limit is raised as far as it goes."""
+    other = CROWD + 128  # files: the model's, the libraries', the log
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft < wanted + other:
+        soft = wanted + other if hard == unlimited else min(wanted + other, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft != unlimited and soft < wanted + other:
+        logger.warning("%d connections at most, for this system lets a process open %d files", soft - other, soft)
+        return max(1, soft - other)
+    return wanted
+
+
 class Terminal:
     """Progress for people: one line that is written over on a terminal, a line for each stage elsewhere."""
 
@@ -3578,6 +3748,7 @@ def serve(options: argparse.Namespace) -> int:
     """Bind, load, serve, stop; returns the exit status."""
     server = bind(options.host, options.port)
     server.api_key, server.allowed_origins = options.api_key or None, options.allow_origin
+    server.max_connections = room_for_connections(options.max_queue + options.max_batch_size + SPARE_CONNECTIONS)
     host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
     url = f"http://{host}:{server.server_port}"
     found = find_checkpoint(options.model)
