@@ -1272,30 +1272,25 @@ class TorchEngineTest(unittest.TestCase):
         self.assertEqual(engine.step([server.Work(0, PROMPT[:9], 0, None)]), [-1])
 
     @unittest.skipUnless("fbgemm" in torch.backends.quantized.supported_engines, "this PyTorch has no FBGEMM")
-    def test_a_tiled_product(self) -> None:
-        """Against float64, for widths that fill their tiles and widths that do not, of few rows and of many."""
+    def test_a_product_with_half_precision_weights(self) -> None:
+        """Against float64, in one part and in several, for few rows and for many."""
         torch.manual_seed(5)
-        for outputs, inputs in ((96, 64), (97, 80), (700, 32), (13 * 96, 96 * 96), (129 * 96 + 5, 16)):
-            weight = torch.randn(outputs, inputs).bfloat16()
-            linear = server.TiledLinear(weight)
-            for count in (1, 2, server.TiledLinear.FEW, server.TiledLinear.FEW + 1, 40):
-                rows = torch.randn(count, inputs).bfloat16()
-                expected = rows.double() @ weight.double().T
-                with self.subTest(outputs=outputs, inputs=inputs, rows=count), torch.inference_mode():
-                    product = linear(rows.float())
-                    self.assertEqual((product.shape, product.dtype), (expected.shape, torch.float32))
-                    self.assert_close(
-                        product / inputs**0.5, expected / inputs**0.5, 0.02
-                    )  # bfloat16: 8 bits of about 4
+        for outputs, inputs in ((96, 64), (97, 80), (4096, 512), (4100, 520), (9000, 16)):
+            weight, rows = torch.randn(outputs, inputs).bfloat16(), torch.randn(40, inputs)
+            linear, expected = server.half_linear(weight), rows.double() @ weight.double().T
+            for count in (1, 2, 6, 7, 40):
+                with self.subTest(outputs=outputs, inputs=inputs, rows=count):
+                    self.assert_close(linear(rows[:count]), expected[:count], 1e-5 * inputs**0.5)
 
     @unittest.skipUnless("fbgemm" in torch.backends.quantized.supported_engines, "this PyTorch has no FBGEMM")
     def test_a_processor_without_bfloat16(self) -> None:
-        """The weights stay bfloat16, and the logits are as near as that allows, in one piece and in several."""
+        """The weights take two bytes each, and the logits are as near as that allows, in one piece and in several."""
         for shape in REFERENCE:
             checkpoint = server.read_checkpoint(random_checkpoint("meta", shape))
-            with mock.patch.object(server, "has_mkldnn", return_value=False):
+            half = mock.patch.object(server, "half_linear", wraps=server.half_linear)
+            with mock.patch.object(server, "has_mkldnn", return_value=False), half as made:
                 engine = server.TorchEngine(checkpoint, 4, 512, no_progress)
-            self.assertIsInstance(engine.heads[0], server.TiledLinear)
+            self.assertEqual(made.call_count, 4 * shape.n_layers + engine.HEADS)
             with self.subTest(shape=shape), torch.inference_mode():
                 whole = engine.logits([server.Work(0, PROMPT, 0, GREEDY)])[0, ::EVERY]
                 engine.logits([server.Work(1, PROMPT[:30], 0, None)])
@@ -4436,9 +4431,8 @@ class OperationTest(unittest.TestCase):
                 late = killed.is_set()
                 try:
                     reply = ask(port, "POST", "/chat", {"prompt": f"{number} {i}", "max_tokens": 40, "stream": stream})
-                    whole = (
-                        reply.status == 200 and json.loads(reply.body.splitlines()[-1]).get("tokens_generated") == 40
-                    )
+                    last = json.loads(reply.body.splitlines()[-1])
+                    whole = reply.status == 200 and last.get("finish_reason") in ("stop", "length")
                 except (http.client.HTTPException, OSError, ValueError):
                     whole = False
                 outcomes.append("whole" if whole else "lost after" if late else "lost at the time")

@@ -119,12 +119,6 @@ def import_torch() -> None:
     # OpenMP's threads wait for each other hundreds of times a step. By default they spin, for milliseconds when one of
     # them has lost its core to another program, and a step can take ten times as long. They are to sleep sooner.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # glibc gives the memory of a large tensor back to the system when it is freed, and the next one pays a page fault
-    # for every 4 KB. It is to keep what is under 32 MB: a step of 32 users takes a tenth less.
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its most
-        mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # NumPy is not used here
         try:
@@ -668,7 +662,7 @@ class TorchEngine:
 
     device = "cpu"
     splits_prompts = True
-    HEADS = 8  # parts of the output head
+    HEADS = 32  # parts of the output head
 
     def __init__(
         self, checkpoint: Checkpoint, max_batch_size: int, max_seq_len: int, progress: Progress, dtype: str = "auto"
@@ -678,11 +672,12 @@ class TorchEngine:
         self.max_seq_len = max_seq_len
         self.kv_cache_tokens = max_batch_size * max_seq_len
         # bfloat16 where the processor multiplies it. Elsewhere it is emulated, many times slower than float32: there
-        # the weights alone are bfloat16, see TiledLinear, or nothing is.
+        # the weights alone are two bytes each, see half_linear, or nothing is.
         fast_bfloat16 = has_mkldnn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if fast_bfloat16 else torch.float32
-        tiled = dtype == "auto" and not fast_bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines
-        self._linear: Callable[[torch.Tensor], Linear] = TiledLinear if tiled else prepacked_linear(self.dtype)
+        half = dtype == "auto" and not fast_bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines
+        self._linear: Callable[[torch.Tensor], Linear] = half_linear if half else prepacked_linear(self.dtype)
+        keep_freed_memory(1 << 20)  # what is freed between weights that stay would be lost: it goes back to the system
         # Two at a time: one waits for its pages while the other is laid out. More would take memory, and no less time.
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             layers = pool.map(functools.partial(self._read_layer, checkpoint), range(config.n_layers))
@@ -699,6 +694,7 @@ class TorchEngine:
         shape = (max_batch_size, max_seq_len, config.n_kv_heads, config.head_dim)
         self.keys = [lazy_zeros(shape, self.dtype) for _ in self.layers]
         self.values = [lazy_zeros(shape, self.dtype) for _ in self.layers]
+        keep_freed_memory(32 << 20)
 
     def _read_layer(self, checkpoint: Checkpoint, number: int) -> Layer:
         # Mapped anew for each: what was read of a mapping stays in memory as long as the mapping does.
@@ -792,6 +788,18 @@ class TorchEngine:
         """Nothing to give back: the memory goes with the process."""
 
 
+def keep_freed_memory(size: int) -> None:
+    """Have glibc keep the memory of tensors under `size` bytes, 32 MB at most, when they are freed.
+
+    It gives the memory of a large one back to the system, and the next one pays a page fault for every 4 KB: without
+    that a step of 32 users takes a tenth less. Another C library does as it likes.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, size)  # M_MMAP_THRESHOLD
+        mallopt(-1, 16 * size)  # M_TRIM_THRESHOLD
+
+
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Zeros in memory that the system provides page by page, when first written: torch.zeros writes to all of it."""
     count = math.prod(shape)
@@ -822,67 +830,18 @@ def prepacked_linear(dtype: torch.dtype) -> Callable[[torch.Tensor], Linear]:
     return linear
 
 
-class TiledLinear:
-    """A product with bfloat16 weights for processors that cannot multiply bfloat16, x86 before AVX-512.
+def half_linear(weight: torch.Tensor) -> Linear:
+    """Makes of a weight its product with float32 rows: float16 weights, which FBGEMM widens in registers.
 
-    PyTorch has no fast product of that kind, and weights in float32 take twice the memory and twice the time to read.
-    So the weight lies in tiles of 96 outputs, [tiles, in, 96]. For a few rows each tile's outputs are a weighted sum of
-    `in` vectors of 96, an embedding bag: FBGEMM's kernel for those widens bfloat16 in registers, 96 sums in twelve of
-    them, and reads at the memory's speed. For more rows a few tiles at a time are widened to float32, in the cache.
+    For x86 processors that cannot multiply bfloat16, where float32 weights would take twice the memory and twice the
+    time to read. A bfloat16 weight is a float16 one exactly from 6e-5 to 65504, and to 3e-8 below.
 
-    On two cores of Zen 3 a weight of [16384, 2048] takes 2.5, 6.5, 12, 24 and 270 ms for 1, 4, 8, 32 and 512 rows; as
-    prepacked float32 6.1, 7.5, 8.8, 21 and 290 ms; with F.linear in bfloat16 14, 41, 79, 440 ms and seconds.
+    On two cores of Zen 3 a weight of [16384, 2048] takes 3.5, 4, 7, 17 and 285 ms for 1, 6, 8, 32 and 512 rows; as
+    prepacked float32 6, 8, 9, 21 and 290 ms; with F.linear in bfloat16 14, 60, 79, 440 ms and seconds.
     """
-
-    TILE = 96
-    FEW = 5  # rows up to which bags are faster
-    BAGGED = 128  # tiles in one call, at most: the vectors' numbers, which it wants, take memory too
-    WIDENED = 1 << 21  # weights that are widened at once, at most: 8 MB
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._out, self._in = weight.shape
-        self._tiles = torch.zeros(-(-self._out // self.TILE), self._in, self.TILE, dtype=torch.bfloat16)
-        for tile, outputs in zip(self._tiles, torch.split(weight, self.TILE)):
-            tile[:, : len(outputs)] = outputs.T
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        # Rows and product are rounded to bfloat16 both ways, so that a token's text does not depend on its company.
-        narrow = rows.bfloat16()
-        product = self._bags(narrow) if len(rows) <= self.FEW else self._widened(narrow)  # [tiles, T, 96]
-        return product.transpose(0, 1).reshape(len(rows), -1)[:, : self._out].to(rows.dtype)
-
-    def _bags(self, rows: torch.Tensor) -> torch.Tensor:
-        sums = []
-        for tiles in torch.split(self._tiles, self.BAGGED):
-            vectors, starts = bags(len(tiles), len(rows), self._in)
-            weights = rows.expand(len(tiles), -1, -1).reshape(-1)
-            table = tiles.view(-1, self.TILE)
-            sums.append(F.embedding_bag(vectors, table, starts, mode="sum", per_sample_weights=weights))
-        return torch.cat(sums).view(-1, len(rows), self.TILE)
-
-    def _widened(self, rows: torch.Tensor) -> torch.Tensor:
-        count = max(1, self.WIDENED // (self._in * self.TILE))
-        product = torch.empty(len(self._tiles), len(rows), self.TILE)
-        wide = scratch(count * self._in * self.TILE).view(count, self._in, self.TILE)
-        rows = rows.float()
-        for some, tiles in zip(torch.split(product, count), torch.split(self._tiles, count)):
-            weight = wide[: len(tiles)].copy_(tiles)
-            torch.bmm(rows.expand(len(tiles), -1, -1), weight, out=some)
-        return product.bfloat16()
-
-
-@functools.cache
-def bags(tiles: int, rows: int, vectors: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers of the vectors in each bag, one bag for each tile and row, and where in them each bag starts."""
-    numbers = torch.arange(tiles * vectors, dtype=torch.int32).view(tiles, 1, vectors)
-    starts = torch.arange(0, tiles * rows * vectors, vectors, dtype=torch.int32)
-    return numbers.expand(-1, rows, -1).reshape(-1), starts
-
-
-@functools.cache
-def scratch(count: int) -> torch.Tensor:
-    """Room for so many float32, the same each time: fresh memory costs a page fault for every 4 KB."""
-    return torch.empty(count)
+    # FBGEMM lays out column by column of what it is given, and takes half as long again for more rows than these.
+    packed = [torch.ops.quantized.linear_prepack_fp16(part.float(), None) for part in weight.split(4096)]
+    return lambda rows: torch.cat([torch.ops.quantized.linear_dynamic_fp16(rows, part) for part in packed], dim=-1)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
