@@ -5093,28 +5093,14 @@ class Bench:
         longest = max([*gaps, arrived.first if not gaps else 0.0])
         return {"median_gap_before": before, "longest_gap": longest, "ratio": longest / before}
 
-    def engine_alone(self, engine: server.Engine, users: int, prompt_tokens: int) -> float:
-        """Tokens/s of the same work as `load`, of the engine called in a bare loop."""
-        vocabulary = range(1000, 100_000)
-        sampling = server.SamplingParams(temperature=0.7, top_p=0.9)
-        prompts = [self._random.choices(vocabulary, k=prompt_tokens) for _ in range(users)]
-        for slot in range(users):
-            engine.reserve(slot, prompt_tokens + self.tokens)
-        began = time.monotonic()
-        work = [server.Work(slot, prompt, 0, sampling) for slot, prompt in enumerate(prompts)]
-        for position in range(prompt_tokens, prompt_tokens + self.tokens):
-            last = engine.step(work)
-            work = [server.Work(slot, [token], position, sampling) for slot, token in enumerate(last)]
-        seconds = time.monotonic() - began
-        for slot in range(users):
-            engine.release(slot)
-        return users * self.tokens / seconds
-
     def tax(self, options: Sequence[str], counts: Sequence[int], say: Callable[[str], None]) -> list[dict[str, float]]:
-        """What HTTP and the scheduler cost: served from this process to clients in another, against the bare engine."""
+        """What HTTP and the scheduler cost: served from this process to clients in another, against the bare engine.
+
+        The bare engine is given the same calls again, one after the other: the same steps of the same batches.
+        """
         parsed = server.parse_arguments(options)
         checkpoint = server.find_checkpoint(parsed.model) or server.demo_checkpoint(no_progress)
-        engine = server.open_engine(checkpoint, server.choose_device(parsed, checkpoint), parsed, no_progress)
+        engine = Recorder(server.open_engine(checkpoint, server.choose_device(parsed, checkpoint), parsed, no_progress))
         measured = []
         clients = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         words = server.ChatTokenizer(checkpoint.tokenizer_model)
@@ -5124,11 +5110,39 @@ class Bench:
                 ratios, alone = [], 0.0
                 for turn in range(3):
                     say(f"HTTP's tax, {users} users, {turn + 1} of 3")
-                    over_http = clients.submit(self.load, target, users, "short").result()
-                    alone = self.engine_alone(engine, users, round(over_http["prompt_tokens"]))
-                    ratios.append(over_http["tokens_per_second"] / alone)
+                    engine.calls.clear()
+                    over_http = clients.submit(self.load, target, users, "short").result()["tokens_per_second"]
+                    wait_until(lambda: api.scheduler.slots()["busy"] == 0)  # or it would be called from two threads
+                    alone = users * self.tokens / engine.replay()
+                    ratios.append(over_http / alone)
                 measured.append({"users": users, "engine_alone": alone, "ratio": statistics.median(ratios)})
         return measured
+
+
+class Recorder:
+    """An Engine that notes the calls of another, and can make them again."""
+
+    def __init__(self, engine: server.Engine) -> None:
+        self._engine = engine
+        self.calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._engine, name)
+        if name not in ("reserve", "release", "step"):
+            return value
+
+        def noted(*arguments: Any) -> object:
+            self.calls.append((value, arguments))
+            return value(*arguments)
+
+        return noted
+
+    def replay(self) -> float:
+        """Make the calls again, in a bare loop; returns the seconds that took."""
+        began = time.monotonic()
+        for call, arguments in self.calls:
+            call(*arguments)
+        return time.monotonic() - began
 
 
 class NoEngine:

@@ -840,7 +840,7 @@ def half_linear(weight: torch.Tensor) -> Linear:
     prepacked float32 6, 8, 9, 21 and 290 ms; with F.linear in bfloat16 14, 60, 79, 440 ms and seconds.
     """
     # FBGEMM lays out column by column of what it is given, and takes half as long again for more rows than these.
-    packed = [torch.ops.quantized.linear_prepack_fp16(part.float(), None) for part in weight.split(4096)]
+    packed = [torch.ops.quantized.linear_prepack_fp16(part.float(), None) for part in torch.split(weight, 4096)]
     return lambda rows: torch.cat([torch.ops.quantized.linear_dynamic_fp16(rows, part) for part in packed], dim=-1)
 
 
