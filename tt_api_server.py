@@ -1389,6 +1389,7 @@ DEMO_PARAMS: dict[str, Any] = {
 }
 DEMO_STEPS, DEMO_LEARNING_RATE = 500, 6e-3
 DEMO_EXTRA_STEPS = 150  # at most, while there are questions that it gets wrong
+DEMO_BYTES = 70 << 20  # that its files take
 DEMO_SHARPNESS = 4.0  # by which the finished logits are multiplied: at usual temperatures the likeliest answer comes
 
 
@@ -1401,27 +1402,36 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
     recipe = json.dumps([DEMO_ANSWERS, DEMO_OTHERWISE, DEMO_PARAMS, DEMO_STEPS, __version__])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tt-api-server"
     folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    with contextlib.suppress(UserError):
-        checkpoint = read_checkpoint(folder, DEMO_NAME)
-        checkpoint.open_weights()
-        return checkpoint
-    tokenizer = ChatTokenizer()
-    weights = train_demo(tokenizer, progress)
+
+    def find() -> Checkpoint | None:
+        with contextlib.suppress(UserError):
+            checkpoint = read_checkpoint(folder, DEMO_NAME)
+            checkpoint.open_weights()
+            return checkpoint
+        return None
+
+    if found := find():
+        return found
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache) as room:  # better known now than after the training
+            room.write(bytes(DEMO_BYTES))
+        tokenizer = ChatTokenizer()
+        weights = train_demo(tokenizer, progress)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             made = Path(scratch) / "demo"
             made.mkdir()
             torch.save(weights, made / "consolidated.00.pth")
             (made / "params.json").write_text(json.dumps(DEMO_PARAMS, indent=1))
             shutil.copy(tokenizer.path, made / "tokenizer.model")
-            if folder.exists():
-                folder.rename(Path(scratch) / "broken")
-            with contextlib.suppress(FileExistsError):  # another server was faster; its checkpoint is the same
+            if find() is None:  # else another server was faster, and its checkpoint is the same
+                if folder.exists():
+                    folder.rename(Path(scratch) / "broken")
                 made.rename(folder)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         raise UserError(
-            f"the demo model cannot be written to {cache} ({error}): make room for 70 MB there, or set XDG_CACHE_HOME"
+            f"the demo model cannot be written to {cache} ({error}): make room for {DEMO_BYTES >> 20} MB there, or set "
+            "XDG_CACHE_HOME"
         ) from error
     return read_checkpoint(folder, DEMO_NAME)
 
