@@ -2243,14 +2243,14 @@ class PageTest(unittest.TestCase):
         self.driver.get("about:blank")
         self.assertEqual(entries, [])
 
-    def open(self, port: int, state: str = "Ready") -> None:
-        """Open the page, and wait until it shows the server's state."""
+    def open(self, port: int, status: str = "healthy") -> None:
+        """Open the page, and wait until it shows the server's status."""
         self.driver.get(f"http://localhost:{port}/")
-        self.wait_for_state(state)
+        self.wait_for_status(status)
 
-    def wait_for_state(self, word: str) -> None:
+    def wait_for_status(self, word: str) -> None:
         """Wait until the header says so."""
-        wait_until(lambda: self.texts("#state")[0].startswith(word))
+        wait_until(lambda: self.texts("#status")[0].startswith(word))
 
     def script(self, source: str, *arguments: object) -> Any:
         """Run JavaScript in the page."""
@@ -2278,19 +2278,29 @@ class PageTest(unittest.TestCase):
     @property
     def typed(self) -> str:
         """What stands in the input."""
-        return str(self.script("return document.getElementById('input').value"))
+        return str(self.script("return $('#input').value"))
+
+    @property
+    def focus(self) -> str:
+        """The id of what has the focus."""
+        return str(self.script("return document.activeElement.id"))
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is under way, as assistive technology is told too."""
-        busy = bool(self.texts("article[aria-busy]"))
-        self.assertEqual(busy, self.visible("#stop"))
-        return busy
+        """Whether an answer is under way, as the button says and assistive technology is told."""
+        button, told = self.script("return [$('#send').textContent, $('main').ariaBusy]")
+        self.assertIn((button, told), [("Stop", "true"), ("Send", "false")])
+        return str(button) == "Stop"
 
     def answered(self, count: int) -> str:
         """Wait until so many answers are complete; returns the last."""
-        wait_until(lambda: len(self.texts(".answer")) == count and not self.texts("[aria-busy]"))
-        return self.texts(".answer > div:first-child")[-1]
+        wait_until(lambda: len(self.texts(".assistant")) == count and not self.busy)
+        return self.texts(".assistant")[-1]
+
+    def failed(self, count: int) -> str:
+        """Wait until so many requests have failed; returns what is said of the last."""
+        wait_until(lambda: len(self.texts(".failed")) == count and not self.busy)
+        return self.texts(".failed small")[-1]
 
     def watch_requests(self) -> list[dict[str, Any]]:
         """The bodies that servers of this process are sent from now on."""
@@ -2310,28 +2320,27 @@ class PageTest(unittest.TestCase):
         process = random_server("--max-batch-size", "1").ready()
         self.addCleanup(process.close)
         self.open(process.port)
-        self.assertEqual(self.texts("#state"), ["Ready · cpu"])
+        self.assertEqual(self.texts("#status"), ["healthy · cpu"])
         self.assertEqual(self.texts("#model"), [health(process.port)["model"]])
         self.assertEqual(self.driver.title, health(process.port)["model"])
-        self.click("summary")
+        self.click("[popovertarget=settings]")
         for selector, value in (("#temperature", "0"), ("#max-tokens", "9"), ("#system", "Be brief.")):
             field = self.driver.find_element("css selector", selector)
             field.clear()
             field.send_keys(value)
-        self.driver.refresh()  # which keeps the settings
-        self.wait_for_state("Ready")
+        self.press(ESCAPE)
+        self.click("#input")
         self.press("Why?", ENTER)
         expected = chat(process.port, "Why?", system="Be brief.", temperature=0, max_tokens=9)
         self.assertEqual(self.answered(1), expected["response"])
         self.assertEqual(self.texts(".user"), ["Why?"])
-        cut, figures = self.texts(".answer p")
-        self.assertIn("limit of 9 tokens", cut)
-        self.assertRegex(figures, r"^[0-9.]+ tokens/s · first token after [0-9.]+ s$")
+        [note] = self.texts("article small")
+        self.assertRegex(note, r"^Cut off at the limit of 9 tokens · [0-9.]+ tokens/s · first token after [0-9.]+ s$")
         self.assertEqual(self.driver.get_log("browser"), [])  # not even of the network
         process.close()
         self.press("And now?")
-        self.wait_for_state("Unreachable")
-        self.assertIn("cannot be reached", self.texts("#reason")[0])
+        self.wait_for_status("gone · cpu")
+        self.assertIn("cannot be reached", self.texts("#state")[0])
         self.press(ENTER)
         self.assertEqual((self.typed, self.texts(".user")), ("And now?", ["Why?"]))
         self.assertFalse(self.driver.find_element("css selector", "#send").is_enabled())
@@ -2344,17 +2353,16 @@ class PageTest(unittest.TestCase):
             self.open(api.server_port)
             self.press("Hello", ENTER)
             try:
-                wait_until(lambda: self.texts(".answer > div")[0])
+                wait_until(lambda: self.texts(".assistant")[0])
                 self.assertTrue(self.busy)
-                early = self.texts(".answer > div")[0]
+                early = self.texts(".assistant")[0]
                 self.assertTrue(text.startswith(early) and len(early) < len(text), early)
                 self.press("The next one", ENTER)  # waits in the input until its turn
                 self.assertEqual((self.typed, self.texts(".user")), ("The next one", ["Hello"]))
             finally:
                 gate.open()
             self.assertEqual(self.answered(1), text)
-            self.assertFalse(self.busy)
-            self.assertEqual(len(self.texts(".answer p")), 1)  # the figures; it was not cut
+            self.assertRegex(self.texts("article small")[0], "^[0-9.]+ tokens/s")  # it was not cut
 
     def test_stop_and_what_is_sent_next(self) -> None:
         requests = self.watch_requests()
@@ -2362,30 +2370,30 @@ class PageTest(unittest.TestCase):
             self.open(api.server_port)
             for number in (1, 2):
                 self.press(f"Question {number}", ENTER)
-                wait_until(lambda: self.busy and self.texts("[aria-busy] > div")[0])
+                wait_until(lambda: self.busy and self.texts(".assistant")[-1])
                 if number == 1:
-                    self.click("#stop")
+                    self.click("#send")  # which stops now
                 else:
                     self.press(ESCAPE)
-                part = self.answered(number)
-                self.assertIn("Stopped", self.texts(".answer p")[-1])
-                self.assertLess(0, len(part))
-                self.assertLess(len(part), 512)
+                self.assertLess(len(self.answered(number)), 512)
+                self.assertEqual(self.texts("article small")[-1], "Stopped")
                 wait_until(lambda: health(api.server_port)["slots"]["busy"] == 0)
-                self.assertEqual(self.script("return document.activeElement.id"), "input")
-            parts = self.texts(".answer > div")
-            self.press("Question 3", ENTER)
+                self.assertEqual(self.focus, "input")
+            parts = self.texts(".assistant")
+            self.press("Question 3")
+            self.click("#send")
             wait_until(lambda: len(requests) == 3)
             said = [(message["role"], message["content"]) for message in requests[2]["messages"]]
             users, answers = [("user", f"Question {i}") for i in (1, 2, 3)], [("assistant", part) for part in parts]
             self.assertEqual(said, [users[0], answers[0], users[1], answers[1], users[2]])
             self.assertEqual((requests[2]["max_tokens"], requests[2]["temperature"]), (512, 0.7))
             self.click("#new")  # in the middle of an answer
-            self.assertEqual(self.texts("article"), [])
+            wait_until(lambda: not self.busy)
+            self.assertEqual((self.texts("article"), self.typed), ([], ""))
             self.press("Afresh", ENTER)
             wait_until(lambda: len(requests) == 4)
             self.assertEqual(requests[3]["messages"], [{"role": "user", "content": "Afresh"}])
-            self.click("#stop")
+            self.press(ESCAPE)
 
     def test_pages_from_elsewhere(self) -> None:
         """The tutorial's fetch, from a development server on localhost, and from another site before it is named."""
@@ -2426,8 +2434,8 @@ class PageTest(unittest.TestCase):
             self.press(question, ENTER)
             self.assertEqual(self.answered(1), answer)
             self.assertEqual(self.texts(".user"), [question])
-            names = self.script("return [...document.querySelectorAll('#log *')].map((e) => e.tagName)")
-            self.assertEqual(set(names), {"ARTICLE", "DIV", "P"})
+            names = self.script("return [...document.querySelectorAll('main *')].map((e) => e.tagName)")
+            self.assertEqual(names, ["ARTICLE", "H2", "DIV", "SMALL"])
             self.assertEqual(self.driver.title, title)
 
     def test_keys(self) -> None:
@@ -2445,12 +2453,11 @@ class PageTest(unittest.TestCase):
             self.press(ENTER)
             self.assertEqual(self.answered(1), "Yes.")
             self.assertEqual((self.typed, self.texts(".user")), ("", ["one\ntwo"]))
-            self.assertEqual(self.script("return document.activeElement.id"), "input")
-            self.click("summary")
+            self.assertEqual(self.focus, "input")
+            self.click("[popovertarget=settings]")
             self.assertTrue(self.visible("#settings"))
             self.press(ESCAPE)
             self.assertFalse(self.visible("#settings"))
-            self.assertEqual(self.script("return document.activeElement.id"), "input")
 
     def test_loading(self) -> None:
         engine, loaded = Speaker("At last."), threading.Event()
@@ -2462,41 +2469,25 @@ class PageTest(unittest.TestCase):
 
         with fake_server(engine, load=load) as api:
             try:
-                self.open(api.server_port, "Loading")
-                wait_until(lambda: "reading the stars" in self.texts("#reason")[0])
-                self.assertRegex(self.texts("#figure")[0], r"^50 %, \d+ s$")
-                self.assertEqual(self.script("return document.getElementById('bar').value"), 0.5)
+                self.open(api.server_port, "loading")
+                wait_until(lambda: "reading the stars" in self.texts("#state")[0])
+                self.assertRegex(self.texts("#state")[0], r"^Getting ready: reading the stars, \d+ s$")
+                self.assertEqual((self.visible("#bar"), self.script("return $('#bar').value")), (True, 0.5))
                 self.press("Too early", ENTER)
                 self.assertEqual((self.typed, self.texts("article")), ("Too early", []))
             finally:
                 loaded.set()
-            self.wait_for_state("Ready · fake")
-            self.assertEqual((self.texts("#reason"), self.visible("#bar")), ([""], False))
+            self.wait_for_status("healthy · fake")
+            self.assertFalse(self.visible("#bar"))
             self.press(ENTER)
             self.assertEqual(self.answered(1), "At last.")
 
-    def test_a_request_that_fails_can_be_sent_again(self) -> None:
-        failing = Failing()
-        with (
-            fake_server(Speaker("There you are.", before_step=failing)) as api,
-            self.assertLogs(server.logger, "ERROR"),
-        ):
-            failing.count = 1
-            self.open(api.server_port)
-            self.press("Where?", ENTER)
-            wait_until(lambda: self.texts(".failure"))
-            self.assertIn("the engine failed", self.texts(".failure p")[0])
-            self.assertEqual((self.typed, self.texts("article")), ("Where?", []))
-            self.click(".failure button")
-            self.assertEqual(self.answered(1), "There you are.")
-            self.assertEqual((self.typed, self.texts(".user"), self.texts(".failure")), ("", ["Where?"], []))
-
-    def test_an_answer_that_breaks_off_stays(self) -> None:
+    def test_a_request_that_fails_gives_its_question_back(self) -> None:
         requests = self.watch_requests()
         failing = Failing()
 
         def step(batch: Sequence[server.Work]) -> None:
-            failing.count = int(len(engine.steps) == 6)
+            failing.count = int(len(engine.steps) in (1, 6))  # before the first word, and in the middle
             failing(batch)
 
         text = "Five words and some more, all of them in order."
@@ -2504,17 +2495,20 @@ class PageTest(unittest.TestCase):
         with fake_server(engine) as api, self.assertLogs(server.logger, "ERROR"):
             self.open(api.server_port)
             self.press("Where?", ENTER)
-            wait_until(lambda: self.texts(".failure"))
-            part = self.texts(".answer > div:first-child")[0]
+            for failures in (1, 2):
+                self.assertIn("Failed: the engine failed", self.failed(failures))
+                self.assertEqual(self.typed, "Where?")
+                self.press(ENTER)
+            self.assertEqual(self.answered(3), text)
+            nothing, part, _ = self.texts(".assistant")
+            self.assertEqual(nothing, "")
             self.assertTrue(text.startswith(part) and part, part)
-            self.assertRegex(self.texts(".failure p")[0], "broke off: the engine failed")
-            self.assertEqual((self.typed, self.texts(".user")), ("", ["Where?"]))
-            self.click(".failure button")
-            wait_until(lambda: not self.texts(".failure"))
-            self.assertEqual(self.answered(1), text)
-            self.assertEqual(self.texts(".user"), ["Where?"])
             question = [{"role": "user", "content": "Where?"}]
-            self.assertEqual([request["messages"] for request in requests], [question, question])
+            self.assertEqual([request["messages"] for request in requests], [question] * 3)
+            self.script("fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
+            self.press("And when?", ENTER)
+            self.assertIn("connection to the server broke", self.failed(3))
+            self.assertEqual(self.typed, "And when?")
 
     def test_an_unhealthy_and_a_stopping_server(self) -> None:
         failing = Failing()
@@ -2522,33 +2516,37 @@ class PageTest(unittest.TestCase):
         with fake_server(FakeEngine(before_step=failing)) as api, self.assertLogs(server.logger, "ERROR"):
             for _ in range(failing.count):
                 ask(api.server_port, "POST", "/chat", {"prompt": "Hi"})
-            self.open(api.server_port, "Failed")
-            self.assertIn("RuntimeError", self.texts("#reason")[0])
+            self.open(api.server_port, "unhealthy")
+            self.assertRegex(self.texts("#state")[0], "cannot answer: .*RuntimeError")
         with fake_server(FakeEngine(max_seq_len=4096, before_step=Gate(delay=0.01))) as api:
             self.open(api.server_port)
             self.press("Hello", ENTER)
             wait_until(lambda: health(api.server_port)["slots"]["busy"] == 1)
             api.scheduler.stop(drain=True)
-            self.wait_for_state("Stopping")
+            self.wait_for_status("stopping")
+            self.assertIn("is stopping", self.texts("#state")[0])
             self.assertEqual(len(self.answered(1)), 512)
 
     def test_the_view_follows_only_a_reader_at_the_end(self) -> None:
         with fake_server(FakeEngine(max_seq_len=8192, before_step=Gate(delay=0.005))) as api:
             self.open(api.server_port)
             self.emulate(360, 400)
-            self.script("document.getElementById('max-tokens').value = 4000")
+            self.script("$('#max-tokens').value = 4000")
             self.press("Hello", ENTER)
-            beyond = "const s = document.getElementById('scroller'); return s.scrollHeight - s.clientHeight"
-            top = "return document.getElementById('scroller').scrollTop"
+            beyond = "const page = document.documentElement; return page.scrollHeight - page.clientHeight"
             wait_until(lambda: self.script(beyond) > 100)
-            self.assertLess(abs(self.script(f"{beyond} - s.scrollTop")), 2)
-            self.script("document.getElementById('scroller').scrollTop = 10")
+            wait_until(lambda: abs(self.script(f"{beyond} - scrollY")) < 2)
+            self.script("scrollTo(0, 10)")
             before = self.script(beyond)
             wait_until(lambda: self.script(beyond) > before + 50)
-            self.assertEqual(self.script(top), 10)
-            self.click("#stop")
+            self.assertEqual(self.script("return scrollY"), 10)
+            self.click("#send")
             self.answered(1)
-            self.assertEqual(self.script("return document.documentElement.scrollWidth"), 360)
+            self.press("Once more", ENTER)  # which takes the view back to the end
+            wait_until(lambda: self.busy and abs(self.script(f"{beyond} - scrollY")) < 2)
+            self.press(ESCAPE)
+            wider = "const page = document.documentElement; return page.scrollWidth - page.clientWidth"
+            self.assertEqual(self.script(wider), 0)
 
     def emulate(self, width: int, height: int, scheme: str = "light") -> None:
         """A screen of this size, and a user who likes it light or dark."""
@@ -2573,25 +2571,25 @@ class PageTest(unittest.TestCase):
 
         with fake_server(Speaker("Yes.")) as api:
             self.open(api.server_port)
-            self.click("summary")
-            self.script("document.getElementById('max-tokens').value = 1")
-            self.press(ESCAPE, "Hello", ENTER)
-            self.answered(1)
+            for number in (1, 2):
+                self.press("Hello", ENTER)
+                self.answered(number)
+            self.script("$('article').className = 'failed'")
             self.press("x")
             pages = []
             for scheme in ("light", "dark"):
                 self.emulate(1200, 800, scheme)
-                page = style("body", "backgroundColor")
+                page = style("header", "backgroundColor")
                 pages.append(luminance(page))
                 for selector, ground in (
-                    (".answer > div", page),
-                    (".answer p:last-child", page),
-                    (".answer .cut", page),
+                    (".assistant", page),
+                    (".failed small", page),
+                    ("article:not(.failed) small", page),
+                    ("#status", page),
                     ("#state", page),
-                    ("#keys", page),
-                    (".user > div", style(".user > div", "backgroundColor")),
+                    (".user", style(".user", "backgroundColor")),
                     ("label", style("#settings", "backgroundColor")),
-                    ("#input", style("#composer", "backgroundColor")),
+                    ("#input", style("#input", "backgroundColor")),
                     ("#send", style("#send", "backgroundColor")),
                 ):
                     low, high = sorted([luminance(style(selector, "color")), luminance(ground)])

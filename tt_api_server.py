@@ -3230,310 +3230,153 @@ class ApiServer(HTTPServer):
 # the browser runs no script and applies no style but these two, which the policy below names by their hashes.
 PAGE = r"""<!doctype html>
 <html lang="en">
-<meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Chat</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>
-<path fill='%234f69cf' d='M3 1h10a2 2 0 0 1 2 2v7a2 2 0 0 1-2 2H8l-4 4v-4H3a2 2 0 0 1-2-2V3a2 2 0 0 1 2-2z'/></svg>">
+<link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --page: #fbfbf9; --card: #fff; --tint: #eceef6; --line: #dcddd8; --edge: #85898f;
-  --text: #1e2126; --soft: #5d636e; --accent: #3d59bd; --mark: #fff; --good: #237a4b; --warn: #8f5500; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #15171b; --card: #1d2026; --tint: #282d3b; --line: #31363f; --edge: #6d7482; --text: #e7e8eb;
-    --soft: #a1a7b3; --accent: #a4b8ff; --mark: #141a30; --good: #6fcf97; --warn: #f0b35a; --bad: #ff9d94; }
-}
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-body { display: flex; flex-direction: column; height: 100vh; height: 100dvh; margin: 0; background: var(--page);
-  color: var(--text); font: 1rem/1.6 system-ui, sans-serif; }
-button, input, textarea { font: inherit; color: inherit; }
-button, summary { padding: .4rem .7rem; border: 0; border-radius: .5rem; background: none; cursor: pointer; }
-button:disabled { opacity: .45; cursor: default; }
+:root { color-scheme: light dark; --soft: light-dark(#5b616c, #a6acb8); --tint: light-dark(#eef0f7, #272b37);
+  --accent: light-dark(#3a55b8, #a9bcff); --alert: light-dark(#b3261e, #ff9d94); font: 1rem/1.6 system-ui, sans-serif; }
+* { box-sizing: border-box; margin: 0; font: inherit; overflow-wrap: anywhere; outline-color: var(--accent); }
+body { display: flex; flex-direction: column; max-width: 46rem; min-height: 100dvh; margin: auto; padding: 0 1rem; }
+button, input, textarea { padding: .5rem .75rem; border: 1px solid GrayText; border-radius: .6rem; background: Canvas; }
+small, label, ::placeholder { color: var(--soft); font-size: .875rem; font-weight: 400; }
 
-header { position: relative; display: flex; align-items: center; padding: .6rem .5rem .6rem 1rem; font-size: .875rem;
-  border-bottom: 1px solid var(--line); line-height: 1.35; white-space: nowrap; }
-header > div { flex: 1; min-width: 0; }
-h1, #state { margin: 0; overflow: hidden; text-overflow: ellipsis; font-size: inherit; }
-#state { color: var(--soft); font-size: .8125rem; }
-#state::before { content: ""; display: inline-block; width: .5rem; height: .5rem; margin-right: .4rem;
-  border-radius: 50%; background: var(--warn); }
-[data-state=healthy] #state::before { background: var(--good); }
-[data-state=unhealthy] #state::before, [data-state=gone] #state::before { background: var(--bad); }
-summary { list-style: none; }
-summary::-webkit-details-marker { display: none; }
-header button:hover, summary:hover, [open] > summary { background: var(--tint); }
-#settings { position: absolute; z-index: 1; top: calc(100% + .5rem); right: .75rem; width: min(22rem, 100vw - 1.5rem);
-  display: grid; grid-template-columns: 1fr 1fr; gap: .9rem; padding: 1rem; border: 1px solid var(--line);
-  border-radius: .8rem; background: var(--card); box-shadow: 0 .5rem 2rem #0003; white-space: normal; }
-label { color: var(--soft); font-size: .8125rem; }
-.wide { grid-column: span 2; }
-label > * { display: block; width: 100%; margin-top: .2rem; padding: .4rem .6rem; border: 1px solid var(--edge);
-  border-radius: .5rem; background: var(--page); color: var(--text); font-size: 1rem; resize: none; }
+header, footer { position: sticky; inset: 0; display: flex; flex-wrap: wrap; align-items: end; gap: .5rem;
+  padding: 1rem 0; background: Canvas; }
+header div { flex: 1; line-height: 1.3; font-weight: 600; }
+#settings { margin: 5.5rem max(1rem, 50% - 22rem) 0 auto; padding: 1rem; border: 1px solid GrayText;
+  border-radius: 1rem; box-shadow: 0 .5rem 2rem #0004; }
+label > * { display: block; width: 18rem; margin: .25rem 0 .75rem; color: CanvasText; font-size: 1rem; }
 
-main { flex: 1; overflow-y: auto; padding: 1.5rem 1rem; }
-main:focus-visible { outline-offset: -2px; }
-main > *, footer > * { max-width: 44rem; margin: 0 auto; }
-#welcome { padding-top: 12vh; color: var(--soft); }
-h2 { margin: 0; color: var(--text); font-size: 1.6rem; line-height: 1.3; }
-main button { margin: .4rem .1rem 0 0; border: 1px solid var(--edge); background: var(--card); font-size: .875rem; }
-main button:hover:enabled { border-color: var(--accent); }
-article > div { white-space: pre-wrap; overflow-wrap: anywhere; }
-.answer, .failure { margin-bottom: 1.75rem; }
-.user { display: flex; justify-content: flex-end; margin-bottom: 1.1rem; }
-.user > div { max-width: 85%; padding: .55rem .95rem; border-radius: 1.1rem 1.1rem .3rem; background: var(--tint); }
-[aria-busy] > div::after { content: ""; display: inline-block; width: .5rem; height: 1.05em; margin-left: .1rem;
-  border-radius: 2px; background: var(--accent); vertical-align: -.15em; animation: blink 1s infinite alternate; }
-@keyframes blink { to { opacity: .2; } }
-@media (prefers-reduced-motion) { * { animation: none !important; } }
-.answer p { margin: .35rem 0 0; color: var(--soft); font-size: .8125rem; font-variant-numeric: tabular-nums; }
-.answer .cut { color: var(--warn); }
-.failure { margin-top: .7rem; padding-left: .9rem; border-left: 3px solid var(--bad); }
-.failure p { margin: 0; color: var(--bad); font-size: .9375rem; overflow-wrap: anywhere; }
+main { flex: 1; padding: 1rem 0; }
+main:empty { flex: .4; }  /* before the first question the input is in the middle */
+article { display: grid; gap: .75rem; margin-bottom: 2.5rem; white-space: pre-wrap; }
+.user { justify-self: end; padding: .6rem 1rem; border-radius: 1.2rem; background: var(--tint); }
+[aria-busy=true] :last-child > .assistant::after { content: "▍"; color: var(--accent); }  /* there is more to come */
+.failed small, .gone, .stopping, .unhealthy { color: var(--alert); }
 
-footer { padding: 0 1rem max(.75rem, env(safe-area-inset-bottom)); font-size: .875rem; }
-#notice { display: flex; flex-wrap: wrap; align-items: center; gap: 0 .75rem; padding: 0 .8rem; }
-#reason:not(:empty), #figure { padding-bottom: .5rem; overflow-wrap: anywhere; }
-#bar { flex: 1 0 6rem; height: .5rem; margin-bottom: .5rem; accent-color: var(--accent); }
-#composer { display: flex; align-items: flex-end; padding: .4rem; border: 1px solid var(--edge); border-radius: 1.45rem;
-  background: var(--card); }
-#composer:focus-within { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
-#input { flex: 1; min-width: 0; max-height: 40vh; padding: .25rem .7rem; border: 0; outline: 0; background: none;
-  font-size: 1rem; resize: none; }
-#input::placeholder { color: var(--soft); opacity: 1; }
-#composer button { padding: .5rem; border-radius: 50%; background: var(--accent); color: var(--mark); }
-svg { display: block; width: 1.1rem; fill: none; stroke: currentColor; stroke-width: 2.2; stroke-linecap: round; }
-#keys { padding-top: .4rem; text-align: center; color: var(--soft); font-size: .75rem; }
-@media (max-width: 30rem) { #keys { display: none; } }
+progress, footer small { width: 100%; accent-color: var(--accent); }
+#input { flex: 1; min-width: 0; max-height: 40vh; resize: none; field-sizing: content; }
+#send:enabled { border-color: var(--accent); background: var(--accent); color: Canvas; }
 </style>
-<body data-state="connecting">
 <header>
-  <div><h1 id="model">Chat</h1><p id="state">Connecting</p></div>
+  <div><h1 id="model">Chat</h1><small id="status" role="status">connecting</small></div>
   <button id="new">New chat</button>
-  <details id="drawer">
-    <summary>Settings</summary>
-    <form id="settings">
-      <label class="wide">System prompt <textarea id="system" rows="3"></textarea></label>
-      <label>Temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0.7"></label>
-      <label>Max tokens <input id="max-tokens" type="number" min="1" value="512"></label>
-    </form>
-  </details>
+  <button popovertarget="settings">Settings</button>
 </header>
-<main id="scroller" tabindex="0" aria-label="Conversation">
-  <div id="welcome">
-    <h2>What would you like to know?</h2>
-    <p id="note"></p>
-    <button>What is machine learning?</button>
-    <button>Explain how transformers work</button>
-    <button>Write a haiku about AI</button>
-  </div>
-  <div id="log" role="log" aria-live="polite"></div>
-</main>
+<section id="settings" popover>
+  <label>System prompt <textarea id="system" rows="3"></textarea></label>
+  <label>Temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0.7"></label>
+  <label>Max tokens <input id="max-tokens" type="number" min="1" value="512"></label>
+</section>
+<main aria-live="polite"></main>
+<template><article><h2 class="user"></h2><div class="assistant"></div><small></small></article></template>
 <footer>
-  <div id="notice">
-    <span id="reason" role="status"></span>
-    <progress id="bar" aria-label="Loading" hidden></progress>
-    <span id="figure" hidden></span>
-  </div>
-  <form id="composer">
-    <textarea id="input" rows="1" placeholder="Message" aria-label="Message" aria-describedby="keys" autofocus
-    ></textarea>
-    <button id="send" aria-label="Send"><svg viewBox="0 0 20 20"><path d="M10 16V4M5 9l5-5 5 5"/></svg></button>
-    <button id="stop" type="button" aria-label="Stop" hidden
-    ><svg viewBox="0 0 20 20"><path fill="currentColor" d="M5 5h10v10H5z"/></svg></button>
-  </form>
-  <div id="keys">Enter sends, Shift+Enter starts a new line, Esc stops</div>
+  <progress id="bar" aria-label="Loading" hidden></progress>
+  <textarea id="input" rows="2" placeholder="What would you like to know?" aria-label="Message" autofocus></textarea>
+  <button id="send" disabled>Send</button>
+  <small id="state"></small>
 </footer>
 <script>
-"use strict"
-const $ = (id) => document.getElementById(id)
-const input = $("input"), scroller = $("scroller")
-let messages = []  // what is shown, and what the next request sends
+const $ = (selector) => document.querySelector(selector)
+const input = $("#input")
+let health = {}  // what GET /health answered last
 let request = null  // the AbortController of the answer under way
-let state = "connecting", timer
+let atEnd = true  // whether the reader looks at the end of the conversation, which stays in view then
 
-function add(parent, name, className, text) {
-  const element = parent.appendChild(document.createElement(name))
-  element.className = className
-  element.textContent = text
-  return element
+function render() {  // shows the health and what the button does; the conversation is up to ask()
+  const {status, model, device, error, progress = {}} = health
+  const summary = [status, device].filter(Boolean).join(" · ")
+  if ($("#status").textContent !== summary) $("#status").textContent = summary  // each change is read out
+  $("#model").textContent = document.title = model || "Chat"
+  $("#bar").hidden = status !== "loading"
+  $("#bar").value = progress.done || 0
+  $("#state").className = status
+  $("#state").textContent = {
+    healthy: "Enter sends · Shift+Enter new line · Esc stops",
+    loading: `Getting ready: ${progress.doing}, ${Math.round(progress.seconds)} s`,
+    stopping: "The server is stopping: it completes the answers under way and takes no new questions",
+    gone: "The server cannot be reached: this page looks for it every second",
+  }[status] || `The server cannot answer: ${error}`
+  $("#send").textContent = request ? "Stop" : "Send"
+  $("#send").disabled = !request && status !== "healthy"
+  $("main").ariaBusy = Boolean(request)
 }
-
-function follow(change) {  // keeps the end of the conversation in view, if that is what the reader looks at
-  const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40
-  change()
-  if (atEnd) scroller.scrollTop = scroller.scrollHeight
-}
-
-function refresh() {  // what can be pressed now, and how high the input is
-  const ready = state === "healthy" && !request
-  for (const button of document.querySelectorAll("main button")) button.disabled = !ready
-  $("send").disabled = !ready || !input.value.trim()
-  $("send").hidden = Boolean(request)
-  $("stop").hidden = !request
-  input.style.height = "auto"
-  input.style.height = input.scrollHeight + "px"
-}
-
-// The server's state
 
 async function poll() {
-  clearTimeout(timer)
-  let health = {status: "gone"}
-  try {
-    const response = await fetch("/health", {signal: AbortSignal.timeout(5000)})
-    health = await response.json()
-  } catch { /* gone */ }
-  state = health.status
-  follow(() => showHealth(health))
-  clearTimeout(timer)
-  timer = setTimeout(poll, state === "healthy" ? 5000 : 1000)
+  const gone = () => ({...health, status: "gone"})
+  health = await fetch("/health", {signal: AbortSignal.timeout(5000)}).then((reply) => reply.json()).catch(gone)
+  render()
+  setTimeout(poll, health.status === "healthy" ? 5000 : 1000)
 }
 
-function showHealth(health) {
-  const {doing = "", done = null, seconds = 0} = health.progress || {}
-  const [word, reason] = {
-    healthy: ["Ready", ""],
-    loading: ["Loading", "The model is loading: " + doing],
-    unhealthy: ["Failed", "The server cannot answer: " + health.error],
-    stopping: ["Stopping", "The server is stopping: it completes the answers under way and takes no new questions."],
-    gone: ["Unreachable", "The server cannot be reached. This page looks for it every second."],
-  }[state] || ["Not ready", health.error || "The server does not answer as expected."]
-  document.body.dataset.state = state
-  $("state").textContent = health.device ? word + " · " + health.device : word
-  if (health.model) document.title = $("model").textContent = health.model
-  if (health.note) $("note").textContent = health.note
-  if ($("reason").textContent !== reason) $("reason").textContent = reason  // each change is read out
-  $("bar").hidden = $("figure").hidden = state !== "loading"
-  if (done === null) $("bar").removeAttribute("value")
-  else $("bar").value = done
-  $("figure").textContent = (done === null ? "" : Math.round(100 * done) + " %, ") + Math.round(seconds) + " s"
-  refresh()
+async function ask() {
+  const question = input.value
+  if (health.status !== "healthy" || request || !question.trim()) return
+  const turn = $("template").content.firstElementChild.cloneNode(true)
+  const [user, assistant, note] = turn.children
+  user.textContent = question
+  $("main").append(turn)
+  input.value = ""
+  atEnd = true
+  request = new AbortController()
+  render()
+  const last = await receive(assistant).catch(() => ({}))  // stopped, or the connection broke
+  if (last.done) {
+    note.textContent = `${last.tokens_per_second} tokens/s · first token after ${last.time_to_first_token_seconds} s`
+    if (last.finish_reason === "length") note.prepend(`Cut off at the limit of ${last.tokens_generated} tokens · `)
+  } else if (request.signal.aborted) {
+    note.textContent = "Stopped"
+  } else {  // the question goes back to where it was written
+    turn.className = "failed"
+    note.textContent = "Failed: " + (last.error || "the connection to the server broke")
+    input.value = [question, input.value].filter(Boolean).join("\n")
+  }
+  request = null
+  render()
 }
 
-// The conversation
-
-async function answerTo(chat, signal, onText) {  // returns the last line of the answer: the figures, or an error
+async function receive(assistant) {  // shows the answer as it comes; returns the last line: the figures, or an error
+  const shown = document.querySelectorAll("article:not(.failed) > :is(h2, div)")  // the last is the answer to come
+  const messages = [...shown].slice(0, -1).map(({className, textContent}) => ({role: className, content: textContent}))
   const response = await fetch("/chat", {
-    method: "POST", signal, headers: {"Content-Type": "application/json"},
+    method: "POST", headers: {"Content-Type": "application/json"}, signal: request.signal,
     body: JSON.stringify({  // an empty number is NaN, which JSON spells null: the server's default
-      messages: chat, stream: true, system: $("system").value || null,
-      temperature: $("temperature").valueAsNumber, max_tokens: $("max-tokens").valueAsNumber,
+      messages, stream: true, system: $("#system").value || null,
+      temperature: $("#temperature").valueAsNumber, max_tokens: $("#max-tokens").valueAsNumber,
     }),
   })
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
-  let rest = "", last = {}, read
-  while (!(read = await reader.read()).done) {
-    const lines = (rest + read.value).split("\n")
+  let rest = "", last = {}, chunk
+  while (!(chunk = await reader.read()).done) {
+    const lines = (rest + chunk.value).split("\n")
     rest = lines.pop()
-    const parts = lines.map((line) => JSON.parse(line))
-    last = parts.at(-1) || last
-    onText(parts.map((part) => (part.done ? "" : part.response || "")).join(""))
+    for (const line of lines) {
+      last = JSON.parse(line)
+      if (!last.done) assistant.append(last.response || "")
+    }
   }
-  return last.done || last.error ? last : {error: "the connection was closed"}
+  return last
 }
 
-async function ask(question) {
-  const chat = messages, before = chat.length, mine = (request = new AbortController())
-  document.querySelectorAll("#log > .failure, .failure button").forEach((old) => old.remove())
-  $("welcome").hidden = true
-  $("drawer").open = false
-  const user = add($("log"), "article", "user", ""), answer = add($("log"), "article", "answer", "")
-  user.setAttribute("aria-label", "You")
-  answer.setAttribute("aria-label", "Answer")
-  answer.setAttribute("aria-busy", "true")
-  add(user, "div", "", question)
-  const text = add(answer, "div", "", "").appendChild(new Text())
-  chat.push({role: "user", content: question})
-  input.focus()
-  refresh()
-  scroller.scrollTop = scroller.scrollHeight
-  const last = await answerTo(chat, mine.signal, (piece) => follow(() => text.appendData(piece)))
-    .catch(() => ({error: "the connection to the server failed"}))
-  if (request === mine) request = null
-  if (text.data) chat.push({role: "assistant", content: text.data})
-  answer.removeAttribute("aria-busy")
-  const undo = () => {
-    user.remove()
-    answer.remove()
-    chat.length = before
-  }
-  follow(() => {
-    if (last.done) showFigures(answer, last)
-    else if (mine.signal.aborted) add(answer, "p", "cut", text.data ? "Stopped here" : "Stopped before the first word")
-    else showFailure(question, answer, text.data, last.error, undo)
-    refresh()
-  })
-  if (document.activeElement === document.body) input.focus()
-}
-
-function showFigures(answer, last) {
-  const limit = `Cut off at the limit of ${last.tokens_generated} tokens, which the settings can raise`
-  if (last.finish_reason === "length") add(answer, "p", "cut", limit)
-  add(answer, "p", "", `${last.tokens_per_second} tokens/s · first token after ${last.time_to_first_token_seconds} s`)
-}
-
-function showFailure(question, answer, text, error, undo) {
-  const failure = add(text ? answer : $("log"), "div", "failure", "")
-  add(failure, "p", "", (text ? "The answer broke off: " : "No answer: ") + error)
-  const again = add(failure, "button", "", "Try again")
-  if (!text) {  // the question goes back to where it was written
-    undo()
-    input.value = input.value ? question + "\n" + input.value : question
-  }
-  again.onclick = () => {
-    if (!text) return $("composer").requestSubmit()
-    undo()  // the part of an answer stays until its question is asked again
-    ask(question)
-  }
-  poll()
-}
-
-// Keys and buttons
-
-function stop() {
-  if (request) request.abort()
-  else $("drawer").open = false
-  input.focus()
-}
-
-$("stop").onclick = stop
-$("new").onclick = () => {
-  stop()
-  request = null
-  messages = []
-  $("log").replaceChildren()
-  $("welcome").hidden = false
-  refresh()
-}
-for (const example of document.querySelectorAll("#welcome button")) example.onclick = () => ask(example.textContent)
-$("composer").onsubmit = (event) => {
-  event.preventDefault()
-  const question = input.value
-  if (state !== "healthy" || request || !question.trim()) return
-  input.value = ""
-  ask(question)
-}
-input.oninput = () => follow(refresh)
 document.onkeydown = (event) => {
-  if (event.isComposing || event.keyCode === 229) return  // a key of an input method
-  if (event.key === "Escape") return stop()
-  const inInput = event.target === input
-  if (event.key !== "Enter" || event.shiftKey || !(inInput || event.target.matches("#settings input"))) return
+  if (event.isComposing || event.keyCode === 229) return  // an input method's; Safari has the code alone
+  if (event.key === "Escape") request?.abort()
+  if (event.key !== "Enter" || event.shiftKey || event.target !== input) return
   event.preventDefault()
-  if (inInput) $("composer").requestSubmit()
-  else input.focus()
+  ask()
 }
-for (const field of document.querySelectorAll("label > *")) {
-  const name = "tt_api_server." + field.id
-  try { field.value = localStorage.getItem(name) ?? field.value } catch { /* forbidden here */ }
-  field.oninput = () => {
-    try { localStorage.setItem(name, field.value) } catch { /* forbidden here */ }
-  }
+$("#send").onclick = () => request ? request.abort() : ask()
+$("footer").onclick = () => input.focus()
+$("#new").onclick = () => {
+  request?.abort()
+  $("main").replaceChildren()
+  input.focus()
 }
+document.onscroll = () => { atEnd = scrollY + innerHeight > document.body.scrollHeight - 2 }
+new ResizeObserver(() => { if (atEnd) scrollTo(0, document.body.scrollHeight) }).observe(document.body)
 poll()
 </script>
-</html>
 """
 
 
