@@ -5105,15 +5105,12 @@ class Bench:
         with clients, serving(lambda progress: engine, words, checkpoint.name) as api:
             target = Target.find(f"127.0.0.1:{api.server_port}")
             for users in counts:
-                ratios, alone = [], 0.0
-                for turn in range(3):
-                    say(f"HTTP's tax, {users} users, {turn + 1} of 3")
-                    engine.calls.clear()
-                    over_http = clients.submit(self.load, target, users, "short").result()["tokens_per_second"]
-                    wait_until(lambda: api.scheduler.slots()["busy"] == 0)  # or it would be called from two threads
-                    alone = users * self.tokens / engine.replay()
-                    ratios.append(over_http / alone)
-                measured.append({"users": users, "engine_alone": alone, "ratio": statistics.median(ratios)})
+                say(f"HTTP's tax, {users} users")
+                engine.calls.clear()
+                over_http = clients.submit(self.load, target, users, "short").result()["tokens_per_second"]
+                wait_until(lambda: api.scheduler.slots()["busy"] == 0)  # or it would be called from two threads
+                alone = users * self.tokens / engine.replay()
+                measured.append({"users": users, "engine_alone": alone, "ratio": over_http / alone})
         return measured
 
 
@@ -5226,8 +5223,21 @@ def bench(arguments: Sequence[str]) -> int:
         if sys.stderr.isatty():
             print(f"\r\033[K{doing}{'  ' if doing else ''}{time.monotonic() - began:.0f} s", end="", file=sys.stderr)
 
+    report: dict[str, Any] = {"tokens": options.tokens, "load": []}
+    with contextlib.suppress(KeyboardInterrupt):  # what has been measured by then is printed
+        measure(options, passed_on, report, say)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    print(json.dumps(report, indent=2) if options.json else table(report))
+    return 0
+
+
+def measure(
+    options: argparse.Namespace, passed_on: list[str], report: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Take all measurements that the options ask for, one after the other, and put each into the report."""
     run = Bench(options.tokens, {"short": options.short, "long": options.long})
-    report: dict[str, Any] = {"tokens": options.tokens, "words": run.words, "load": []}
+    report["words"] = run.words
     process = None
     if not options.url:
         say("starting the server")
@@ -5243,13 +5253,12 @@ def bench(arguments: Sequence[str]) -> int:
                 say(f"{target.name}: {users} users, {length} prompts")
                 figures = run.load(target, users, length)
                 report["load"].append({"server": target.name, "users": users, "prompts": length, **figures})
-    for name, measure in (("second_turn", run.second_turn), ("interruption", run.interruption)):
+    for name, measured in (("second_turn", run.second_turn), ("interruption", run.interruption)):
         say(name.replace("_", " "))
-        report[name] = {target.name: measure(target) for target in targets}
+        report[name] = {target.name: measured(target) for target in targets}
     if process:
         report["peak_memory_gb"] = peak_memory(process.process.pid)
         process.close()
-        report["http_tax"] = run.tax(passed_on, options.users, say)
         say("the scheduler alone")
         report["scheduler_alone"] = scheduler_alone()
         if options.transformers:
@@ -5258,10 +5267,7 @@ def bench(arguments: Sequence[str]) -> int:
             report["transformers"] = {
                 users: transformers_alone(folder, users, options.tokens) for users in options.users
             }
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-    print(json.dumps(report, indent=2) if options.json else table(report))
-    return 0
+        report["http_tax"] = run.tax(passed_on, options.users, say)
 
 
 INHERITED = ("HF_MODEL", "LLAMA_DIR", "HOME", "XDG_CACHE_HOME")  # of this process's environment, by a benched server
@@ -5284,11 +5290,11 @@ def table(report: dict[str, Any]) -> str:
         for row in rows
     ]
     lines.append("")
-    for name, figures in report["second_turn"].items():
+    for name, figures in report.get("second_turn", {}).items():
         first, second, ratio = figures.values()
         turns = f"a long prompt {first:.3g} s, of the chat's second turn {second:.3g} s, {ratio:.2f} x"
         lines.append(f"{name}: first token of {turns}")
-    for name, figures in report["interruption"].items():
+    for name, figures in report.get("interruption", {}).items():
         before, longest, ratio = figures.values()
         gap = f"while a long prompt arrives {longest:.3g} s, {ratio:.1f} x its median of {before:.3g} s"
         lines.append(f"{name}: longest gap of a stream {gap}")
