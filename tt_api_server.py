@@ -1784,6 +1784,7 @@ class Pace:
     """
 
     CHUNK = 512  # prompt tokens that are read at once, at most: more are no faster, and take longer to give up
+    LEAST = 8  # with them a step is never much longer
     PATIENCE = 1.2
     MOST_WAITING = 4.0  # for each stream, as far as that counts
 
@@ -1795,23 +1796,18 @@ class Pace:
         """Prompt tokens for the next step, of so many streams and so many whose prompts are not read yet."""
         if not streams:
             return self.CHUNK
-        decode = self._expected(streams)
-        if not decode or not self._token:
-            return min(8, self.CHUNK)  # until it is known what one costs
+        # As many tokens as take the time of the step: no fewer than the streams, for each of those costs as much.
+        nearest = min(self._decode, key=lambda seen: abs(seen - streams.bit_length()), default=None)
+        alike = self._decode[nearest] / self._token if nearest is not None and self._token else 0.0
         patience = self.PATIENCE * min(max(1.0, waiting / streams), self.MOST_WAITING)
-        return max(8, min(self.CHUNK, int(patience * decode / self._token)))
-
-    def _expected(self, streams: int) -> float | None:
-        """Seconds of a step of so many streams and nothing else; as of the nearest number seen, if that was not."""
-        nearest = min(self._decode, key=lambda seen: abs(seen - streams.bit_length()), default=0)
-        return self._decode.get(nearest)
+        return min(self.CHUNK, max(self.LEAST, int(patience * max(streams, alike))))
 
     def observe(self, seconds: float, streams: int, prompt_tokens: int) -> None:
         """Learn from a step."""
-        decode = self._expected(streams)
+        kind = streams.bit_length()
+        decode = self._decode.get(kind)
         if not prompt_tokens:
-            kind = streams.bit_length()
-            self._decode[kind] = 0.8 * self._decode[kind] + 0.2 * seconds if kind in self._decode else seconds
+            self._decode[kind] = seconds if decode is None else 0.8 * decode + 0.2 * seconds
         elif streams and decode is not None:
             cost = max((seconds - decode) / prompt_tokens, decode / self.CHUNK)
             self._token = cost if self._token is None else 0.8 * self._token + 0.2 * cost
