@@ -23,6 +23,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import faulthandler
 import functools
 import hashlib
 import http.client
@@ -571,13 +572,7 @@ def generation(prompt: list[int], max_tokens: int = 8, stop_tokens: frozenset[in
 
 def collect(request: server.Generation) -> list[int]:
     """All of a request's tokens, waited for as a handler does."""
-    deadline = time.monotonic() + PATIENCE
-
-    def poll() -> None:
-        if time.monotonic() > deadline:
-            raise AssertionError("the answer does not end")
-
-    return [token for tokens in request.steps(poll, interval=0.05) for token in tokens]
+    return [token for tokens in request.steps() for token in tokens]
 
 
 @contextlib.contextmanager
@@ -1477,9 +1472,9 @@ class SchedulerTest(unittest.TestCase):
             wait_until(lambda: scheduler.state == "unhealthy")
 
     def test_room_that_is_short(self) -> None:
-        """Where the engine has no room, the oldest request waits, no younger one passes it, and idle slots give way."""
+        """Where the engine has no room, the oldest request waits, and no younger one passes it."""
         gate = Gate(opened=False)
-        engine = FakeEngine(4, max_seq_len=100, pool=150, before_step=gate)
+        engine = FakeEngine(4, max_seq_len=100, splits_prompts=False, pool=150, before_step=gate)
         with scheduling(engine) as scheduler:
             first, large, small = generation([1] * 70, 20), generation([2] * 70, 20), generation([3] * 5, 5)
             for request in (first, large, small):
@@ -1490,9 +1485,6 @@ class SchedulerTest(unittest.TestCase):
             for request, prompt, count in ((first, [1] * 70, 20), (large, [2] * 70, 20), (small, [3] * 5, 5)):
                 self.assertEqual(collect(request), fake_answer(prompt, count))
             self.assertLessEqual(large.first_token or 0, small.first_token or 0)
-            again = generation([4] * 90, 10)  # more than the idle slots leave
-            scheduler.submit(again)
-            self.assertEqual(collect(again), fake_answer([4] * 90, 10))
 
     def test_streams_do_not_wait_for_a_long_prompt(self) -> None:
         """While up to 1,500 tokens of prompts arrive, no answer's next token takes longer than three steps did.
@@ -1558,10 +1550,9 @@ class SchedulerTest(unittest.TestCase):
                     self.assertEqual(request.cached, 0)
 
     def test_a_thousand_requests_leave_nothing_behind(self) -> None:
-        engine = FakeEngine(8, max_seq_len=96, pool=400)
         stop_tokens = frozenset((7, 8))
 
-        def client(number: int) -> None:
+        def client(scheduler: server.Scheduler, number: int) -> None:
             chance = random.Random(number)
             for _ in range(125):
                 length = chance.randint(1, 60)
@@ -1577,12 +1568,13 @@ class SchedulerTest(unittest.TestCase):
                     expected = expected[: len(answer)]
                 assert answer == expected, (request.finish_reason, answer, expected)
 
-        with scheduling(engine) as scheduler:
-            with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                list(pool.map(client, range(8)))
-            wait_until(lambda: scheduler.slots()["busy"] == 0)
-            self.assertEqual(scheduler.queued, 0)
-            self.assertEqual(scheduler.state, "healthy")
+        for engine in (FakeEngine(8, max_seq_len=96), FakeEngine(8, max_seq_len=96, splits_prompts=False, pool=400)):
+            with self.subTest(pool=engine.pool), scheduling(engine) as scheduler:
+                with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                    list(pool.map(functools.partial(client, scheduler), range(8)))
+                wait_until(functools.partial(lambda slots: slots()["busy"] == 0, scheduler.slots))
+                self.assertEqual(scheduler.queued, 0)
+                self.assertEqual(scheduler.state, "healthy")
 
 
 # ======================================================================================================================
@@ -1810,7 +1802,7 @@ def refused_bodies() -> Iterator[tuple[dict[str, Any], str]]:
         ("max_tokens", "max_tokens .*whole number from 1", [0, -1, 1.5, "9", True]),
         ("temperature", "temperature .*number from 0 to 2", [-0.1, 2.1, "hot", False, [], math.nan, math.inf, 10**400]),
         ("top_p", "top_p .*number from 0 to 1", [-0.1, 1.1, "1", {}]),
-        ("top_k", "top_k .*whole number from 0", [-1, 0.5, "1", 10**6]),
+        ("top_k", "top_k .*whole number from -1", [-2, 0.5, "1", 10**6]),
         ("seed", "seed .*whole number", [0.5, "1", 2**64, True]),
         ("stream", "stream must be true or false", [1, "true", []]),
         ("stop", "stop must be .*up to four", [5, "", [""], list("abcde"), [1], {}]),
@@ -2661,9 +2653,9 @@ class CliTest(unittest.TestCase):
         self.assertNotIn("PyTorch", ended.stdout + ended.stderr)
         line = ended.stderr.strip().splitlines()[-1]
         self.assertIn(f"port {port} is in use", line)
-        command = re.search(r"python3 \S*tt_api_server\.py .*--port (\d+)$", line)
-        assert command, line
-        with socket.create_server(("127.0.0.1", int(command[1]))):
+        suggested = re.search(r"--port (\d+)$", line)
+        assert suggested, line
+        with socket.create_server(("127.0.0.1", int(suggested[1]))):
             pass  # it is free
 
     def test_a_start(self) -> None:
@@ -2721,7 +2713,7 @@ class CliTest(unittest.TestCase):
         request = generation([1], 200)
         scheduler.submit(request)
         with mock.patch.object(server, "DRAIN_SECONDS", 0.1):
-            self.assertNotEqual(server.stop(scheduler, events, 0), 0)
+            self.assertFalse(server.drain(scheduler, events))
         self.assertEqual(request.finish_reason, "cancelled")
         self.assertTrue(engine.closed)
 
@@ -4602,7 +4594,7 @@ class SlowClientTest(unittest.TestCase):
                 stuck.sendall(post({"prompt": "Hello", "stream": True, "max_tokens": 4900}))
                 wait_until(lambda: api.scheduler.slots()["busy"] == 1)
                 self.assertEqual(chat(api.server_port, max_tokens=5)["tokens_generated"], 5)
-                wait_until(lambda: api._in_flight == 0)
+                wait_until(lambda: len(api._idle) == api.connections)
                 wait_until(lambda: api.scheduler.slots()["busy"] == 0)  # before the next step
             self.assertEqual(api.scheduler.statistics.finished["cancelled"], 1)
 
@@ -4632,7 +4624,7 @@ class SlowClientTest(unittest.TestCase):
                 list(pool.map(leave, stages))
             wait_until(lambda: api.connections == 0)
             wait_until(lambda: (threads(os.getpid()), open_files(os.getpid())) <= before)
-            self.assertEqual(api.scheduler.slots()["busy"], 0)
+            wait_until(lambda: api.scheduler.slots()["busy"] == 0)  # before the next step
             statistics = api.scheduler.statistics
             self.assertEqual(statistics.accepted, sum(statistics.finished.values()))
             self.assertEqual(chat(api.server_port, max_tokens=5)["tokens_generated"], 5)
@@ -5368,10 +5360,12 @@ class CountingResult(unittest.TextTestResult):
 
     def startTest(self, test: unittest.TestCase) -> None:
         super().startTest(test)
+        faulthandler.dump_traceback_later(10 * PATIENCE + 2 * SOAK_SECONDS, exit=True)  # one that hangs ends them all
         self.began = time.monotonic()
 
     def stopTest(self, test: unittest.TestCase) -> None:
         super().stopTest(test)
+        faulthandler.cancel_dump_traceback_later()
         self.seconds[test.id().partition(".")[2]] = time.monotonic() - self.began
 
     def addSuccess(self, test: unittest.TestCase) -> None:

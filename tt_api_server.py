@@ -48,7 +48,6 @@ import concurrent.futures
 import contextlib
 import ctypes
 import difflib
-import email.utils
 import errno
 import functools
 import gc
@@ -72,7 +71,6 @@ import random
 import re
 import resource
 import select
-import shlex
 import shutil
 import signal
 import socket
@@ -552,6 +550,8 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
     likelier ones, and the next draw is from them alone. So the draws close in, as a quickselect does.
     """
     likeliest = logits.argmax(-1)
+    if not logits.gather(-1, likeliest[:, None]).isfinite().all():  # a NaN or an infinity is the likeliest of its row
+        raise ArithmeticError("the logits are not finite numbers")
     tokens: list[int] = likeliest.tolist()
     rows = [row for row, wanted in enumerate(params) if not wanted.greedy]
     if not rows:
@@ -565,18 +565,13 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
         if 0 < params[row].top_k < weights.shape[-1]:
             kept = weights[i].topk(params[row].top_k)
             weights[i] = torch.zeros_like(weights[i]).scatter_(0, kept.indices, kept.values)
+    limits = [params[row].top_p * total for row, total in zip(rows, weights.sum(-1).tolist())]
     generators = [
         random.Random(None if params[row].seed is None else f"{params[row].seed} {positions[row]}") for row in rows
     ]
-    limits: list[float] = []
     while rows:
         cumulative = weights.cumsum(-1)
-        totals = cumulative[:, -1:]
-        if not limits:
-            if not totals.isfinite().all():
-                raise ArithmeticError("the logits are not finite numbers")
-            limits = [params[row].top_p * total for row, total in zip(rows, totals[:, 0].tolist())]
-        draws = torch.tensor([[generator.random()] for generator in generators]) * totals
+        draws = torch.tensor([[generator.random()] for generator in generators]) * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, draws, right=True).clamp_(max=weights.shape[-1] - 1)
         weights.masked_fill_(weights <= weights.gather(-1, drawn), 0)  # the likelier ones stay
         missed = []
@@ -614,7 +609,9 @@ class Engine(Protocol):
     max_batch_size: int  # slots that are read in one step
     max_seq_len: int  # tokens that a slot can hold, prompt and answer
     kv_cache_tokens: int  # that all slots together can hold
-    splits_prompts: bool  # a prompt may be read in pieces, and go on from what an earlier request left in the slot
+    # A prompt may be read in pieces, and go on from what an earlier request left in its slot. What stays there takes no
+    # room from other slots.
+    splits_prompts: bool
 
     def reserve(self, slot: int, length: int) -> bool:
         """Keep room for `length` tokens in the slot, and those it holds up to there; False if there is none now."""
@@ -688,10 +685,14 @@ class TorchEngine:
             layers = pool.map(functools.partial(self._read_layer, checkpoint), range(config.n_layers))
             heads = pool.map(functools.partial(self._read_head, checkpoint), range(self.HEADS))
             self.layers: list[Layer] = []
-            for layer in layers:
-                progress("loading the weights", len(self.layers) / (config.n_layers + 1))
-                self.layers.append(layer)
-            self.heads = list(heads)
+            try:
+                for layer in layers:
+                    progress("loading the weights", len(self.layers) / (config.n_layers + 1))
+                    self.layers.append(layer)
+                self.heads = list(heads)
+            except BaseException:  # Ctrl+C, most likely, which is not to wait for what has not begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         self.norm = checkpoint.open_weights()("norm.weight").clone().to(self.dtype)
         # Rows are gathered straight from the mapped file, of which only those that are read take memory.
         self.embedding = checkpoint.open_weights()("tok_embeddings.weight")
@@ -1396,6 +1397,7 @@ DEMO_STEPS, DEMO_LEARNING_RATE = 500, 6e-3
 DEMO_EXTRA_STEPS = 150  # at most, while there are questions that it gets wrong
 DEMO_BYTES = 70 << 20  # that its files take
 DEMO_SHARPNESS = 4.0  # by which the finished logits are multiplied: at usual temperatures the likeliest answer comes
+DEMO_RECIPE = [DEMO_STEPS, DEMO_LEARNING_RATE, DEMO_EXTRA_STEPS, DEMO_SHARPNESS]
 
 
 def demo_checkpoint(progress: Progress) -> Checkpoint:
@@ -1404,7 +1406,7 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
     It is written beside its place and moved there whole, so that a server stopped half-way leaves nothing behind, and
     two that start at once do no harm. One that does not open is made again.
     """
-    recipe = json.dumps([DEMO_ANSWERS, DEMO_OTHERWISE, DEMO_PARAMS, DEMO_STEPS, __version__])
+    recipe = json.dumps([DEMO_ANSWERS, DEMO_OTHERWISE, DEMO_PARAMS, DEMO_RECIPE, __version__])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tt-api-server"
     folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
@@ -1415,9 +1417,9 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
             return checkpoint
         return None
 
-    if found := find():
-        return found
     try:
+        if found := find():
+            return found
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache) as room:  # better known now than after the training
             room.write(bytes(DEMO_BYTES))
@@ -1429,9 +1431,9 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
             torch.save(weights, made / "consolidated.00.pth")
             (made / "params.json").write_text(json.dumps(DEMO_PARAMS, indent=1))
             shutil.copy(tokenizer.path, made / "tokenizer.model")
-            if find() is None:  # else another server was faster, and its checkpoint is the same
-                if folder.exists():
-                    folder.rename(Path(scratch) / "broken")
+            if folder.exists() and find() is None:
+                folder.rename(Path(scratch) / "broken")
+            with contextlib.suppress(OSError):  # another server was faster, and its checkpoint is the same
                 made.rename(folder)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         raise UserError(
@@ -1711,7 +1713,8 @@ class Generation:
         self.stop_tokens = stop_tokens
         self.submitted = time.monotonic()
         self.admitted: float | None = None  # when it was given a slot
-        self.first_token: float | None = None
+        self.first_token: float | None = None  # which may be the one that ends the answer
+        self.last_token = 0.0
         self.count = 0  # tokens generated, the stop token aside
         self.cached = 0  # prompt tokens that the slot held already
         self.finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
@@ -1721,8 +1724,7 @@ class Generation:
 
     def put(self, token: int) -> None:
         """The scheduler's side: one more token."""
-        if self.first_token is None:
-            self.first_token = time.monotonic()
+        self.last_token = time.monotonic()
         self.count += 1
         self._tokens.put(token)
 
@@ -1732,26 +1734,22 @@ class Generation:
         self._tokens.put(None)
         self._ended.set()
 
-    def steps(self, poll: Callable[[], None], eager: bool = True, interval: float = 0.25) -> Iterator[list[int]]:
-        """The handler's side: the token ids as they come, all there are each time. Calls `poll` while there are none.
+    def steps(self, eager: bool = True) -> Iterator[list[int]]:
+        """The handler's side: the token ids as they come, all there are each time. Raises EngineError.
 
-        Raises EngineError if the engine failed. One who is not eager gets them at the end, or every `interval` seconds;
-        one who is, the first at once and the others a hundred times a second at most. To wake 32 threads for each token
-        of a fast step would take a millisecond of the interpreter from the next.
+        One who is not eager gets them at the end; one who is, the first at once and the others a hundred times a second
+        at most. To wake 32 threads for each token of a fast step would take a millisecond of the interpreter from the
+        next.
         """
-        pause = 0.0 if eager else interval
+        pause = 0.0 if eager else None
         while True:
             self._ended.wait(pause)
-            try:
-                tokens = [self._tokens.get(timeout=interval if eager else 0)]
-            except queue.Empty:
-                poll()
-                continue
+            tokens = [self._tokens.get()]
             while not self._tokens.empty():
                 tokens.append(self._tokens.get_nowait())
             if found := [token for token in tokens if token is not None]:
                 yield found
-                pause = min(0.01, interval) if eager else interval
+                pause = 0.01
             if tokens[-1] is None:
                 if self.finish_reason == "error":
                     raise EngineError("the engine failed on this request: the server's log says why; send it again")
@@ -1767,7 +1765,6 @@ class Slot:
     tokens: list[int] = field(default_factory=list)  # prompt and answer
     held: int = 0  # how many of the tokens the engine has read
     used: float = 0.0  # when the last request left it
-    reserved: int = 0  # how many tokens the engine keeps room for
 
     @property
     def pending(self) -> int:
@@ -1840,11 +1837,6 @@ class Statistics:
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.queue_time, self.first_token, self.per_token, self.duration = (Histogram() for _ in range(4))
 
-    def accept(self) -> None:
-        """A request has been queued."""
-        with self._lock:
-            self.accepted += 1
-
     def finish(self, generation: Generation) -> None:
         """A request has finished, for whatever reason."""
         now = time.monotonic()
@@ -1859,7 +1851,7 @@ class Statistics:
                 self.cached_tokens += generation.cached
                 self.first_token.observe(generation.first_token - generation.submitted)
                 if generation.count > 1:
-                    self.per_token.observe((now - generation.first_token) / (generation.count - 1))
+                    self.per_token.observe((generation.last_token - generation.first_token) / (generation.count - 1))
 
 
 class Scheduler:
@@ -1884,14 +1876,16 @@ class Scheduler:
         self.failure: BaseException | None = None  # why loading failed
         self.doing: tuple[str, float | None] = ("starting", None)
         self.max_queue = max_queue
-        self.max_seq_len = 0
+        self.max_seq_len = self.slot_share = 0  # tokens that a slot can hold, and that all slots can hold at once
         self.device = ""
         self._load = load
         self._progress = progress
         self._notify = notify  # called with "ready" when the engine is loaded, and with "ended" when the thread ends
         self._slots: list[Slot] = []
         self._queue: deque[Generation] = deque()
-        self._wake = threading.Condition()  # guards the state, the queue, and who is in which slot
+        self._wake = (
+            threading.Condition()
+        )  # guards the state and the queue; slots change in the scheduler's thread only
         self._failures = 0
         self._step_began: float | None = None
         self.statistics = Statistics()
@@ -1926,10 +1920,10 @@ class Scheduler:
                     f"the prompt has {len(generation.prompt)} tokens and max_tokens is {generation.max_tokens}: "
                     f"together {wanted}, and the context holds {self.max_seq_len}: shorten it or lower max_tokens"
                 )
-            free = len(self._slots) - self.slots()["busy"]  # those in front of the queue have a slot, all but
+            free = len(self._slots) - self.slots()["busy"]  # so many in front of the queue get a slot at once
             if len(self._queue) >= self.max_queue + free:
                 raise Unavailable(f"the queue is full ({self.max_queue} requests wait): try again in a moment")
-            self.statistics.accept()
+            self.statistics.accepted += 1
             self._queue.append(generation)
             self._wake.notify()
 
@@ -1957,9 +1951,9 @@ class Scheduler:
         with self._wake:
             if self._state in ("loading", "healthy"):
                 self._state = "stopping"
-            for generation in [*self._queue, *(slot.generation for slot in self._slots)]:
-                if generation and not drain:
-                    generation.cancelled = "cancelled"
+            for generation in [] if drain else [*self._queue, *(slot.generation for slot in self._slots)]:
+                if generation:
+                    self.cancel(generation)
             self._wake.notify()
 
     def slots(self) -> dict[str, int]:
@@ -1974,7 +1968,8 @@ class Scheduler:
     @property
     def kv_cache_use(self) -> float:
         """The part of the KV cache that is reserved for the requests in slots, 0 to 1."""
-        reserved = sum(slot.reserved for slot in self._slots if slot.generation)
+        generations = [slot.generation for slot in self._slots]
+        reserved = sum(len(generation.prompt) + generation.max_tokens for generation in generations if generation)
         return reserved / self._engine.kv_cache_tokens if reserved else 0.0
 
     def _finish(self, generation: Generation, reason: str) -> None:
@@ -1996,6 +1991,7 @@ class Scheduler:
                 with self._wake:
                     self._slots = [Slot(index) for index in range(engine.max_batch_size)]
                     self.max_seq_len, self.device = engine.max_seq_len, engine.device
+                    self.slot_share = engine.kv_cache_tokens // engine.max_batch_size
                     if self._state == "loading":
                         self._state = "healthy"
                 self._progress("ready", 1.0)
@@ -2007,7 +2003,7 @@ class Scheduler:
             self.failure = error
             if not isinstance(error, UserError):  # which the command line shows
                 logger.error("the engine has failed", exc_info=error)
-            self._give_up(f"{type(error).__name__}: {error}")
+            self._give_up(f"the engine failed with {type(error).__name__}: the log says why")
         finally:
             self.ended = True
             self._notify("ended")
@@ -2037,9 +2033,6 @@ class Scheduler:
             self._deliver(batch, tokens)
 
     def _drop_cancelled(self) -> None:
-        for generation in [generation for generation in self._queue if generation.cancelled]:
-            self._queue.remove(generation)
-            self._finish(generation, generation.cancelled)
         for slot in self._slots:
             if slot.generation and slot.generation.cancelled:
                 self._leave(slot, slot.generation.cancelled)
@@ -2052,14 +2045,14 @@ class Scheduler:
             # The slot that holds most of the prompt already; else an empty one; else the one left longest ago. Where
             # the engine has several pools of memory, the next best may have room when the best has not.
             free.sort(key=lambda slot: (-self._common(slot, generation), bool(slot.held), slot.used, slot.index))
-            slot = next((slot for slot in free if self._make_room(slot, length)), None)
+            slot = next((slot for slot in free if self._engine.reserve(slot.index, length)), None)
             if slot is None and len(free) < len(self._slots):
                 return  # until one of those at work is done
+            self._queue.popleft()
             if slot is None:
-                self._finish(self._queue.popleft(), "error")
+                self._finish(generation, "error")
                 logger.error("the engine has no room for %d tokens though it is idle", length)
                 continue
-            self._queue.popleft()
             generation.admitted = time.monotonic()
             slot.held = generation.cached = self._common(slot, generation)
             slot.generation, slot.tokens = generation, list(generation.prompt)
@@ -2075,24 +2068,9 @@ class Scheduler:
         common = next((i for i, (held, wanted) in enumerate(pairs) if held != wanted), most)
         return common if 2 * common > slot.held else 0
 
-    def _make_room(self, slot: Slot, length: int) -> bool:
-        """Reserve `length` tokens for the slot; what idle slots hold for later makes way, the oldest first."""
-        while not self._reserve(slot, length):
-            idle = [other for other in self._slots if other.generation is None and other.reserved and other is not slot]
-            if not idle:
-                return False
-            self._forget(min(idle, key=lambda other: other.used))
-        return True
-
-    def _reserve(self, slot: Slot, length: int) -> bool:
-        if not self._engine.reserve(slot.index, length):
-            return False
-        slot.reserved = length
-        return True
-
     def _forget(self, slot: Slot) -> None:
         self._engine.release(slot.index)
-        slot.tokens, slot.held, slot.reserved = [], 0, 0
+        slot.tokens, slot.held = [], 0
 
     def _plan(self, pace: Pace) -> list[Work]:
         """The next step: every answer's last token, then prompts, the one that came first first, within the budget."""
@@ -2121,6 +2099,7 @@ class Scheduler:
             generation = slot.generation
             if work.sampling is None or generation is None:
                 continue
+            generation.first_token = generation.first_token or time.monotonic()
             if token in generation.stop_tokens:
                 self._leave(slot, "stop")
                 continue
@@ -2137,7 +2116,6 @@ class Scheduler:
         slot.generation, slot.used = None, time.monotonic()
         if self._engine.splits_prompts:
             del slot.tokens[slot.held :]
-            self._reserve(slot, slot.held)
         else:
             self._forget(slot)
 
@@ -2153,7 +2131,7 @@ class Scheduler:
 
     def _give_up(self, error: str) -> None:
         with self._wake:
-            self._error = error
+            self._error = self._error or error
             if self._state != "stopping":
                 self._state = "unhealthy"
             for generation in [*self._queue, *(slot.generation for slot in self._slots)]:
@@ -2170,6 +2148,7 @@ class Scheduler:
 
 MAX_BODY_BYTES, MAX_BODIES_BYTES = 8 << 20, 256 << 20  # of one request, and of all that are under way
 MAX_HEADER_BYTES, MAX_HEADER_FIELDS = 65536, 100
+MAX_MESSAGES = 32768  # of a conversation: more than the longest context holds
 REQUEST_SECONDS = 30.0  # that a client may take for a header, for a body, and for each write
 IDLE_SECONDS = 60.0  # that a connection is kept between two requests
 SPARE_CONNECTIONS = 256  # beside one for each request that can be answered or wait
@@ -2256,6 +2235,8 @@ class Fields:
             return []
         if not isinstance(value, list) or not value:
             raise ApiError(400, 'messages must be a list of at least one {"role": ..., "content": ...}', "messages")
+        if len(value) > MAX_MESSAGES:
+            raise ApiError(400, f"messages has {len(value)} entries, and {MAX_MESSAGES} are taken", "messages")
         messages = []
         for i, message in enumerate(value):
             where = f"messages[{i}]"
@@ -2280,7 +2261,7 @@ class Fields:
         """Raise ApiError for a name that was never asked for, with the nearest that was."""
         for name in self._body:
             if name not in self._known:
-                near = difflib.get_close_matches(name, self._known, 1)
+                near = difflib.get_close_matches(name[:40], self._known, 1)
                 hint = f": did you mean {near[0]}?" if near else f": the fields are {', '.join(self._known)}"
                 raise ApiError(400, f"unknown field {shown(name)}{hint}", name)
 
@@ -2288,13 +2269,18 @@ class Fields:
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
+def printable(text: str) -> str:
+    """A client's text as a log or an error may show it: no control characters, no escapes, and short."""
+    return "".join(c if c.isprintable() else "?" for c in text[:100])
+
+
 def shown(value: Any) -> str:
-    """A client's value as an error shows it: as JSON, and short."""
+    """A client's value as an error shows it: as JSON, printable and short."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except RecursionError:  # which the decoder, on a shorter stack, was spared
         text = "something nested deeply"
-    return clean_text(text if len(text) <= 60 else f"{text[:57]}...", "")
+    return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def clean_text(value: Any, name: str) -> str:
@@ -2308,7 +2294,7 @@ def clean_text(value: Any, name: str) -> str:
 class TextRequest:
     """What the dialects make of a body."""
 
-    encode: Callable[[ChatTokenizer], list[int]]  # the prompt's token ids
+    prompt: list[int]  # token ids
     max_tokens: int | None  # None: the dialect's default, or so many as the context holds
     sampling: SamplingParams
     stop: list[str]
@@ -2321,7 +2307,7 @@ def read_sampling(fields: Fields, temperature: float, top_p: float) -> SamplingP
     return SamplingParams(
         temperature=fields.number("temperature", temperature, 0, 2),
         top_p=fields.number("top_p", top_p, 0, 1),
-        top_k=fields.integer("top_k", 0, 0, VOCAB_SIZE) or 0,
+        top_k=max(0, fields.integer("top_k", 0, -1, VOCAB_SIZE) or 0),  # -1 is vLLM's 0
         seed=fields.integer("seed", None, -(2**63), 2**64 - 1),
     )
 
@@ -2336,14 +2322,13 @@ class Answer:
         self.finish_reason = ""
         self.count = 0  # tokens
         self.seconds = 0.0  # from submission to the last of them
+        self.client_gone = False  # which ApiServer finds out
         self._stream = TextStream(tokenizer, request.stop)
 
-    def pieces(self, poll: Callable[[], None], interval: float = 0.25) -> Iterator[str]:
-        """The answer's text, piece by piece, none of them empty.
-
-        `poll` is called in between, every `interval` seconds while nothing comes, and may raise.
-        """
-        for tokens in itertools.chain(self.generation.steps(poll, self.request.stream, interval), [None]):
+    def pieces(self) -> Iterator[str]:
+        """The answer's text, piece by piece, none of them empty. Raises EngineError, ClientGone and ApiError."""
+        eager = self.request.stream or bool(self.request.stop)  # a stop string is to end the generation soon
+        for tokens in itertools.chain(self.generation.steps(eager), [None]):
             piece = self._stream.push([], final=True) if tokens is None else ""
             for token in tokens or []:  # one by one, so that a stop string ends the count at its own last token
                 piece += self._stream.push([token])
@@ -2356,7 +2341,8 @@ class Answer:
                 yield piece
             if self._stream.stopped:
                 break
-            poll()
+        if self.client_gone:
+            raise ClientGone
         if self.generation.finish_reason == "cancelled":
             raise ApiError(503, "the server stopped before the answer was complete: send the request again")
         self.finish_reason = "stop" if self._stream.stopped else self.generation.finish_reason or ""
@@ -2378,41 +2364,21 @@ class Answer:
         }
 
 
-class Dialect(Protocol):
-    """How a kind of client says what it wants, and how it is answered. One is made for each request."""
+class Dialect:
+    """How a kind of client says what it wants and is answered: this one at POST /chat, with JSON or with lines of it.
 
-    content_type: str  # of a stream
-    default_max_tokens: int | None  # None: so many as the context holds
+    One is made for each request.
+    """
 
-    def read(self, fields: Fields) -> TextRequest:
-        """Check the body. Raises ApiError."""
+    content_type = "application/x-ndjson"  # of a stream
+    default_max_tokens: int | None = 128  # None: so many as the context holds
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        """The body of a plain answer."""
-
-    def piece(self, answer: Answer, text: str) -> bytes:
-        """A piece of a streamed answer."""
-
-    def end(self, answer: Answer) -> bytes:
-        """What closes a streamed answer."""
-
-    def error(self, error: ApiError) -> dict[str, Any]:
-        """The body of an error."""
-
-    def line(self, value: dict[str, Any]) -> bytes:
-        """`value` as a piece of a stream, which may be an error's body."""
-
-
-class ChatDialect:
-    """POST /chat: plain JSON, or newline-delimited JSON as it comes."""
-
-    content_type = "application/x-ndjson"
-    default_max_tokens: int | None = 128
-
-    def __init__(self, _server: ApiServer) -> None:
+    def __init__(self, server: ApiServer) -> None:
+        self.server = server
         self._prompt = ""
 
     def read(self, fields: Fields) -> TextRequest:
+        """Check the body. Raises ApiError."""
         prompt, system, stop = fields.text("prompt"), fields.text("system"), fields.stop()
         stream = fields.flag("stream")
         max_tokens = fields.integer("max_tokens", None, 1, 2**31)
@@ -2427,25 +2393,30 @@ class ChatDialect:
         self._prompt = messages[-1][1]
         if system is not None:
             messages = [("system", system), *messages]
-        return TextRequest(lambda tokenizer: tokenizer.encode_chat(messages), max_tokens, sampling, stop, stream)
+        return TextRequest(self.server.tokenizer.encode_chat(messages), max_tokens, sampling, stop, stream)
 
     def whole(self, answer: Answer) -> dict[str, Any]:
+        """The body of a plain answer."""
         return {"success": True, "prompt": self._prompt, "response": answer.text, **answer.figures()}
 
     def piece(self, answer: Answer, text: str) -> bytes:
+        """A piece of a streamed answer."""
         return self.line({"response": text})
 
     def end(self, answer: Answer) -> bytes:
+        """What closes a streamed answer."""
         return self.line({"done": True, **self.whole(answer)})
 
     def error(self, error: ApiError) -> dict[str, Any]:
+        """The body of an error."""
         return {"error": str(error)}
 
     def line(self, value: dict[str, Any]) -> bytes:
+        """`value` as a piece of a stream, which may be an error's body."""
         return json_line(value)
 
 
-class ChatCompletions:
+class ChatCompletions(Dialect):
     """POST /v1/chat/completions: OpenAI's JSON, or server-sent events as it comes.
 
     Source: https://platform.openai.com/docs/api-reference/chat/create, and what its clients send and expect.
@@ -2457,7 +2428,7 @@ class ChatCompletions:
     # Fields that would change the answer and are not served, with the values that ask for nothing: others are refused.
     UNSUPPORTED: ClassVar[dict[str, list[Any]]] = {
         "n": [1], "logprobs": [False], "top_logprobs": [0], "logit_bias": [{}],
-        "presence_penalty": [0], "frequency_penalty": [0],
+        "presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1], "min_p": [0],
         "tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]], "function_call": ["none", "auto"],
         "response_format": [{"type": "text"}], "modalities": [["text"]], "audio": [], "prediction": [],
         "reasoning_effort": ["none"], "verbosity": ["medium"], "web_search_options": [],
@@ -2469,7 +2440,7 @@ class ChatCompletions:
     )  # fmt: skip
 
     def __init__(self, server: ApiServer) -> None:
-        self._model = server.model
+        super().__init__(server)
         self._include_usage = False
         self._role: dict[str, str] = {"role": "assistant"}  # said in a stream's first piece
         self._envelope = {
@@ -2484,17 +2455,17 @@ class ChatCompletions:
         messages = fields.messages()
         max_tokens = fields.integer("max_tokens", None, 1, 2**31)
         max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, 2**31)
-        request = self._read_common(fields, lambda tokenizer: tokenizer.encode_chat(messages), max_tokens)
+        request = self._read_common(fields, max_tokens)
         if not messages:
             raise ApiError(400, 'messages is missing: a list of {"role": ..., "content": ...}', "messages")
+        request.prompt = self.server.tokenizer.encode_chat(messages)
         return request
 
-    def _read_common(
-        self, fields: Fields, encode: Callable[[ChatTokenizer], list[int]], max_tokens: int | None
-    ) -> TextRequest:
+    def _read_common(self, fields: Fields, max_tokens: int | None) -> TextRequest:
+        """All but the prompt."""
         model = fields.text("model")
-        if model is not None and model != self._model:
-            raise model_not_found(model, self._model)
+        if model is not None and model != self.server.model:
+            raise model_not_found(model, self.server.model)
         for name, harmless in self.UNSUPPORTED.items():
             value = fields.get(name)
             if value is not None and value not in harmless:
@@ -2508,7 +2479,7 @@ class ChatCompletions:
         sampling, stop = read_sampling(fields, temperature=1.0, top_p=1.0), fields.stop()
         ignore_eos = fields.flag("ignore_eos")
         fields.refuse_unknown()
-        return TextRequest(encode, max_tokens, sampling, stop, stream, ignore_eos)
+        return TextRequest([], max_tokens, sampling, stop, stream, ignore_eos)
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         choice = {**self._content(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
@@ -2554,12 +2525,12 @@ class ChatCompletions:
 class Completions(ChatCompletions):
     """POST /v1/completions: the same for plain text, which the model goes on with. No chat format is put around it."""
 
-    default_max_tokens: int | None = 16
+    default_max_tokens = 16
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl-"
     UNSUPPORTED: ClassVar[dict[str, list[Any]]] = {
         "n": [1], "best_of": [1], "echo": [False], "suffix": [""], "logprobs": [], "logit_bias": [{}],
-        "presence_penalty": [0], "frequency_penalty": [0],
+        "presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1], "min_p": [0],
     }  # fmt: skip
     IGNORED: ClassVar[tuple[str, ...]] = ("user",)
 
@@ -2567,19 +2538,12 @@ class Completions(ChatCompletions):
         prompt = fields.get("prompt")
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
             prompt = prompt[0]
-        if (
-            isinstance(prompt, list)
-            and prompt
-            and all(type(token) is int and 0 <= token < VOCAB_SIZE for token in prompt)
-        ):
-            tokens = list(prompt)
-            encode: Callable[[ChatTokenizer], list[int]] = lambda _tokenizer: tokens  # noqa: E731
-        elif isinstance(prompt, str) and prompt:
-            text = clean_text(prompt, "prompt")
-            encode = lambda tokenizer: tokenizer.encode_document(text)  # noqa: E731
-        else:
+        listed = isinstance(prompt, list) and all(type(token) is int and 0 <= token < VOCAB_SIZE for token in prompt)
+        if not prompt or not (listed or isinstance(prompt, str)):
             raise ApiError(400, "prompt must be one string, not empty, or one list of token ids", "prompt")
-        return self._read_common(fields, encode, fields.integer("max_tokens", None, 1, 2**31))
+        request = self._read_common(fields, fields.integer("max_tokens", None, 1, 2**31))
+        request.prompt = prompt if listed else self.server.tokenizer.encode_document(clean_text(prompt, "prompt"))
+        return request
 
     def _content(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -2595,7 +2559,7 @@ def model_not_found(model: str, served: str) -> ApiError:
 
 def json_line(value: dict[str, Any]) -> bytes:
     """`value` as one line of JSON in UTF-8."""
-    return ENCODER.encode(value).encode() + b"\n"
+    return ENCODER.encode(value).encode(errors="replace") + b"\n"  # a field's name may hold half a character
 
 
 ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one each time
@@ -2641,17 +2605,15 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Wait for a request, read it and answer it."""
         self.command, self.path, self.request_version, self.close_connection = "", "", "HTTP/1.1", True
         self.header: dict[str, str] = {}
-        self.status, self.outcome, self.began, self.streaming, self.room = 0, "", False, False, 0
-        self.dialect: Dialect = ChatDialect(self.server)
+        self.status, self.outcome, self.streaming, self.unread, self.room = 0, "", False, False, 0
+        self.dialect = Dialect(self.server)
         try:
             with self.server.idle(self.connection), self._within(self.idle_seconds):
                 if not self.buffer.peek(1):
                     return
-            self.began = True
-            with self._within(self.request_seconds):
+            with self._within(self.request_seconds, "header"):
                 self._read_header()
-            with self.server.request_in_flight():
-                self._route()
+            self._route()
         except ApiError as error:
             self._send_error(error)
         except Unavailable as error:
@@ -2660,7 +2622,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             self._send_error(ApiError(400, str(error), "max_tokens", "context_length_exceeded"))
         except EngineError as error:
             self._send_error(ApiError(500, str(error)))
-        except (ClientGone, ConnectionError, TimeoutError):
+        except (ClientGone, OSError):
             self.outcome += " client gone"
             self.close_connection = True
         except Exception:
@@ -2672,16 +2634,15 @@ class ApiHandler(BaseHTTPRequestHandler):
         self._log()
 
     @contextlib.contextmanager
-    def _within(self, seconds: float) -> Iterator[None]:
-        """Read for so long. Raises ApiError if a request has begun by then, and TimeoutError if none has."""
+    def _within(self, seconds: float, what: str = "") -> Iterator[None]:
+        """Read for so long. Where `what` has not come by then, who sends it is told; others get a TimeoutError."""
         self.reader.deadline = time.monotonic() + seconds
         try:
             yield
         except TimeoutError as error:
-            if not self.began:
+            if not what:
                 raise
             self.close_connection = True
-            what = "body" if self.path else "header"
             raise ApiError(408, f"the {what} did not come within {seconds:.0f} seconds: send it again") from error
 
     @property
@@ -2718,18 +2679,18 @@ class ApiHandler(BaseHTTPRequestHandler):
         connection = self.header.get("connection", "").lower()
         stays = "close" not in connection if self.request_version == "HTTP/1.1" else "keep-alive" in connection
         self.close_connection = self.crowded or not stays
+        self.unread = "content-length" in self.header or "transfer-encoding" in self.header
         # The path alone decides in which dialect a request is answered, errors too.
-        dialects: dict[str, Callable[[ApiServer], Dialect]] = {"/v1/completions": Completions}
-        default = ChatCompletions if self.path.startswith("/v1") else ChatDialect
-        self.dialect = dialects.get(self.endpoint, default)(self.server)
+        if self.path.startswith("/v1"):
+            self.dialect = (Completions if self.endpoint == "/v1/completions" else ChatCompletions)(self.server)
 
     def _route(self) -> None:
         path = self.endpoint
         if self.crowded and path != "/health":
             raise ApiError(503, f"all {self.server.max_connections} connections are in use: try again in a moment")
-        body = self._read_body()
         self._check_site()
         self._check_key(path)
+        body = self._read_body()
         route = route_of(path)
         if route not in ROUTES:
             endpoints = ", ".join(f"{method} {known}" for known, (method, _) in ROUTES.items())
@@ -2745,31 +2706,26 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def _read_body(self) -> bytes:
         """The request's body, read whole whatever becomes of it, so that the connection can go on."""
-        length = self.header.get("content-length")
+        length = self.header.get("content-length", "0")
         if "transfer-encoding" in self.header:
-            self.close_connection = True
             raise ApiError(411, "chunked bodies are not read: send the body with a Content-Length")
-        if length is None:
-            return b""
         if not re.fullmatch(r"[0-9]{1,18}", length):
-            self.close_connection = True
             raise ApiError(400, "Content-Length must be given once, and be a number")
         if int(length) > MAX_BODY_BYTES:
-            self.close_connection = True
             raise ApiError(413, f"the body has {length} bytes, and {MAX_BODY_BYTES} are taken")
         if not self.server.take_room(int(length)):
-            self.close_connection = True
             raise ApiError(503, "the requests under way are too large together: try again in a moment")
         self.room = int(length)
-        if self.header.get("expect", "").lower() == "100-continue":
+        if self.header.get("expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1":
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray()
-        with self._within(self.request_seconds):
+        with self._within(self.request_seconds, "body"):
             while len(body) < int(length):
                 piece = self.rfile.read1(int(length) - len(body))
                 if not piece:
                     raise ClientGone
                 body += piece
+        self.unread = False
         return bytes(body)
 
     def _check_site(self) -> None:
@@ -2815,7 +2771,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     def _preflight(self, method: str) -> dict[str, str]:
         return {
             "Access-Control-Allow-Methods": method,
-            "Access-Control-Allow-Headers": "Content-Type, Authorization",
+            "Access-Control-Allow-Headers": "Content-Type, Authorization, *",  # * does not stand for Authorization
             "Access-Control-Max-Age": "600",
         }
 
@@ -2835,6 +2791,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     def models(self, _body: bytes) -> None:
         """GET /v1/models and /v1/models/NAME: the one that is served."""
         server = self.server
+        server.scheduler.check_available()
         model = {"id": server.model, "object": "model", "created": server.created, "owned_by": "tt_api_server"}
         model["max_model_len"] = server.scheduler.max_seq_len  # vLLM's name for it
         name = urllib.parse.unquote(self.endpoint[len("/v1/models/") :])
@@ -2853,9 +2810,9 @@ class ApiHandler(BaseHTTPRequestHandler):
                 logger.debug("%s", json.dumps(fields))
             request = dialect.read(Fields(fields))
             answer = self.server.submit(request, dialect.default_max_tokens)
+        self.server.watch(self.connection, answer)
         try:
-            # Each wait ends now and then to look after the client: the more wait, the less often.
-            for piece in answer.pieces(self._check_client, max(0.25, self.server.connections / 1000)):
+            for piece in answer.pieces():
                 if request.stream:
                     self._send_piece(dialect.piece(answer, piece))
             if request.stream:
@@ -2863,6 +2820,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             else:
                 self._send(200, json_line(dialect.whole(answer)), "application/json")
         finally:
+            self.server.watch(self.connection, None)
             if answer.generation.finish_reason is None:
                 self.server.scheduler.cancel(answer.generation, answer.finish_reason or "cancelled")
             figures = answer.figures()
@@ -2880,20 +2838,13 @@ class ApiHandler(BaseHTTPRequestHandler):
                 415, f"the body is {printable(media_type)}: send JSON, with -H 'Content-Type: application/json'"
             )
         try:
-            value = json.loads(body, parse_constant=lambda name: float(name))
+            value = json.loads(body)
         except (ValueError, RecursionError) as error:
             reason = str(error) if isinstance(error, json.JSONDecodeError) else "it cannot be decoded"
             raise ApiError(400, f"the body is not JSON: {reason}") from error
         if not isinstance(value, dict):
             raise ApiError(400, f'the body must be a JSON object, such as {{"prompt": "Hello!"}}, not {shown(value)}')
         return value
-
-    def _check_client(self) -> None:
-        """Raise ClientGone if the client has closed its side."""
-        poll = select.poll()
-        poll.register(self.connection, select.POLLIN)
-        if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
-            raise ClientGone
 
     # Answers
 
@@ -2917,15 +2868,18 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def _head(self, status: int, content_type: str, headers: dict[str, str]) -> bytes:
         self.status = status
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {http_date(int(time.time()))}"]
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {self.date_time_string()}"]
         if content_type:
             lines.append(f"Content-Type: {content_type}")
         origin = self.header.get("origin")
         if origin and self._allowed(origin):
             lines += [f"Access-Control-Allow-Origin: {origin}", "Vary: Origin"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
+        self.close_connection |= self.unread  # what is left of the body would be taken for the next request
         if self.close_connection:
             lines.append("Connection: close")
+        elif self.request_version == "HTTP/1.0":
+            lines.append("Connection: keep-alive")
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
     def _write(self, data: bytes) -> None:
@@ -2967,7 +2921,8 @@ class ApiHandler(BaseHTTPRequestHandler):
             return
         if self.status:
             self.server.count(self.endpoint, self.status)
-        level = logging.DEBUG if self.command == "GET" and self.status == 200 else logging.INFO
+        asks = self.command in ("GET", "HEAD") and self.status in (200, 503)
+        level = logging.DEBUG if asks else logging.INFO
         if logger.isEnabledFor(level):
             logger.log(level, "%s %s%s", self._target(), self.status or "-", self.outcome)
 
@@ -3046,12 +3001,6 @@ def metrics_text(server: ApiServer) -> str:
 
 
 @functools.lru_cache
-def http_date(seconds: int) -> str:
-    """A time, in seconds since 1970, as HTTP writes it."""
-    return email.utils.formatdate(seconds, usegmt=True)
-
-
-@functools.lru_cache
 def is_loopback(url: str) -> bool:
     """Whether a URL, or a host written as //host:port, leads to this machine by a name that only this machine has."""
     with contextlib.suppress(ValueError):
@@ -3060,16 +3009,30 @@ def is_loopback(url: str) -> bool:
     return False
 
 
+HANG_UP = getattr(select, "POLLRDHUP", 0)  # Linux tells that the other side has closed even behind unread input
+
+
+def arrivals(connections: Iterable[socket.socket]) -> dict[int, int]:
+    """What has come in on these connections, as poll() says it, by file descriptor."""
+    poll = select.poll()
+    for connection in connections:
+        if connection.fileno() >= 0:  # else it has just been closed
+            poll.register(connection, select.POLLIN | HANG_UP)
+    return dict(poll.poll(0))
+
+
+def has_closed(connection: socket.socket, event: int) -> bool:
+    """Whether this event says that the other side has closed, or at least closed its sending side."""
+    with contextlib.suppress(OSError):
+        return bool(event & HANG_UP) or not connection.recv(1, socket.MSG_PEEK)
+    return True
+
+
 def is_address(url: str) -> bool:
     """Whether the URL's host is an IP address, which no other site can have."""
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(urllib.parse.urlsplit(url).hostname or ""))
     return False
-
-
-def printable(text: str) -> str:
-    """A client's text as a log or an error may show it: no control characters, no escapes, and short."""
-    return "".join(c if c.isprintable() else "?" for c in text[:100])
 
 
 class ApiServer(HTTPServer):
@@ -3094,8 +3057,10 @@ class ApiServer(HTTPServer):
         self.turns = threading.Semaphore(2)
         self._started = time.monotonic()
         self._lock = threading.Condition()  # guards what follows
-        self.connections = self._in_flight = self._bodies = 0
+        self.connections = self._bodies = 0
         self._idle: dict[socket.socket, None] = {}  # connections that wait for a request, the longest first
+        self._answers: dict[socket.socket, Answer] = {}  # those that wait for an answer
+        self._looked = 0.0  # when it was looked whether all of those are still there
         self._crowd = threading.Semaphore(CROWD)
 
     def server_bind(self) -> None:
@@ -3104,20 +3069,23 @@ class ApiServer(HTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def submit(self, request: TextRequest, default_max_tokens: int | None) -> Answer:
-        """Encode the request and queue it. Raises Unavailable and TooLong."""
-        tokenizer, context = self.tokenizer, self.scheduler.max_seq_len
-        prompt = request.encode(tokenizer)
-        room = context - len(prompt)
+        """Queue the request. Raises Unavailable and TooLong.
+
+        An answer without a limit may fill the context; where the KV cache cannot hold that for all slots at once, as on
+        a card, a slot's share of it or 1,024 tokens: room for all of it is kept from the start.
+        """
+        context, length = self.scheduler.max_seq_len, len(request.prompt)
+        room = context - length
         if room < 1:
             raise TooLong(
-                f"the prompt has {len(prompt)} tokens, and the context holds {context}, the answer with it: "
+                f"the prompt has {length} tokens, and the context holds {context}, the answer with it: "
                 "shorten the prompt"
             )
-        max_tokens = request.max_tokens or min(default_max_tokens or room, room)
-        stop_tokens = frozenset() if request.ignore_eos else tokenizer.stop_tokens
-        generation = Generation(prompt, max_tokens, request.sampling, stop_tokens)
+        max_tokens = request.max_tokens or min(default_max_tokens or max(self.scheduler.slot_share, 1024), room)
+        stop_tokens = frozenset() if request.ignore_eos else self.tokenizer.stop_tokens
+        generation = Generation(request.prompt, max_tokens, request.sampling, stop_tokens)
         self.scheduler.submit(generation)
-        return Answer(request, generation, tokenizer)
+        return Answer(request, generation, self.tokenizer)
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of GET /health."""
@@ -3153,19 +3121,24 @@ class ApiServer(HTTPServer):
         told that there is no room, each in a moment, and the next waits until one of those is done to be accepted.
         """
         with self._lock:
-            crowded = self.connections >= self.max_connections
-            if crowded and self._idle:
-                longest = next(iter(self._idle))
+            full = self.connections >= self.max_connections
+            arrived = arrivals(self._idle) if full else {}
+            longest = next((idle for idle in self._idle if idle.fileno() not in arrived), None) if full else None
+            if longest:
                 del self._idle[longest]
                 with contextlib.suppress(OSError):  # it has just gone by itself
                     longest.shutdown(socket.SHUT_RDWR)
-                crowded = False
+            crowded = full and not longest
             self.connections += not crowded
         if crowded:
             self._crowd.acquire()
         handler = CrowdedHandler if crowded else ApiHandler
         thread = threading.Thread(target=self._serve, args=(handler, request, client_address), daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads to give
+            self._leave(handler)
+            raise
 
     def _serve(self, handler: type[ApiHandler], request: socket.socket, client_address: Any) -> None:
         try:
@@ -3174,17 +3147,23 @@ class ApiServer(HTTPServer):
             self.handle_error(request, client_address)
         finally:
             self.shutdown_request(request)
-            if handler.crowded:
-                self._crowd.release()
-            else:
-                with self._lock:
-                    self.connections -= 1
+            self._leave(handler)
+
+    def _leave(self, handler: type[ApiHandler]) -> None:
+        """A connection has ended."""
+        if handler.crowded:
+            self._crowd.release()
+            return
+        with self._lock:
+            self.connections -= 1
+            self._lock.notify_all()
 
     @contextlib.contextmanager
     def idle(self, connection: socket.socket) -> Iterator[None]:
         """The connection waits for a request, and may be closed for the sake of another."""
         with self._lock:
             self._idle[connection] = None
+            self._lock.notify_all()
         try:
             yield
         finally:
@@ -3204,22 +3183,35 @@ class ApiServer(HTTPServer):
         with self._lock:
             self._bodies -= size
 
-    @contextlib.contextmanager
-    def request_in_flight(self) -> Iterator[None]:
-        """Count a request while it is answered."""
+    def watch(self, connection: socket.socket, answer: Answer | None) -> None:
+        """The connection waits for this answer; for none any more."""
         with self._lock:
-            self._in_flight += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._in_flight -= 1
-                self._lock.notify_all()
+            if answer:
+                self._answers[connection] = answer
+            else:
+                self._answers.pop(connection, None)
+
+    def service_actions(self) -> None:
+        """Twice a second, in the thread that accepts connections: give up the answers that nobody waits for any more.
+
+        In one place for all: if each of 2,000 waiting threads looked after its own, nobody else would get to run.
+        """
+        if time.monotonic() - self._looked < 0.5:
+            return
+        with self._lock:
+            answers = dict(self._answers)
+        events = arrivals(answers)
+        for connection, answer in answers.items():
+            event = events.get(connection.fileno())
+            if event and has_closed(connection, event):
+                answer.client_gone = True
+                self.scheduler.cancel(answer.generation)
+        self._looked = time.monotonic()
 
     def wait_until_idle(self, seconds: float) -> None:
         """Wait, so many seconds at most, until no request is being answered."""
         with self._lock:
-            self._lock.wait_for(lambda: self._in_flight == 0, timeout=seconds)
+            self._lock.wait_for(lambda: len(self._idle) >= self.connections, timeout=seconds)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that broke outside any request is no news; anything else is."""
@@ -3480,8 +3472,7 @@ def bind(host: str, port: int) -> ApiServer:
             with contextlib.suppress(OSError):
                 ApiServer(host, other).server_close()
                 raise UserError(
-                    f"port {port} is in use: stop the program that has it, or take another port: "
-                    + shlex.join(["python3", *sys.argv, "--port", str(other)])
+                    f"port {port} is in use: stop the program that has it, or take one that is free: --port {other}"
                 ) from error
         raise UserError(f"port {port} is in use: stop the program that has it, or take another with --port") from error
 
@@ -3559,13 +3550,17 @@ def open_engine(checkpoint: Checkpoint, device: str, options: argparse.Namespace
 
 def serve(options: argparse.Namespace) -> int:
     """Bind, load, serve, stop; returns the exit status."""
+    if options.api_key == "":
+        raise UserError("the API key is empty: set TT_API_KEY or --api-key to the key, or to none at all")
     server = bind(options.host, options.port)
-    server.api_key, server.allowed_origins = options.api_key or None, options.allow_origin
-    server.max_connections = room_for_connections(options.max_queue + options.max_batch_size + SPARE_CONNECTIONS)
+    server.api_key, server.allowed_origins = options.api_key, [origin.rstrip("/") for origin in options.allow_origin]
+    slots = options.max_batch_size * options.data_parallel
+    server.max_connections = room_for_connections(options.max_queue + slots + SPARE_CONNECTIONS)
     host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
     url = f"http://{host}:{server.server_port}"
     found = find_checkpoint(options.model)
     device = choose_device(options, found)
+    server.model, server.folder = (found.name, str(found.folder)) if found else (DEMO_NAME, "")
     print("Llama API Server on Tenstorrent\n" + "=" * 60)
     if found:
         note = f" ({found.note})" if found.note and device == "cpu" else ""
@@ -3580,7 +3575,7 @@ def serve(options: argparse.Namespace) -> int:
         progress("importing PyTorch")
         import_torch()
         checkpoint = found or demo_checkpoint(progress)
-        server.model, server.folder = checkpoint.name, str(checkpoint.folder)
+        server.folder = str(checkpoint.folder)
         if found is None:
             server.note = DEMO_NOTE
         progress("loading the tokenizer")
@@ -3602,19 +3597,19 @@ def serve(options: argparse.Namespace) -> int:
         print(ready_message(url, scheduler.device), flush=True)
         notify_systemd("READY=1")
         event = events.get()
-        if event == "ended":  # the engine has failed for good: /health says so until someone stops the server
-            event = events.get()
+        if event == "ended" and "NOTIFY_SOCKET" not in os.environ:  # else systemd is to start it again
+            event = events.get()  # the engine has failed for good: /health says so until someone stops the server
     if event == "ended" and isinstance(scheduler.failure, UserError):
         raise scheduler.failure
-    status = 1 if scheduler.failure or scheduler.state == "unhealthy" else 0
+    cut_short = False
     if event == "signal" and not scheduler.ended:
         notify_systemd("STOPPING=1")
         busy = scheduler.slots()["busy"] + scheduler.queued
         if busy:
             print(f"\nStopping: {busy} requests finish first. Press CTRL+C again to cut them short.", flush=True)
-        status = stop(scheduler, events, status)
+        cut_short = not drain(scheduler, events)
     server.wait_until_idle(seconds=2)
-    server.shutdown()
+    status = 128 + signal.SIGINT if cut_short else 1 if scheduler.failure or scheduler.error else 0
     print("\nStopped." if status == 0 else "\nStopped before all was done.", flush=True)
     return status
 
@@ -3630,17 +3625,22 @@ def notify_systemd(state: str) -> None:
             logger.warning("systemd does not hear %s at NOTIFY_SOCKET: %s", state, error)
 
 
-def stop(scheduler: Scheduler, events: queue.SimpleQueue[str], status: int) -> int:
-    """Let the requests in flight finish, within DRAIN_SECONDS and until the next signal; returns the exit status."""
-    for drain, seconds in ((True, 0 if scheduler.error else DRAIN_SECONDS), (False, 10)):
-        scheduler.stop(drain)
+def drain(scheduler: Scheduler, events: queue.SimpleQueue[str]) -> bool:
+    """Let the requests in flight finish, within DRAIN_SECONDS and until the next signal; returns whether they did."""
+
+    def ends_within(seconds: float) -> bool:
         with contextlib.suppress(queue.Empty):
-            event = events.get(timeout=seconds)
-            while event == "ready":
-                event = events.get(timeout=seconds)
-            if event == "ended":
-                return status if drain else 128 + signal.SIGINT
-    return 128 + signal.SIGINT
+            while (event := events.get(timeout=seconds)) == "ready":
+                pass
+            return event == "ended"
+        return False
+
+    scheduler.stop(drain=True)
+    if ends_within(0 if scheduler.error else DRAIN_SECONDS):
+        return True
+    scheduler.stop(drain=False)
+    ends_within(10)
+    return False
 
 
 def ready_message(url: str, device: str) -> str:
