@@ -1761,8 +1761,8 @@ class ChatTest(unittest.TestCase):
                     with streamed(self.port, "Hi", max_tokens=self.LONG) as lines:
                         next(lines)
                         self.assertEqual(health(self.port)["slots"]["busy"], 1)
-                else:
-                    with dial(self.port, post(request)):
+                else:  # behind another request, which is not read yet
+                    with dial(self.port, 2 * post(request)):
                         wait_until(lambda: health(self.port)["slots"]["busy"] == 1)
                 wait_until(lambda: health(self.port)["slots"]["busy"] == 0, seconds=5)
 
@@ -3955,6 +3955,8 @@ class OpenAITest(unittest.TestCase):
                 "messages": QUESTION,
                 "presence_penalty": 0,
                 "frequency_penalty": 0.0,
+                "repetition_penalty": 1.0,
+                "top_k": -1,
                 "logit_bias": {},
                 "top_logprobs": None,
             },
@@ -3973,6 +3975,13 @@ class OpenAITest(unittest.TestCase):
         self.assertEqual(
             (stopped["message"]["content"], stopped["finish_reason"]), (text[: text.index(text[3:5])], "stop")
         )
+
+    def test_an_answer_without_a_limit_leaves_room_for_others(self) -> None:
+        """Where the KV cache holds less than all slots could, it may have a slot's share of it."""
+        engine = FakeEngine(4, max_seq_len=5000, splits_prompts=False, pool=8192)
+        with fake_server(engine) as api:
+            reply = ask(api.server_port, "POST", "/v1/chat/completions", {"messages": QUESTION})
+            self.assertEqual(reply.json["usage"]["completion_tokens"], 2048)
 
     def test_completions(self) -> None:
         first = self.post("/v1/completions", prompt="Once upon a time").json
@@ -3998,6 +4007,7 @@ class OpenAITest(unittest.TestCase):
             ("logprobs", True),
             ("logit_bias", {"1": 5}),
             ("presence_penalty", 0.5),
+            ("repetition_penalty", 1.1),
             ("response_format", {"type": "json_object"}),
             ("audio", {}),
         ]
@@ -4014,6 +4024,8 @@ class OpenAITest(unittest.TestCase):
             ),
             ("chat/completions", {**one, "temperature": 3}, 400, "temperature", None),
             ("chat/completions", {**one, "max_tokns": 3}, 400, "max_tokns", None),
+            ("chat/completions", {**one, "\ud800": 3}, 400, "?", None),  # half a character, as JSON can spell it
+            ("chat/completions", {"messages": 33_000 * QUESTION}, 400, "messages", None),
             ("chat/completions", {**one, "stream_options": {"include_usage": True}}, 400, "stream_options", None),
             ("chat/completions", {}, 400, "messages", None),
             (
@@ -4250,9 +4262,20 @@ class MetricsTest(unittest.TestCase):
 
         with fake_server(engine, load=load) as api:
             self.assertEqual(scrape(api.server_port)["tt_slots"], 0)
+            self.assertEqual(ask(api.server_port, "GET", "/v1/models").status, 503)
             loading.set()
             wait_until(lambda: api.scheduler.state == "healthy")
             self.assertEqual(scrape(api.server_port)["tt_slots"], 4)
+
+    def test_an_answer_that_ends_with_its_first_token(self) -> None:
+        with scheduling(FakeEngine()) as scheduler:
+            request = generation([1, 2, 3], 8, frozenset(fake_answer([1, 2, 3], 1)))
+            scheduler.submit(request)
+            self.assertEqual((collect(request), request.finish_reason), ([], "stop"))
+            statistics = scheduler.statistics
+            wait_until(lambda: statistics.finished["stop"])
+            self.assertEqual((statistics.prompt_tokens, statistics.generated_tokens), (3, 0))
+            self.assertEqual(sum(statistics.first_token.counts), 1)
 
     @unittest.skipUnless(has("prometheus_client"), "prometheus_client is not installed")
     def test_the_clients_parser(self) -> None:
@@ -4313,14 +4336,24 @@ class AccessTest(unittest.TestCase):
             self.assertEqual(ask(port, "POST", "/chat", question, {"Authorization": key}).status, 200)
             self.assertEqual(ask(port, "GET", "/metrics", headers={"Authorization": key}).status, 200)
         self.assertEqual(ask(port, "GET", "/health").status, 200)
+        unread = raw(port, b"POST /chat HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 8000000\r\n\r\n")
+        self.assertRegex(unread, rb"^HTTP/1.1 401 (.|\r\n)*Connection: close")  # whoever has no key fills no memory
         self.assertEqual(ask(port, "OPTIONS", "/chat", headers={"Origin": "http://localhost:3000"}).status, 204)
         # Who has the key may come by any name.
         named = {"Host": "box.example", "Origin": "http://box.example", "Authorization": "Bearer open sesame"}
         self.assertEqual(ask(port, "POST", "/chat", question, named).status, 200)
         self.assertNotIn("sesame", process.output)
 
+    def test_an_empty_key(self) -> None:
+        """As $(cat key) gives it where the file is missing: nobody is to be let in by that."""
+        ended = run_to_end("--port", "0", "--api-key", "")
+        self.assertEqual(ended.returncode, 2)
+        self.assertIn("the API key is empty", ended.stderr)
+
     def test_other_sites(self) -> None:
-        process = random_server("--allow-origin", "https://app.example", "--allow-origin", "http://x.example:1").ready()
+        process = random_server(
+            "--allow-origin", "https://app.example/", "--allow-origin", "http://x.example:1"
+        ).ready()
         self.addCleanup(process.close)
         port, question = process.port, {"prompt": "Hi", "max_tokens": 1}
         for origin, status in (
@@ -4649,11 +4682,16 @@ class FaultTest(unittest.TestCase):
         """Logits that are no numbers fail their request, and no other."""
         folder = random_checkpoint("meta", Shape())
         engine = float32_engine(folder, 2)
-        broken = mock.patch.object(server, "sample", side_effect=ArithmeticError("the logits are not finite numbers"))
         with serving(lambda progress: engine, tokenizer()) as api:
-            with broken:
-                reply = ask(api.server_port, "POST", "/chat", {"prompt": "Hello", "max_tokens": 9})
-                self.assertEqual(reply.status, 500)
+            for temperature, value in ((0, "nan"), (1, "nan"), (0, "inf"), (1, "-inf")):
+                logits = torch.full((1, server.VOCAB_SIZE), float(value))
+                with (
+                    self.subTest(temperature=temperature, value=value),
+                    mock.patch.object(engine, "logits", return_value=logits),
+                ):
+                    request = {"prompt": "Hello", "max_tokens": 9, "temperature": temperature}
+                    self.assertEqual(ask(api.server_port, "POST", "/chat", request).status, 500)
+                self.assertEqual(chat(api.server_port, max_tokens=1)["tokens_generated"], 1)  # or it is given up
             self.assertEqual(chat(api.server_port, max_tokens=5)["tokens_generated"], 5)
 
     def test_a_clock_that_jumps(self) -> None:
