@@ -2876,7 +2876,8 @@ class Card:
     """The module ttnn, on a machine with so many Wormhole chips, and what the tests want to know of the card.
 
     With a folder, for another process: `log` is written to the file of that name there, and before each call of the
-    model it waits for as long as the file "hold" names the kind of call: "load", "prefill" or "decode".
+    model it waits for as long as the file "hold" names the kind of call: "load", "prefill" or "decode"; it fails while
+    there is a file "fail".
     """
 
     bfloat8_b = "bfloat8_b"
@@ -2900,6 +2901,8 @@ class Card:
             (self.folder / "log").write_text("\n".join(self.log))
 
     def _hold(self, call: str) -> None:
+        if self.folder and (self.folder / "fail").exists():
+            raise RuntimeError("the card is on fire")
         while self.folder and (self.folder / "hold").exists() and (self.folder / "hold").read_text() == call:
             time.sleep(0.02)
 
@@ -3807,6 +3810,23 @@ class TTServerTest(unittest.TestCase):
                 process.process.send_signal(signal.SIGINT)
                 time.sleep(0.3)
             self.assertNotIn(process.wait(20), (0, None), process.output)
+
+    def test_a_card_that_fails_for_good(self) -> None:
+        """/health says so until someone stops the server; systemd, which cannot ask, sees it end."""
+        for supervised in (False, True):
+            with self.subTest(supervised=supervised):
+                variables = {"NOTIFY_SOCKET": "/nowhere"} if supervised else {}
+                process, folder = self.start(f"fails-{supervised}", 1, **variables)
+                port = process.ready().port
+                (folder / "fail").write_text("")
+                for _ in range(3):
+                    self.assertEqual(ask(port, "POST", "/chat", {"prompt": "Hello"}).status, 500)
+                if not supervised:
+                    wait_until(lambda: health(port)["status"] == "unhealthy")  # noqa: B023
+                    self.assertNotIn("on fire", health(port)["error"])
+                    process.process.send_signal(signal.SIGTERM)
+                self.assertEqual(process.wait(), 1, process.output)
+                self.assertEqual((folder / "log").read_text().splitlines(), ["open 1x1", "close 1x1"])
 
     def test_what_is_wrong_with_a_start(self) -> None:
         """One line, which says what to do, and exit status 2: a card is never passed over in silence."""
