@@ -2416,6 +2416,12 @@ class Dialect:
         return json_line(value)
 
 
+NOT_SAMPLED: dict[str, list[Any]] = {  # what the sampler does not do, in OpenAI's words, vLLM's and llama.cpp's
+    "n": [1], "logit_bias": [{}], "presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1],
+    "repeat_penalty": [1], "min_p": [0],
+}  # fmt: skip
+
+
 class ChatCompletions(Dialect):
     """POST /v1/chat/completions: OpenAI's JSON, or server-sent events as it comes.
 
@@ -2427,8 +2433,7 @@ class ChatCompletions(Dialect):
     kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
     # Fields that would change the answer and are not served, with the values that ask for nothing: others are refused.
     UNSUPPORTED: ClassVar[dict[str, list[Any]]] = {
-        "n": [1], "logprobs": [False], "top_logprobs": [0], "logit_bias": [{}],
-        "presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1], "min_p": [0],
+        **NOT_SAMPLED, "logprobs": [False], "top_logprobs": [0],
         "tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]], "function_call": ["none", "auto"],
         "response_format": [{"type": "text"}], "modalities": [["text"]], "audio": [], "prediction": [],
         "reasoning_effort": ["none"], "verbosity": ["medium"], "web_search_options": [],
@@ -2529,8 +2534,7 @@ class Completions(ChatCompletions):
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl-"
     UNSUPPORTED: ClassVar[dict[str, list[Any]]] = {
-        "n": [1], "best_of": [1], "echo": [False], "suffix": [""], "logprobs": [], "logit_bias": [{}],
-        "presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1], "min_p": [0],
+        **NOT_SAMPLED, "logprobs": [], "best_of": [1], "echo": [False], "suffix": [""],
     }  # fmt: skip
     IGNORED: ClassVar[tuple[str, ...]] = ("user",)
 
