@@ -273,7 +273,7 @@ class ServerProcess:
         self.began = time.monotonic()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.port = int(self.wait_for(r"http://[\d.]+:(\d+)/health")[1])
+        self.port = int(self.wait_for(r"http://[\w.]+:(\d+)/health")[1])
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -1854,21 +1854,21 @@ class ValidationTest(unittest.TestCase):
 
     def test_what_is_not_a_json_object(self) -> None:
         with connect(SharedServer.get("random").port) as connection:
-            for body in (
-                b"{",
-                b'"Hi"',
-                b"[]",
-                b"null",
-                b"\xff",
-                b"[" * 100_000,
-                b'{"prompt": "a\nb"}',
-                b"9" * 5000,
-                b" ",
+            for body, reason in (
+                (b"{", "Expecting property name"),
+                (b'"Hi"', "object"),
+                (b"[]", "object"),
+                (b"null", "object"),
+                (b'{"prompt": "\xe9"}', "not UTF-8"),
+                (b"[" * 100_000, "nested too deeply"),
+                (b'{"prompt": "a\nb"}', "control character"),
+                (b"9" * 5000, "digits"),
+                (b" ", "Expecting value"),
             ):
                 with self.subTest(body[:20]):
                     reply = exchange(connection, "POST", "/chat", body, {"Content-Type": "application/json"})
                     self.assertEqual(reply.status, 400)
-                    self.assertRegex(reply.json["error"], "JSON")
+                    self.assertRegex(reply.json["error"], f"JSON.*{reason}")
 
     def test_null_is_absent(self) -> None:
         names = ("system", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "messages")
@@ -1907,6 +1907,11 @@ class HttpErrorTest(unittest.TestCase):
             reply = ask(self.port, method, path)
             self.check(reply, 405, rf"{path} takes {allowed}")
             self.assertIn(allowed, reply.headers["Allow"].split(", "))
+        for target, status in (
+            (b"http://localhost/health", 200),
+            (b"http://evil.example/health", 403),
+        ):  # as to a proxy
+            self.assertEqual(self.answer(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % target).status, status)
         self.assertGreaterEqual(self.answer(b"BREW /chat HTTP/1.1\r\nHost: localhost\r\n\r\n").status, 400)
 
     def test_head(self) -> None:
@@ -2629,6 +2634,8 @@ class CliTest(unittest.TestCase):
             (["--port", "0", "--model", model, "--max-seq-len", "9000"], "--max-seq-len.*9000.*8192"),
             (["--prot", "80"], "--prot 80: did you mean --port[?]"),
             (["--max-batchsize=4"], "did you mean --max-batch-size[?]"),
+            (["--allow-origin", "app.example"], "--allow-origin: must be .*https://"),
+            (["--device", "cpu", "--port", "0", "--data-parallel", "2"], "--data-parallel .* for a card"),
             (["extra"], "extra"),
         ]
         if not has("ttnn"):
@@ -4047,7 +4054,7 @@ class OpenAITest(unittest.TestCase):
             ("chat/completions", {**one, "\ud800": 3}, 400, "?", None),  # half a character, as JSON can spell it
             ("chat/completions", {"messages": 33_000 * QUESTION}, 400, "messages", None),
             ("chat/completions", {**one, "stream_options": {"include_usage": True}}, 400, "stream_options", None),
-            ("chat/completions", {}, 400, "messages", None),
+            ("chat/completions", {"prompt": "Hi"}, 400, "messages", None),
             (
                 "chat/completions",
                 {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},

@@ -2460,9 +2460,9 @@ class ChatCompletions(Dialect):
         messages = fields.messages()
         max_tokens = fields.integer("max_tokens", None, 1, 2**31)
         max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, 2**31)
-        request = self._read_common(fields, max_tokens)
         if not messages:
             raise ApiError(400, 'messages is missing: a list of {"role": ..., "content": ...}', "messages")
+        request = self._read_common(fields, max_tokens)
         request.prompt = self.server.tokenizer.encode_chat(messages)
         return request
 
@@ -2680,6 +2680,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         if not (match := REQUEST_LINE.fullmatch(first)):
             raise ApiError(400, "the first line must be METHOD PATH HTTP/1.1")
         self.command, self.path, self.request_version = match.groups()
+        if absolute := re.match(r"https?://([^/?]*)", self.path):  # as to a proxy: RFC 9112, 3.2.2
+            self.header["host"], self.path = absolute[1], self.path[absolute.end() :] or "/"
         connection = self.header.get("connection", "").lower()
         stays = "close" not in connection if self.request_version == "HTTP/1.1" else "keep-alive" in connection
         self.close_connection = self.crowded or not stays
@@ -2844,7 +2846,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         try:
             value = json.loads(body)
         except (ValueError, RecursionError) as error:
-            reason = str(error) if isinstance(error, json.JSONDecodeError) else "it cannot be decoded"
+            reasons = {UnicodeDecodeError: "it is not UTF-8", RecursionError: "it is nested too deeply"}
+            reason = reasons.get(type(error), str(error).partition(";")[0])
             raise ApiError(400, f"the body is not JSON: {reason}") from error
         if not isinstance(value, dict):
             raise ApiError(400, f'the body must be a JSON object, such as {{"prompt": "Hello!"}}, not {shown(value)}')
@@ -3432,6 +3435,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
         return parse
 
+    def site(text: str) -> str:
+        if not re.fullmatch(r"\*|https?://[^/]+/?", text):
+            raise argparse.ArgumentTypeError(f"must be *, or as in https://app.example, not {text!r}")
+        return text.rstrip("/")
+
     parser = ArgumentParser(
         prog="tt_api_server.py",
         description=(__doc__ or "").partition("\nThe rooms of this file")[0],
@@ -3452,7 +3460,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     key = "asked of everyone but /health; `ps` shows it, so better (environment: TT_API_KEY)"
     add("--api-key", metavar="KEY", default=os.environ.get("TT_API_KEY"), help=key)
     origin = "a site whose pages may ask, beside this machine's; may be repeated; *: any"
-    add("--allow-origin", action="append", default=[], metavar="ORIGIN", help=origin)
+    add("--allow-origin", action="append", type=site, default=[], metavar="ORIGIN", help=origin)
     card = "on a card (environment: MESH_DEVICE names the board, TT_METAL_HOME the checkout)"
     add = parser.add_argument_group(card).add_argument
     add("--accuracy", action="store_true", help="tt-metal's settings for accuracy rather than for performance")
@@ -3471,7 +3479,10 @@ def bind(host: str, port: int) -> ApiServer:
         return ApiServer(host, port)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            raise UserError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
+            raise UserError(
+                f"cannot listen on {host}, port {port} ({error.strerror or error}): --host takes an address of this "
+                "machine, 127.0.0.1 for itself alone, 0.0.0.0 for all"
+            ) from error
         for other in range(port + 1, min(port + 100, 65536)):
             with contextlib.suppress(OSError):
                 ApiServer(host, other).server_close()
@@ -3520,6 +3531,10 @@ class Terminal:
 def choose_device(options: argparse.Namespace, found: Checkpoint | None) -> str:
     """ "tt" or "cpu". A card is never passed over in silence: what it lacks is an error that says how to get it."""
     if options.device == "cpu" or (options.device == "auto" and not card_present()):
+        if options.accuracy or options.no_trace or options.data_parallel > 1:
+            raise UserError(
+                "--accuracy, --data-parallel and --no-trace are for a card, and this is the CPU: leave them out"
+            )
         return "cpu"
     if not card_present():
         raise UserError("no Tenstorrent card is here (/dev/tenstorrent is empty): use --device cpu")
@@ -3557,10 +3572,11 @@ def serve(options: argparse.Namespace) -> int:
     if options.api_key == "":
         raise UserError("the API key is empty: set TT_API_KEY or --api-key to the key, or to none at all")
     server = bind(options.host, options.port)
-    server.api_key, server.allowed_origins = options.api_key, [origin.rstrip("/") for origin in options.allow_origin]
+    server.api_key, server.allowed_origins = options.api_key, options.allow_origin
     slots = options.max_batch_size * options.data_parallel
     server.max_connections = room_for_connections(options.max_queue + slots + SPARE_CONNECTIONS)
     host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
+    host = "localhost" if server.server_name in ("0.0.0.0", "::") else host
     url = f"http://{host}:{server.server_port}"
     found = find_checkpoint(options.model)
     device = choose_device(options, found)
@@ -3573,7 +3589,7 @@ def serve(options: argparse.Namespace) -> int:
         print(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served instead")
     print(f"Health: {url}/health, while it loads too\n", flush=True)
     if not server.on_loopback and not server.api_key:
-        logger.warning("anyone who can reach %s can use this server: set TT_API_KEY to ask for a key", url)
+        logger.warning("anyone who can reach this machine can use this server: set TT_API_KEY to ask for a key")
 
     def load(progress: Progress) -> Engine:
         progress("importing PyTorch")
@@ -3598,7 +3614,7 @@ def serve(options: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     event = events.get()
     if event == "ready":
-        print(ready_message(url, scheduler.device), flush=True)
+        print(ready_message(url, scheduler.device, bool(server.api_key)), flush=True)
         notify_systemd("READY=1")
         event = events.get()
         if event == "ended" and "NOTIFY_SOCKET" not in os.environ:  # else systemd is to start it again
@@ -3647,8 +3663,9 @@ def drain(scheduler: Scheduler, events: queue.SimpleQueue[str]) -> bool:
     return False
 
 
-def ready_message(url: str, device: str) -> str:
+def ready_message(url: str, device: str, wants_key: bool) -> str:
     """The second half of the banner."""
+    key = " -H 'Authorization: Bearer KEY'" if wants_key else ""
     endpoints = "\n".join(f"  {method:4} {url}{path}" for path, (method, _) in ROUTES.items())
     return f"""
 Server ready on {url} ({device})
@@ -3657,7 +3674,7 @@ Endpoints:
 {endpoints}
 
 Try it:
-  curl -s {url}/chat -H 'Content-Type: application/json' -d '{{"prompt": "What is machine learning?"}}'
+  curl -s {url}/chat{key} -H 'Content-Type: application/json' -d '{{"prompt": "What is machine learning?"}}'
 
 Press CTRL+C to stop the server
 """
