@@ -3629,7 +3629,7 @@ def serve(options: argparse.Namespace) -> int:
             print(f"\nStopping: {busy} requests finish first. Press CTRL+C again to cut them short.", flush=True)
         cut_short = not drain(scheduler, events)
     server.wait_until_idle(seconds=2)
-    status = 128 + signal.SIGINT if cut_short else 1 if scheduler.failure or scheduler.error else 0
+    status = 1 if scheduler.failure or scheduler.error else 128 + signal.SIGINT if cut_short else 0
     print("\nStopped." if status == 0 else "\nStopped before all was done.", flush=True)
     return status
 
