@@ -1951,8 +1951,8 @@ class Scheduler:
         with self._wake:
             if self._state in ("loading", "healthy"):
                 self._state = "stopping"
-            for generation in [] if drain else [*self._queue, *(slot.generation for slot in self._slots)]:
-                if generation:
+            if not drain:
+                for generation in filter(None, [*self._queue, *(slot.generation for slot in self._slots)]):
                     self.cancel(generation)
             self._wake.notify()
 
@@ -3129,8 +3129,10 @@ class ApiServer(HTTPServer):
         """
         with self._lock:
             full = self.connections >= self.max_connections
-            arrived = arrivals(self._idle) if full else {}
-            longest = next((idle for idle in self._idle if idle.fileno() not in arrived), None) if full else None
+            longest = None
+            if full:
+                arrived = arrivals(self._idle)
+                longest = next((idle for idle in self._idle if idle.fileno() not in arrived), None)
             if longest:
                 del self._idle[longest]
                 with contextlib.suppress(OSError):  # it has just gone by itself
