@@ -1265,6 +1265,7 @@ class TTEngine:
         """Release the traces, close the card, put the fabric back; a second call does nothing."""
         for name in ("_generator", "_prefill_forward", "_decode_forward"):
             self.__dict__.pop(name, None)
+        gc.unfreeze()
         gc.collect()  # the Generator's destructor releases its traces, which must come before the mesh is closed
         self._opened.close()
 
@@ -3602,7 +3603,10 @@ def serve(options: argparse.Namespace) -> int:
             server.note = DEMO_NOTE
         progress("loading the tokenizer")
         server.tokenizer = ChatTokenizer(checkpoint.tokenizer_model)
-        return open_engine(checkpoint, device, options, progress)
+        engine = open_engine(checkpoint, device, options, progress)
+        # What is loaded stays: to look through it for garbage again and again would hold all threads up for 0.2 s.
+        gc.freeze()
+        return engine
 
     # What happens to the process: "signal" from Ctrl+C and SIGTERM, "ready" and "ended" from the scheduler.
     events: queue.SimpleQueue[str] = queue.SimpleQueue()
