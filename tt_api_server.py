@@ -22,10 +22,13 @@ The rooms of this file, top to bottom; each uses only those above it:
     Checkpoint     from --model, HF_MODEL or LLAMA_DIR to weights that can be read, or to one clear error
     Text           messages to token ids, token ids to text
     Sampling       from logits to the next token
-    Engines        token ids in, token ids out
+    CPU engine     what an engine is: token ids in, token ids out; and Llama 3 in PyTorch
+    Card engine    the same over tt-metal's Generator
     Demo model     a tiny Llama, trained on the spot when no model is given
     Scheduler      the one thread that runs the engine: who is in the batch, what each slot reads next; statistics
-    HTTP           the socket, the JSON, the dialects, the errors, the metrics, the chat page
+    Dialects       from a body's JSON to a request for text, from its answer to JSON
+    Page           the chat, for browsers
+    HTTP           the socket, the routes, the errors, the metrics
     CLI            options, banner, signals, start and stop
 
 A request goes down through them once, and its answer comes up once:
@@ -586,7 +589,7 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
 
 
 # ======================================================================================================================
-# Engines
+# CPU engine
 # ======================================================================================================================
 
 
@@ -614,10 +617,10 @@ class Engine(Protocol):
     splits_prompts: bool
 
     def reserve(self, slot: int, length: int) -> bool:
-        """Keep room for `length` tokens in the slot, and those it holds up to there; False if there is none now."""
+        """Keep room for `length` tokens in the slot, and those it holds up to there; False if there is none now.
 
-    def release(self, slot: int) -> None:
-        """Forget what the slot holds, and give its room back."""
+        With a length of 0 the slot forgets what it holds, and gives its room back.
+        """
 
     def step(self, batch: Sequence[Work]) -> list[int]:
         """Read each item's tokens into its slot; return the next token of each, -1 where none is wanted."""
@@ -787,9 +790,6 @@ class TorchEngine:
     def reserve(self, slot: int, length: int) -> bool:
         return length <= self.max_seq_len
 
-    def release(self, slot: int) -> None:
-        """Nothing to give back: what the slot holds is overwritten."""
-
     def close(self) -> None:
         """Nothing to give back: the memory goes with the process."""
 
@@ -895,6 +895,10 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: R
     )
     return attended.view(batch, kv_heads, -1, n, head_dim).permute(0, 3, 1, 2, 4).reshape(batch * n, -1)
 
+
+# ======================================================================================================================
+# Card engine
+# ======================================================================================================================
 
 # Boards by the names of MESH_DEVICE, (rows, columns) of chips: models/tt_transformers/demo/simple_text_demo.py.
 MESH_SHAPES = {
@@ -1181,10 +1185,6 @@ class TTEngine:
         self._page_table[slot] = 0
         self._page_table[slot, :wanted] = torch.tensor(blocks)
         return True
-
-    def release(self, slot: int) -> None:
-        """Give the slot's blocks back to its copy's pool."""
-        self.reserve(slot, 0)
 
     def step(self, batch: Sequence[Work]) -> list[int]:
         """Prefill the batch's prompts, which are whole, one by one; then decode its other slots together.
@@ -2070,7 +2070,7 @@ class Scheduler:
         return common if 2 * common > slot.held else 0
 
     def _forget(self, slot: Slot) -> None:
-        self._engine.release(slot.index)
+        self._engine.reserve(slot.index, 0)
         slot.tokens, slot.held = [], 0
 
     def _plan(self, pace: Pace) -> list[Work]:
@@ -2144,18 +2144,10 @@ class Scheduler:
 
 
 # ======================================================================================================================
-# HTTP
+# Dialects
 # ======================================================================================================================
 
-MAX_BODY_BYTES, MAX_BODIES_BYTES = 8 << 20, 256 << 20  # of one request, and of all that are under way
-MAX_HEADER_BYTES, MAX_HEADER_FIELDS = 65536, 100
 MAX_MESSAGES = 32768  # of a conversation: more than the longest context holds
-REQUEST_SECONDS = 30.0  # that a client may take for a header, for a body, and for each write
-IDLE_SECONDS = 60.0  # that a connection is kept between two requests
-SPARE_CONNECTIONS = 256  # beside one for each request that can be answered or wait
-CROWD = 32  # connections beyond those at once that are told so; more wait to be accepted
-REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) (HTTP/1\.[01])")
-HEADER_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")  # RFC 9110, 5.6.2 and 5.5
 
 
 class ApiError(Exception):
@@ -2365,6 +2357,14 @@ class Answer:
         }
 
 
+class Served(Protocol):
+    """What the dialects need to know of the server."""
+
+    model: str
+    tokenizer: ChatTokenizer
+    scheduler: Scheduler
+
+
 class Dialect:
     """How a kind of client says what it wants and is answered: this one at POST /chat, with JSON or with lines of it.
 
@@ -2374,7 +2374,7 @@ class Dialect:
     content_type = "application/x-ndjson"  # of a stream
     default_max_tokens: int | None = 128  # None: so many as the context holds
 
-    def __init__(self, server: ApiServer) -> None:
+    def __init__(self, server: Served) -> None:
         self.server = server
         self._prompt = ""
 
@@ -2445,7 +2445,7 @@ class ChatCompletions(Dialect):
         "prompt_cache_retention",
     )  # fmt: skip
 
-    def __init__(self, server: ApiServer) -> None:
+    def __init__(self, server: Served) -> None:
         super().__init__(server)
         self._include_usage = False
         self._role: dict[str, str] = {"role": "assistant"}  # said in a stream's first piece
@@ -2568,6 +2568,195 @@ def json_line(value: dict[str, Any]) -> bytes:
 
 
 ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one each time
+
+
+# ======================================================================================================================
+# Page
+# ======================================================================================================================
+
+# The chat page. What people and models write goes into it as text nodes alone, never as markup; and if ever it did not,
+# the browser runs no script and applies no style but these two, which the policy below names by their hashes.
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Chat</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --soft: light-dark(#5b616c, #a6acb8); --tint: light-dark(#eef0f7, #272b37);
+  --accent: light-dark(#3a55b8, #a9bcff); --alert: light-dark(#b3261e, #ff9d94); font: 1rem/1.6 system-ui, sans-serif; }
+* { box-sizing: border-box; margin: 0; font: inherit; overflow-wrap: anywhere; outline-color: var(--accent); }
+body { display: flex; flex-direction: column; max-width: 46rem; min-height: 100dvh; margin: auto; padding: 0 1rem; }
+button, input, textarea { padding: .5rem .75rem; border: 1px solid GrayText; border-radius: .6rem; background: Canvas; }
+small, label, ::placeholder { color: var(--soft); font-size: .875rem; font-weight: 400; }
+
+header, footer { position: sticky; inset: 0; display: flex; flex-wrap: wrap; align-items: end; gap: .5rem;
+  padding: 1rem 0; background: Canvas; }
+header div { flex: 1; line-height: 1.3; font-weight: 600; }
+#settings { margin: 5.5rem max(1rem, 50% - 22rem) 0 auto; padding: 1rem; border: 1px solid GrayText;
+  border-radius: 1rem; box-shadow: 0 .5rem 2rem #0004; }
+label > * { display: block; width: 18rem; margin: .25rem 0 .75rem; color: CanvasText; font-size: 1rem; }
+
+main { flex: 1; padding: 1rem 0; }
+main:empty { flex: .4; }  /* before the first question the input is in the middle */
+article { display: grid; gap: .75rem; margin-bottom: 2.5rem; white-space: pre-wrap; }
+.user { justify-self: end; padding: .6rem 1rem; border-radius: 1.2rem; background: var(--tint); }
+[aria-busy=true] :last-child > .assistant::after { content: "▍"; color: var(--accent); }  /* there is more to come */
+.failed small, .gone, .stopping, .unhealthy { color: var(--alert); }
+
+progress, footer small { width: 100%; accent-color: var(--accent); }
+#input { flex: 1; min-width: 0; max-height: 40vh; resize: none; field-sizing: content; }
+#send:enabled { border-color: var(--accent); background: var(--accent); color: Canvas; }
+</style>
+<header>
+  <div><h1 id="model">Chat</h1><small id="status" role="status">connecting</small></div>
+  <button id="new">New chat</button>
+  <button popovertarget="settings">Settings</button>
+</header>
+<section id="settings" popover>
+  <label>System prompt <textarea id="system" rows="3"></textarea></label>
+  <label>Temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0.7"></label>
+  <label>Max tokens <input id="max-tokens" type="number" min="1" value="512"></label>
+</section>
+<main aria-live="polite"></main>
+<template><article><h2 class="user"></h2><div class="assistant"></div><small></small></article></template>
+<footer>
+  <progress id="bar" aria-label="Loading" hidden></progress>
+  <textarea id="input" rows="2" placeholder="What would you like to know?" aria-label="Message" autofocus></textarea>
+  <button id="send" disabled>Send</button>
+  <small id="state"></small>
+</footer>
+<script>
+const $ = (selector) => document.querySelector(selector)
+const input = $("#input")
+let health = {}  // what GET /health answered last
+let request = null  // the AbortController of the answer under way
+let atEnd = true  // whether the reader looks at the end of the conversation, which stays in view then
+
+function render() {  // shows the health and what the button does; the conversation is up to ask()
+  const {status, model, device, error, progress = {}} = health
+  const summary = [status, device].filter(Boolean).join(" · ")
+  if ($("#status").textContent !== summary) $("#status").textContent = summary  // each change is read out
+  $("#model").textContent = document.title = model || "Chat"
+  $("#bar").hidden = status !== "loading"
+  $("#bar").value = progress.done || 0
+  $("#state").className = status
+  $("#state").textContent = {
+    healthy: "Enter sends · Shift+Enter new line · Esc stops",
+    loading: `Getting ready: ${progress.doing}, ${Math.round(progress.seconds)} s`,
+    stopping: "The server is stopping: it completes the answers under way and takes no new questions",
+    gone: "The server cannot be reached: this page looks for it every second",
+  }[status] || `The server cannot answer: ${error}`
+  $("#send").textContent = request ? "Stop" : "Send"
+  $("#send").disabled = !request && status !== "healthy"
+  $("main").ariaBusy = Boolean(request)
+}
+
+async function poll() {
+  const gone = () => ({...health, status: "gone"})
+  health = await fetch("/health", {signal: AbortSignal.timeout(5000)}).then((reply) => reply.json()).catch(gone)
+  render()
+  setTimeout(poll, health.status === "healthy" ? 5000 : 1000)
+}
+
+async function ask() {
+  const question = input.value
+  if (health.status !== "healthy" || request || !question.trim()) return
+  const turn = $("template").content.firstElementChild.cloneNode(true)
+  const [user, assistant, note] = turn.children
+  user.textContent = question
+  $("main").append(turn)
+  input.value = ""
+  atEnd = true
+  request = new AbortController()
+  render()
+  const last = await receive(assistant).catch(() => ({}))  // stopped, or the connection broke
+  if (last.done) {
+    note.textContent = `${last.tokens_per_second} tokens/s · first token after ${last.time_to_first_token_seconds} s`
+    if (last.finish_reason === "length") note.prepend(`Cut off at the limit of ${last.tokens_generated} tokens · `)
+  } else if (request.signal.aborted) {
+    note.textContent = "Stopped"
+  } else {  // the question goes back to where it was written
+    turn.className = "failed"
+    note.textContent = "Failed: " + (last.error || "the connection to the server broke")
+    input.value = [question, input.value].filter(Boolean).join("\n")
+  }
+  request = null
+  render()
+}
+
+async function receive(assistant) {  // shows the answer as it comes; returns the last line: the figures, or an error
+  const shown = document.querySelectorAll("article:not(.failed) > :is(h2, div)")  // the last is the answer to come
+  const messages = [...shown].slice(0, -1).map(({className, textContent}) => ({role: className, content: textContent}))
+  const response = await fetch("/chat", {
+    method: "POST", headers: {"Content-Type": "application/json"}, signal: request.signal,
+    body: JSON.stringify({  // an empty number is NaN, which JSON spells null: the server's default
+      messages, stream: true, system: $("#system").value || null,
+      temperature: $("#temperature").valueAsNumber, max_tokens: $("#max-tokens").valueAsNumber,
+    }),
+  })
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
+  let rest = "", last = {}, chunk
+  while (!(chunk = await reader.read()).done) {
+    const lines = (rest + chunk.value).split("\n")
+    rest = lines.pop()
+    for (const line of lines) {
+      last = JSON.parse(line)
+      if (!last.done) assistant.append(last.response || "")
+    }
+  }
+  return last
+}
+
+document.onkeydown = (event) => {
+  if (event.isComposing || event.keyCode === 229) return  // an input method's; Safari has the code alone
+  if (event.key === "Escape") request?.abort()
+  if (event.key !== "Enter" || event.shiftKey || event.target !== input) return
+  event.preventDefault()
+  ask()
+}
+$("#send").onclick = () => request ? request.abort() : ask()
+$("footer").onclick = () => input.focus()
+$("#new").onclick = () => {
+  request?.abort()
+  $("main").replaceChildren()
+  input.focus()
+}
+document.onscroll = () => { atEnd = scrollY + innerHeight > document.body.scrollHeight - 2 }
+new ResizeObserver(() => { if (atEnd) scrollTo(0, document.body.scrollHeight) }).observe(document.body)
+poll()
+</script>
+"""
+
+
+def source_hash(tag: str) -> str:
+    """How a Content-Security-Policy names what stands between <tag> and </tag> in PAGE."""
+    source = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        f"default-src 'none'; script-src {source_hash('script')}; style-src {source_hash('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+# ======================================================================================================================
+# HTTP
+# ======================================================================================================================
+
+MAX_BODY_BYTES, MAX_BODIES_BYTES = 8 << 20, 256 << 20  # of one request, and of all that are under way
+MAX_HEADER_BYTES, MAX_HEADER_FIELDS = 65536, 100
+REQUEST_SECONDS = 30.0  # that a client may take for a header, for a body, and for each write
+IDLE_SECONDS = 60.0  # that a connection is kept between two requests
+SPARE_CONNECTIONS = 256  # beside one for each request that can be answered or wait
+CROWD = 32  # connections beyond those at once that are told so; more wait to be accepted
+REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) (HTTP/1\.[01])")
+HEADER_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")  # RFC 9110, 5.6.2 and 5.5
 
 
 class TimedReader(io.RawIOBase):
@@ -2742,6 +2931,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         name that leads here is another site's (DNS rebinding).
         """
         host, origin = self.header.get("host"), self.header.get("origin")
+        if host is None and self.request_version == "HTTP/1.1":
+            raise ApiError(400, "a request of HTTP/1.1 must name its Host")
         if host and self.server.on_loopback and not self.server.api_key and not is_loopback(f"//{host}"):
             raise ApiError(403, f"the Host {printable(host)} is not this machine's: ask localhost")
         if origin and not self._allowed(origin):
@@ -3227,177 +3418,6 @@ class ApiServer(HTTPServer):
         """A connection that broke outside any request is no news; anything else is."""
         if not isinstance(sys.exc_info()[1], OSError):
             logger.exception("an error in the server on a connection")
-
-
-# The chat page. What people and models write goes into it as text nodes alone, never as markup; and if ever it did not,
-# the browser runs no script and applies no style but these two, which the policy below names by their hashes.
-PAGE = r"""<!doctype html>
-<html lang="en">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Chat</title>
-<link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; --soft: light-dark(#5b616c, #a6acb8); --tint: light-dark(#eef0f7, #272b37);
-  --accent: light-dark(#3a55b8, #a9bcff); --alert: light-dark(#b3261e, #ff9d94); font: 1rem/1.6 system-ui, sans-serif; }
-* { box-sizing: border-box; margin: 0; font: inherit; overflow-wrap: anywhere; outline-color: var(--accent); }
-body { display: flex; flex-direction: column; max-width: 46rem; min-height: 100dvh; margin: auto; padding: 0 1rem; }
-button, input, textarea { padding: .5rem .75rem; border: 1px solid GrayText; border-radius: .6rem; background: Canvas; }
-small, label, ::placeholder { color: var(--soft); font-size: .875rem; font-weight: 400; }
-
-header, footer { position: sticky; inset: 0; display: flex; flex-wrap: wrap; align-items: end; gap: .5rem;
-  padding: 1rem 0; background: Canvas; }
-header div { flex: 1; line-height: 1.3; font-weight: 600; }
-#settings { margin: 5.5rem max(1rem, 50% - 22rem) 0 auto; padding: 1rem; border: 1px solid GrayText;
-  border-radius: 1rem; box-shadow: 0 .5rem 2rem #0004; }
-label > * { display: block; width: 18rem; margin: .25rem 0 .75rem; color: CanvasText; font-size: 1rem; }
-
-main { flex: 1; padding: 1rem 0; }
-main:empty { flex: .4; }  /* before the first question the input is in the middle */
-article { display: grid; gap: .75rem; margin-bottom: 2.5rem; white-space: pre-wrap; }
-.user { justify-self: end; padding: .6rem 1rem; border-radius: 1.2rem; background: var(--tint); }
-[aria-busy=true] :last-child > .assistant::after { content: "▍"; color: var(--accent); }  /* there is more to come */
-.failed small, .gone, .stopping, .unhealthy { color: var(--alert); }
-
-progress, footer small { width: 100%; accent-color: var(--accent); }
-#input { flex: 1; min-width: 0; max-height: 40vh; resize: none; field-sizing: content; }
-#send:enabled { border-color: var(--accent); background: var(--accent); color: Canvas; }
-</style>
-<header>
-  <div><h1 id="model">Chat</h1><small id="status" role="status">connecting</small></div>
-  <button id="new">New chat</button>
-  <button popovertarget="settings">Settings</button>
-</header>
-<section id="settings" popover>
-  <label>System prompt <textarea id="system" rows="3"></textarea></label>
-  <label>Temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0.7"></label>
-  <label>Max tokens <input id="max-tokens" type="number" min="1" value="512"></label>
-</section>
-<main aria-live="polite"></main>
-<template><article><h2 class="user"></h2><div class="assistant"></div><small></small></article></template>
-<footer>
-  <progress id="bar" aria-label="Loading" hidden></progress>
-  <textarea id="input" rows="2" placeholder="What would you like to know?" aria-label="Message" autofocus></textarea>
-  <button id="send" disabled>Send</button>
-  <small id="state"></small>
-</footer>
-<script>
-const $ = (selector) => document.querySelector(selector)
-const input = $("#input")
-let health = {}  // what GET /health answered last
-let request = null  // the AbortController of the answer under way
-let atEnd = true  // whether the reader looks at the end of the conversation, which stays in view then
-
-function render() {  // shows the health and what the button does; the conversation is up to ask()
-  const {status, model, device, error, progress = {}} = health
-  const summary = [status, device].filter(Boolean).join(" · ")
-  if ($("#status").textContent !== summary) $("#status").textContent = summary  // each change is read out
-  $("#model").textContent = document.title = model || "Chat"
-  $("#bar").hidden = status !== "loading"
-  $("#bar").value = progress.done || 0
-  $("#state").className = status
-  $("#state").textContent = {
-    healthy: "Enter sends · Shift+Enter new line · Esc stops",
-    loading: `Getting ready: ${progress.doing}, ${Math.round(progress.seconds)} s`,
-    stopping: "The server is stopping: it completes the answers under way and takes no new questions",
-    gone: "The server cannot be reached: this page looks for it every second",
-  }[status] || `The server cannot answer: ${error}`
-  $("#send").textContent = request ? "Stop" : "Send"
-  $("#send").disabled = !request && status !== "healthy"
-  $("main").ariaBusy = Boolean(request)
-}
-
-async function poll() {
-  const gone = () => ({...health, status: "gone"})
-  health = await fetch("/health", {signal: AbortSignal.timeout(5000)}).then((reply) => reply.json()).catch(gone)
-  render()
-  setTimeout(poll, health.status === "healthy" ? 5000 : 1000)
-}
-
-async function ask() {
-  const question = input.value
-  if (health.status !== "healthy" || request || !question.trim()) return
-  const turn = $("template").content.firstElementChild.cloneNode(true)
-  const [user, assistant, note] = turn.children
-  user.textContent = question
-  $("main").append(turn)
-  input.value = ""
-  atEnd = true
-  request = new AbortController()
-  render()
-  const last = await receive(assistant).catch(() => ({}))  // stopped, or the connection broke
-  if (last.done) {
-    note.textContent = `${last.tokens_per_second} tokens/s · first token after ${last.time_to_first_token_seconds} s`
-    if (last.finish_reason === "length") note.prepend(`Cut off at the limit of ${last.tokens_generated} tokens · `)
-  } else if (request.signal.aborted) {
-    note.textContent = "Stopped"
-  } else {  // the question goes back to where it was written
-    turn.className = "failed"
-    note.textContent = "Failed: " + (last.error || "the connection to the server broke")
-    input.value = [question, input.value].filter(Boolean).join("\n")
-  }
-  request = null
-  render()
-}
-
-async function receive(assistant) {  // shows the answer as it comes; returns the last line: the figures, or an error
-  const shown = document.querySelectorAll("article:not(.failed) > :is(h2, div)")  // the last is the answer to come
-  const messages = [...shown].slice(0, -1).map(({className, textContent}) => ({role: className, content: textContent}))
-  const response = await fetch("/chat", {
-    method: "POST", headers: {"Content-Type": "application/json"}, signal: request.signal,
-    body: JSON.stringify({  // an empty number is NaN, which JSON spells null: the server's default
-      messages, stream: true, system: $("#system").value || null,
-      temperature: $("#temperature").valueAsNumber, max_tokens: $("#max-tokens").valueAsNumber,
-    }),
-  })
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
-  let rest = "", last = {}, chunk
-  while (!(chunk = await reader.read()).done) {
-    const lines = (rest + chunk.value).split("\n")
-    rest = lines.pop()
-    for (const line of lines) {
-      last = JSON.parse(line)
-      if (!last.done) assistant.append(last.response || "")
-    }
-  }
-  return last
-}
-
-document.onkeydown = (event) => {
-  if (event.isComposing || event.keyCode === 229) return  // an input method's; Safari has the code alone
-  if (event.key === "Escape") request?.abort()
-  if (event.key !== "Enter" || event.shiftKey || event.target !== input) return
-  event.preventDefault()
-  ask()
-}
-$("#send").onclick = () => request ? request.abort() : ask()
-$("footer").onclick = () => input.focus()
-$("#new").onclick = () => {
-  request?.abort()
-  $("main").replaceChildren()
-  input.focus()
-}
-document.onscroll = () => { atEnd = scrollY + innerHeight > document.body.scrollHeight - 2 }
-new ResizeObserver(() => { if (atEnd) scrollTo(0, document.body.scrollHeight) }).observe(document.body)
-poll()
-</script>
-"""
-
-
-def source_hash(tag: str) -> str:
-    """How a Content-Security-Policy names what stands between <tag> and </tag> in PAGE."""
-    source = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
-
-
-PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        f"default-src 'none'; script-src {source_hash('script')}; style-src {source_hash('style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 # ======================================================================================================================
