@@ -5450,7 +5450,7 @@ class CountingResult(unittest.TextTestResult):
 
 def main(arguments: Sequence[str]) -> int:
     """Run the tests that are named, or all; returns the exit status."""
-    logging.lastResort = None  # the servers of this process log to nobody, unless a test listens
+    server.logger.addHandler(logging.NullHandler())  # the servers of this process log to nobody, unless a test listens
     # Beside other work two threads spend their time waiting for each other, and these models need no second one.
     torch.set_num_threads(1)
     program = unittest.main(

@@ -1884,9 +1884,8 @@ class Scheduler:
         self._notify = notify  # called with "ready" when the engine is loaded, and with "ended" when the thread ends
         self._slots: list[Slot] = []
         self._queue: deque[Generation] = deque()
-        self._wake = (
-            threading.Condition()
-        )  # guards the state and the queue; slots change in the scheduler's thread only
+        # Guards the state and the queue; what is in the slots changes in the scheduler's thread only.
+        self._wake = threading.Condition()
         self._failures = 0
         self._step_began: float | None = None
         self.statistics = Statistics()
@@ -1901,7 +1900,7 @@ class Scheduler:
 
     @property
     def state(self) -> str:
-        """ "loading", "healthy", "unhealthy" or "stopping"."""
+        """One of "loading", "healthy", "unhealthy" and "stopping"."""
         return "unhealthy" if self._state == "healthy" and self.error else self._state
 
     @property
@@ -3552,7 +3551,10 @@ class Terminal:
 
 
 def choose_device(options: argparse.Namespace, found: Checkpoint | None) -> str:
-    """ "tt" or "cpu". A card is never passed over in silence: what it lacks is an error that says how to get it."""
+    """Where the model runs, "tt" or "cpu".
+
+    A card is never passed over in silence: what it lacks is an error that says how to get it.
+    """
     if options.device == "cpu" or (options.device == "auto" and not card_present()):
         if options.accuracy or options.no_trace or options.data_parallel > 1:
             raise UserError(
