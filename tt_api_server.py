@@ -97,6 +97,9 @@ if TYPE_CHECKING:
     import torch
     import torch.nn.functional as F
 
+if sys.version_info < (3, 10):  # noqa: UP036
+    raise SystemExit(f"error: Python 3.10 or later is needed, and this is {sys.version.split()[0]}: use a newer one")
+
 __version__ = "1.1.0"
 
 logger = logging.getLogger("tt_api_server")
@@ -394,7 +397,8 @@ def model_folder(name: str, source: str) -> Path:
         base = name.rpartition("/")[2]
         raise UserError(
             f"{source} is {name}, which is neither a folder here nor in Hugging Face's cache: "
-            f"hf download {name} --local-dir ~/models/{base} && python3 tt_api_server.py --model ~/models/{base}"
+            f"pip install huggingface_hub safetensors && hf auth login && hf download {name} --local-dir "
+            f"~/models/{base}, and then --model ~/models/{base}"
         )
     problem = "is a file, not a folder" if folder.is_file() else "does not exist"
     raise UserError(f"{source} is {name}, which {problem}: name the folder that holds the model's files")
@@ -405,6 +409,8 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
 
     Raises UserError where one is set and no Llama 3 that can be served is there.
     """
+    if model == "":
+        raise UserError("--model is empty: name the model's folder, or leave it out")
     named = [("--model", model), *((variable, os.environ.get(variable)) for variable in ("HF_MODEL", "LLAMA_DIR"))]
     source, name = next(((source, name) for source, name in named if name), ("", None))
     return read_checkpoint(model_folder(name, source)) if name else None
@@ -2253,7 +2259,8 @@ class Fields:
         """Raise ApiError for a name that was never asked for, with the nearest that was."""
         for name in self._body:
             if name not in self._known:
-                near = difflib.get_close_matches(name[:40], self._known, 1)
+                near = [known for known in self._known if name and known.startswith(name)]
+                near = near or difflib.get_close_matches(name[:40], self._known, 1)
                 hint = f": did you mean {near[0]}?" if near else f": the fields are {', '.join(self._known)}"
                 raise ApiError(400, f"unknown field {shown(name)}{hint}", name)
 
@@ -3034,14 +3041,15 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise ApiError(
                 415, f"the body is {printable(media_type)}: send JSON, with -H 'Content-Type: application/json'"
             )
+        example = 'send a JSON object, such as {"prompt": "Hello!"}'
         try:
-            value = json.loads(body)
+            value = json.loads(body or b"null")
         except (ValueError, RecursionError) as error:
             reasons = {UnicodeDecodeError: "it is not UTF-8", RecursionError: "it is nested too deeply"}
             reason = reasons.get(type(error), str(error).partition(";")[0])
-            raise ApiError(400, f"the body is not JSON: {reason}") from error
+            raise ApiError(400, f"the body is not JSON ({reason}): {example}") from error
         if not isinstance(value, dict):
-            raise ApiError(400, f'the body must be a JSON object, such as {{"prompt": "Hello!"}}, not {shown(value)}')
+            raise ApiError(400, f"the body is {shown(value) if body else 'empty'}: {example}")
         return value
 
     # Answers
@@ -3479,7 +3487,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("to whom").add_argument
     add("--port", type=count(0, 65535), default=8080, help="port to listen on; 0: any free one (default: 8080)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    key = "asked of everyone but /health; `ps` shows it, so better (environment: TT_API_KEY)"
+    key = "asked of everyone but /health; `ps` shows it, so better set it in the environment: TT_API_KEY"
     add("--api-key", metavar="KEY", default=os.environ.get("TT_API_KEY"), help=key)
     origin = "a site whose pages may ask, beside this machine's; may be repeated; *: any"
     add("--allow-origin", action="append", type=site, default=[], metavar="ORIGIN", help=origin)
@@ -3553,20 +3561,20 @@ class Terminal:
 def choose_device(options: argparse.Namespace, found: Checkpoint | None) -> str:
     """Where the model runs, "tt" or "cpu".
 
-    A card is never passed over in silence: what it lacks is an error that says how to get it.
+    Only the demo passes a card over, and says so. What else a card lacks is an error that says how to get it.
     """
-    if options.device == "cpu" or (options.device == "auto" and not card_present()):
+    if options.device == "cpu" or (options.device == "auto" and (found is None or not card_present())):
         if options.accuracy or options.no_trace or options.data_parallel > 1:
             raise UserError(
-                "--accuracy, --data-parallel and --no-trace are for a card, and this is the CPU: leave them out"
+                "--accuracy, --data-parallel and --no-trace are for a model on a card, and this runs on the CPU: "
+                "leave them out"
             )
         return "cpu"
     if not card_present():
         raise UserError("no Tenstorrent card is here (/dev/tenstorrent is empty): use --device cpu")
     if found is None:
         raise UserError(
-            "a Tenstorrent card is here, but no model is named: --model ~/models/Llama-3.1-8B-Instruct, "
-            "or --device cpu for the demo"
+            "--device tt wants a model: --model ~/models/Llama-3.1-8B-Instruct; the demo runs on the CPU alone"
         )
     find_tt_metal()
     return "tt"
@@ -3595,7 +3603,7 @@ def open_engine(checkpoint: Checkpoint, device: str, options: argparse.Namespace
 def serve(options: argparse.Namespace) -> int:
     """Bind, load, serve, stop; returns the exit status."""
     if options.api_key == "":
-        raise UserError("the API key is empty: set TT_API_KEY or --api-key to the key, or to none at all")
+        raise UserError("the API key is empty: give the key, or neither TT_API_KEY nor --api-key")
     server = bind(options.host, options.port)
     server.api_key, server.allowed_origins = options.api_key, options.allow_origin
     slots = options.max_batch_size * options.data_parallel
@@ -3611,7 +3619,7 @@ def serve(options: argparse.Namespace) -> int:
         note = f" ({found.note})" if found.note and device == "cpu" else ""
         print(f"Model:  {found.name}, {found.folder}{note}")
     else:
-        print(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served instead")
+        print(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served on the CPU")
     print(f"Health: {url}/health, while it loads too\n", flush=True)
     if not server.on_loopback and not server.api_key:
         logger.warning("anyone who can reach this machine can use this server: set TT_API_KEY to ask for a key")
@@ -3654,7 +3662,9 @@ def serve(options: argparse.Namespace) -> int:
         notify_systemd("STOPPING=1")
         busy = scheduler.slots()["busy"] + scheduler.queued
         if busy:
-            print(f"\nStopping: {busy} requests finish first. Press CTRL+C again to cut them short.", flush=True)
+            print(
+                f"\nStopping when all under way is answered ({busy}). Press CTRL+C again to cut it short.", flush=True
+            )
         cut_short = not drain(scheduler, events)
     server.wait_until_idle(seconds=2)
     status = 1 if scheduler.failure or scheduler.error else 128 + signal.SIGINT if cut_short else 0
