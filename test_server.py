@@ -4,6 +4,7 @@
     python3 test_server.py                            # all of them
     python3 test_server.py ChatTest.test_stream -v    # one of them, or one class
     python3 test_server.py --bench --model DIR        # no tests: measure a server under load (--bench --help)
+    python3 test_server.py --soak 60                  # the soaks alone, each for so many seconds
 
 They need what requirements.txt asks for and nothing more; a test that can use more (transformers, safetensors, curl,
 jq, selenium with chromium) says why it is skipped where that is absent. What a socket cannot show is tested a level
@@ -5029,7 +5030,10 @@ class Target(NamedTuple):
         parts = urllib.parse.urlsplit(url if "//" in url else f"//{url}", scheme="http")
         base = f"{parts.hostname}:{parts.port or 80}"
         with connect_to(base) as connection:
-            models = exchange(connection, "GET", "/v1/models", headers=authorization())
+            try:
+                models = exchange(connection, "GET", "/v1/models", headers=authorization())
+            except OSError as error:
+                raise SystemExit(f"{url} does not answer: {error}") from error
             if models.status != 200:
                 raise SystemExit(f"{url} does not say which models it has: {models.status} {models.body[:200]!r}")
             model = models.json["data"][0]["id"]
@@ -5315,8 +5319,12 @@ def measure(
     process = None
     if not options.url:
         say("starting the server")
-        process = ServerProcess(*passed_on, **{name: value for name, value in os.environ.items() if name in INHERITED})
-        process.wait_for("Press CTRL[+]C to stop", 3600)
+        inherited = {name: value for name, value in os.environ.items() if name in INHERITED}
+        try:
+            process = ServerProcess(*passed_on, **inherited)
+            process.wait_for("Press CTRL[+]C to stop", 3600)
+        except AssertionError as error:
+            raise SystemExit(f"the server does not start: {str(error).strip().splitlines()[-1]}") from error
         report["seconds_to_healthy"] = time.monotonic() - process.began
     targets = [Target.find(options.url or f"127.0.0.1:{process.port if process else 0}", "this server")]
     if options.against:
@@ -5484,6 +5492,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--bench"]:
         sys.exit(bench(sys.argv[2:]))
     if sys.argv[1:2] == ["--soak"]:
-        SOAK_SECONDS = float(sys.argv[2])
+        SOAK_SECONDS = float((sys.argv[2:] or ["60"])[0])
         sys.argv[1:3] = ["SoakTest"]
     sys.exit(main(sys.argv[1:]))
