@@ -4386,6 +4386,8 @@ class AccessTest(unittest.TestCase):
         # Who has the key may come by any name.
         named = {"Host": "box.example", "Origin": "http://box.example", "Authorization": "Bearer open sesame"}
         self.assertEqual(ask(port, "POST", "/chat", question, named).status, 200)
+        self.assertNotIn("/", ask(port, "GET", "/health", headers=named).json["llama_dir"])
+        self.assertIn("/", ask(port, "GET", "/health").json["llama_dir"])
         self.assertNotIn("sesame", process.output)
 
     def test_an_empty_key(self) -> None:

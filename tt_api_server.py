@@ -2940,7 +2940,9 @@ class ApiHandler(BaseHTTPRequestHandler):
         if host is None and self.request_version == "HTTP/1.1":
             raise ApiError(400, "a request of HTTP/1.1 must name its Host")
         if host and self.server.on_loopback and not self.server.api_key and not is_loopback(f"//{host}"):
-            raise ApiError(403, f"the Host {printable(host)} is not this machine's: ask localhost")
+            raise ApiError(
+                403, f"the Host {printable(host)} is not this machine's: ask localhost, or give the server a key"
+            )
         if origin and not self._allowed(origin):
             shown_origin = printable(origin)
             raise ApiError(
@@ -2985,7 +2987,7 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def health(self, _body: bytes) -> None:
         """GET /health."""
-        status, report = self.server.health()
+        status, report = self.server.health(is_loopback(f"//{self.header.get('host', '')}"))
         self._send(status, json_line(report), "application/json", **({} if status == 200 else {"Retry-After": "1"}))
 
     def metrics(self, _body: bytes) -> None:
@@ -3293,8 +3295,8 @@ class ApiServer(HTTPServer):
         self.scheduler.submit(generation)
         return Answer(request, generation, self.tokenizer)
 
-    def health(self) -> tuple[int, dict[str, Any]]:
-        """Status and body of GET /health."""
+    def health(self, asked_here: bool) -> tuple[int, dict[str, Any]]:
+        """Status and body of GET /health; with the model's whole path where the one who asks is on this machine."""
         scheduler = self.scheduler
         state = scheduler.state
         report: dict[str, Any] = {
@@ -3302,7 +3304,7 @@ class ApiServer(HTTPServer):
             "model_loaded": state == "healthy",
             "model": self.model,
             "device": scheduler.device,
-            "llama_dir": self.folder if self.on_loopback else Path(self.folder).name,  # no path for other machines
+            "llama_dir": self.folder if self.on_loopback and asked_here else Path(self.folder).name,
             "note": self.note if state == "healthy" else "",
             "uptime_seconds": round(time.monotonic() - self._started, 1),
         }
