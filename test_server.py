@@ -883,6 +883,12 @@ class CheckpointErrorTest(unittest.TestCase):
                     [r"params\.json", "download"],
                 ),
                 "an incomplete configuration": (folder("half", params__json={"dim": 64}, **weights), {}, ["n_heads"]),
+                "a null in the configuration": (
+                    folder("null", config__json={**Shape().config, "hidden_size": None}, **tensors),
+                    {},
+                    ["configuration", "download"],
+                ),
+                "an unknown user": (["--model", "~no-such-user/model"], {}, ["~no-such-user", "does not exist"]),
                 "safetensors is not installed": (
                     folder("stubbed", config__json=Shape().config, **tensors),
                     {"PYTHONPATH": str(root / "stub")},
@@ -919,6 +925,11 @@ class CheckpointErrorTest(unittest.TestCase):
                     {},
                     [re.escape(name), r"16, 8\D", r"16, 16\D"],
                 ),
+                "of a training": (
+                    damaged("training", lambda w: w.update(model={})),
+                    {},
+                    [r"consolidated\.00\.pth", "more than tensors"],
+                ),
                 "tokenizer": (["--model", str(root / "tokenizer")], {}, [r"tokenizer\.model", "download"]),
             }
         )
@@ -932,10 +943,14 @@ class CheckpointErrorTest(unittest.TestCase):
         missing = write_checkpoint(root / "missing", "hf", TINY, lambda w: w.pop(name))
         misshapen = write_checkpoint(root / "misshapen", "hf", TINY, lambda w: w.update({name: torch.zeros(16, 8)}))
         no_head = write_checkpoint(root / "no-head", "hf", untied, lambda w: w.pop("lm_head.weight"))
+        pruned = write_checkpoint(root / "pruned", "hf")
+        (pruned / "model.safetensors").unlink()
+        (pruned / "model.safetensors").symlink_to("/no/such/blob")
         either = rf"{re.escape(name)}|layers\.0\.attention\.wq"
         self.check(
             {
                 "cut short": (["--model", str(short)], {}, [r"model\.safetensors", "cut short", "download"]),
+                "a link that leads nowhere": (["--model", str(pruned)], {}, [r"model\.safetensors", "cannot be read"]),
                 "missing": (["--model", str(missing)], {}, [either, "missing", "download"]),
                 "misshapen": (["--model", str(misshapen)], {}, [either, r"16, 8\D", r"16, 16\D"]),
                 "an untied model without its output": (["--model", str(no_head)], {}, [r"lm_head|output", "missing"]),

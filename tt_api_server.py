@@ -329,8 +329,12 @@ class Checkpoint:
         path = self.folder / "consolidated.00.pth"
         try:
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
         except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... by where the file ends
-            if "weights_only" in str(error).lower() or "Unsupported global" in str(error):
+            other = isinstance(error, AttributeError)  # a checkpoint of a training, with the weights a level below
+            if other or "weights_only" in str(error).lower() or "Unsupported global" in str(error):
                 raise UserError(f"{path} holds more than tensors and is not opened: use the original file") from error
             raise UserError(f"{path} is cut short or damaged: download it again") from error
 
@@ -341,7 +345,7 @@ class Checkpoint:
                 return pairs.transpose(1, 2).reshape(tensor.shape)
             return tensor
 
-        return read, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return read, shapes
 
     def _open_hf(self) -> tuple[Callable[[str], torch.Tensor], dict[str, tuple[int, ...]]]:
         try:
@@ -352,6 +356,8 @@ class Checkpoint:
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 shard: Any = safe_open(path, framework="pt")
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
             except SafetensorError as error:
                 raise UserError(f"{path} is cut short or damaged: download it again") from error
             files |= dict.fromkeys(shard.keys(), shard)
@@ -384,7 +390,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def model_folder(name: str, source: str) -> Path:
     """The folder that `name` means: a path, or a Hugging Face name whose files have been downloaded to its cache."""
-    folder = Path(name).expanduser()  # a quoted "~" reaches us as it is
+    folder = Path(os.path.expanduser(name))  # a quoted "~" reaches us as it is; Path's own fails for an unknown user
     if folder.is_dir():
         return folder.absolute()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -433,8 +439,8 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
         if hf and has_hf_weights:
             note = f"Meta's layout is here in {parts} parts: Hugging Face's is used" if parts else ""
             return Checkpoint(hf, "hf", LlamaConfig.from_hf(read_json(hf / "config.json")), name, note)
-    except KeyError as error:
-        raise UserError(f"{folder}: the model's configuration lacks {error}: download the checkpoint again") from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # no such name, null, 0
+        raise UserError(f"{folder}: the model's configuration is damaged ({error!r}): download it again") from error
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     if parts > 1:
