@@ -11,8 +11,8 @@ batch, joins it between two steps, and leaves it when its answer is complete (co
 
     GET  /                      a page to chat in, for browsers
     GET  /health                is it ready, with which model, on what, and how busy
-    POST /chat                  {"prompt": ...} or {"messages": [...]}, max_tokens, temperature, top_p, top_k, seed,
-                                stop, stream
+    POST /chat                  {"prompt": ...} or {"messages": [...]}, system, max_tokens, temperature, top_p, top_k,
+                                seed, stop, stream
     POST /v1/chat/completions   the same as OpenAI's clients ask for it; /v1/completions and /v1/models too
     GET  /metrics               figures for Prometheus
 
@@ -134,13 +134,11 @@ def import_torch() -> None:
 
 def import_llama_models(name: str) -> Any:
     """Import module `name` of llama-models, which keeps it in llama3.api up to 0.0.61 and in llama3 from 0.1 on."""
-    error: ImportError | None = None
-    for package in ("llama_models.llama3.api", "llama_models.llama3"):
-        try:
-            return importlib.import_module(f"{package}.{name}")
-        except ImportError as caught:
-            error = caught
-    raise UserError(f"llama-models cannot be imported ({error}): pip install -r requirements.txt")
+    try:
+        api = ".api" if importlib.util.find_spec("llama_models.llama3.api") else ""
+        return importlib.import_module(f"llama_models.llama3{api}.{name}")
+    except ImportError as error:
+        raise UserError(f"llama-models cannot be imported ({error}): pip install -r requirements.txt") from error
 
 
 # ======================================================================================================================
@@ -1039,7 +1037,7 @@ def name_model(checkpoint: Checkpoint, reads_meta: bool) -> None:
         os.environ.setdefault("TT_CACHE_PATH", str(Path.home() / ".cache" / "tt_metal" / checkpoint.name))
 
 
-def wanted(work: Work) -> SamplingParams:
+def sampling_of(work: Work) -> SamplingParams:
     """How the item's next token is drawn: here each has one, for prompts are read whole."""
     assert work.sampling is not None
     return work.sampling
@@ -1222,12 +1220,12 @@ class TTEngine:
         )
         if on_card:
             return int(output[0])  # (tokens [1, 1], log_probs)
-        return sample(output.view(1, -1), [wanted(work)], [len(work.tokens)])[0]  # logits [1, 1, vocab]
+        return sample(output.view(1, -1), [sampling_of(work)], [len(work.tokens)])[0]  # logits [1, 1, vocab]
 
     def _decode(self, batch: Sequence[Work]) -> dict[int, int]:
         """One step of these slots, the others idle: each slot's next token."""
         batch = sorted(batch, key=operator.attrgetter("slot"))
-        decoding = {work.slot: wanted(work) for work in batch}
+        decoding = {work.slot: sampling_of(work) for work in batch}
         reset_batch = decoding != self._decoding
         self._decoding = {}  # until the step has succeeded
         if reset_batch:
@@ -1263,7 +1261,7 @@ class TTEngine:
         greedy: tuple[float, int, float, int | None] = (0.0, 1, 1.0, None if by_position else 0)
         entries = dict.fromkeys(slots, greedy)
         for work in batch:
-            sampling = wanted(work)
+            sampling = sampling_of(work)
             entries[work.slot] = greedy
             if not sampling.greedy:
                 k = min(sampling.top_k or MAX_TOP_K, MAX_TOP_K)
@@ -1277,8 +1275,9 @@ class TTEngine:
         """Release the traces, close the card, put the fabric back; a second call does nothing."""
         for name in ("_generator", "_prefill_forward", "_decode_forward"):
             self.__dict__.pop(name, None)
-        gc.unfreeze()
-        gc.collect()  # the Generator's destructor releases its traces, which must come before the mesh is closed
+        # The Generator's destructor releases its traces, which must come before the mesh is closed.
+        gc.unfreeze()  # what the command line froze once it was loaded
+        gc.collect()
         self._opened.close()
 
 
@@ -1708,7 +1707,7 @@ class EngineError(Exception):
 
 
 class LoadingStopped(Exception):
-    """Ctrl+C came while the engine was loading."""
+    """The scheduler was stopped while the engine was loading."""
 
 
 class Generation:
@@ -1871,7 +1870,7 @@ class Scheduler:
     """Continuous batching: one thread that loads the engine, runs it, and closes it.
 
     Between two steps requests leave and join. First come, first served. A step reads one token of every answer under
-    way, and of the prompts so much as keeps the step short. `state` is "loading", "healthy", "unhealthy" or "stopping".
+    way, and of the prompts so much as keeps the step short.
     """
 
     FAILURES = 3  # failed steps in a row after which the engine is given up
@@ -2080,28 +2079,20 @@ class Scheduler:
         common = next((i for i, (held, wanted) in enumerate(pairs) if held != wanted), most)
         return common if 2 * common > slot.held else 0
 
-    def _forget(self, slot: Slot) -> None:
-        self._engine.reserve(slot.index, 0)
-        slot.tokens, slot.held = [], 0
-
     def _plan(self, pace: Pace) -> list[Work]:
         """The next step: every answer's last token, then prompts, the one that came first first, within the budget."""
-        busy = [slot for slot in self._slots if slot.generation]
-        streams = [slot for slot in busy if slot.pending == 1]
-        prompts = [slot for slot in busy if slot.pending > 1]
-        budget = pace.budget(len(streams), len(prompts))
-        batch = []
-        for slot in [*streams, *sorted(prompts, key=lambda slot: slot.generation.submitted if slot.generation else 0)]:
-            assert slot.generation is not None
-            count = slot.pending if slot.pending == 1 or not self._engine.splits_prompts else min(slot.pending, budget)
-            if slot.pending > 1:
-                if budget <= 0:
-                    break
-                budget -= count
+        busy = [(slot, slot.generation) for slot in self._slots if slot.generation]
+        answers = [(slot, generation) for slot, generation in busy if slot.pending == 1]
+        prompts = [(slot, generation) for slot, generation in busy if slot.pending > 1]
+        budget = pace.budget(len(answers), len(prompts))
+        batch = [Work(slot.index, slot.tokens[-1:], slot.held, generation.sampling) for slot, generation in answers]
+        for slot, generation in sorted(prompts, key=lambda prompt: prompt[1].submitted):
+            if budget <= 0:
+                break
+            count = min(slot.pending, budget) if self._engine.splits_prompts else slot.pending
+            budget -= count
             tokens = slot.tokens[slot.held : slot.held + count]
-            batch.append(
-                Work(slot.index, tokens, slot.held, slot.generation.sampling if count == slot.pending else None)
-            )
+            batch.append(Work(slot.index, tokens, slot.held, generation.sampling if count == slot.pending else None))
         return batch
 
     def _deliver(self, batch: list[Work], tokens: list[int]) -> None:
@@ -2126,17 +2117,17 @@ class Scheduler:
             self._failures = 0
         self._finish(slot.generation, reason)
         slot.generation, slot.used = None, time.monotonic()
-        if self._engine.splits_prompts:
+        if self._engine.splits_prompts and reason != "error":
             del slot.tokens[slot.held :]
-        else:
-            self._forget(slot)
+        else:  # nothing that it holds is of use, or is to be trusted
+            self._engine.reserve(slot.index, 0)
+            slot.tokens, slot.held = [], 0
 
     def _step_failed(self, batch: list[Work], error: Exception) -> None:
-        """The requests of the step fail, and what their slots hold is not trusted; the others go on."""
+        """The requests of the step fail; the others go on."""
         logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
         for work in batch:
             self._leave(self._slots[work.slot], "error")
-            self._forget(self._slots[work.slot])
         self._failures += 1
         if self._failures >= self.FAILURES:
             self._give_up(f"{self._failures} steps in a row failed, the last with {type(error).__name__}")
@@ -3506,7 +3497,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data-parallel", type=count(1, 32), default=1, metavar="N", help=copies)
     add("--no-trace", action="store_true", help="do without traces, to debug; slower")
     add = parser.add_argument_group("about").add_argument
-    add("--verbose", action="store_true", help="log more: prompts, why requests were refused, who asks for /health")
+    add("--verbose", action="store_true", help="log more: prompts, refusals, who asks for /health, what ttnn says")
     add("--version", action="version", version=f"tt_api_server {__version__}")
     return parser.parse_args(arguments)
 
@@ -3727,7 +3718,7 @@ Press CTRL+C to stop the server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Exit status: 0 stopped as asked, 1 the engine failed, 2 wrong usage, 130 requests were cut short."""
+    """The program. Exit status: 0 stopped as asked, 1 the engine failed, 2 a UserError, 130 requests were cut short."""
     options = parse_arguments(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
