@@ -52,6 +52,7 @@ import contextlib
 import ctypes
 import difflib
 import errno
+import fcntl
 import functools
 import gc
 import hashlib
@@ -67,7 +68,6 @@ import json
 import logging
 import math
 import mmap
-import operator
 import os
 import queue
 import random
@@ -80,6 +80,7 @@ import socket
 import socketserver
 import sys
 import tempfile
+import termios
 import threading
 import time
 import urllib.parse
@@ -91,7 +92,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TextIO
 
 if TYPE_CHECKING:
     import torch
@@ -1224,7 +1225,7 @@ class TTEngine:
 
     def _decode(self, batch: Sequence[Work]) -> dict[int, int]:
         """One step of these slots, the others idle: each slot's next token."""
-        batch = sorted(batch, key=operator.attrgetter("slot"))
+        batch = sorted(batch, key=lambda work: work.slot)
         decoding = {work.slot: sampling_of(work) for work in batch}
         reset_batch = decoding != self._decoding
         self._decoding = {}  # until the step has succeeded
@@ -1843,7 +1844,6 @@ class Statistics:
     """What has been since the start. Of the requests accepted each finishes once, so that the figures add up."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self.accepted = 0
         self.finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
@@ -1851,19 +1851,17 @@ class Statistics:
 
     def finish(self, generation: Generation) -> None:
         """A request has finished, for whatever reason."""
-        now = time.monotonic()
-        with self._lock:
-            self.finished[generation.finish_reason or "error"] += 1
-            self.generated_tokens += generation.count
-            self.duration.observe(now - generation.submitted)
-            if generation.admitted is not None:
-                self.queue_time.observe(generation.admitted - generation.submitted)
-            if generation.first_token is not None:
-                self.prompt_tokens += len(generation.prompt)
-                self.cached_tokens += generation.cached
-                self.first_token.observe(generation.first_token - generation.submitted)
-                if generation.count > 1:
-                    self.per_token.observe((generation.last_token - generation.first_token) / (generation.count - 1))
+        self.finished[generation.finish_reason or "error"] += 1
+        self.generated_tokens += generation.count
+        self.duration.observe(time.monotonic() - generation.submitted)
+        if generation.admitted is not None:
+            self.queue_time.observe(generation.admitted - generation.submitted)
+        if generation.first_token is not None:
+            self.prompt_tokens += len(generation.prompt)
+            self.cached_tokens += generation.cached
+            self.first_token.observe(generation.first_token - generation.submitted)
+            if generation.count > 1:
+                self.per_token.observe((generation.last_token - generation.first_token) / (generation.count - 1))
 
 
 class Scheduler:
@@ -1885,7 +1883,7 @@ class Scheduler:
     ) -> None:
         self._state = "loading"
         self._error = ""
-        self.failure: BaseException | None = None  # why loading failed
+        self.failure: UserError | None = None  # why loading failed, if the user can help: for the command line to show
         self.doing: tuple[str, float | None] = ("starting", None)
         self.max_queue = max_queue
         self.max_seq_len = self.slot_share = 0  # tokens that a slot can hold, and that all slots can hold at once
@@ -1895,17 +1893,16 @@ class Scheduler:
         self._notify = notify  # called with "ready" when the engine is loaded, and with "ended" when the thread ends
         self._slots: list[Slot] = []
         self._queue: deque[Generation] = deque()
-        # Guards the state and the queue; what is in the slots changes in the scheduler's thread only.
+        # Guards the state, the queue and the statistics; what is in the slots changes in the scheduler's thread only.
         self._wake = threading.Condition()
         self._failures = 0
         self._step_began: float | None = None
         self.statistics = Statistics()
-        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.ended = False
 
     def start(self) -> None:
         """Start to load."""
-        self._thread.start()
+        threading.Thread(target=self._run, name="scheduler", daemon=True).start()
 
     # What the handlers' threads call:
 
@@ -1985,7 +1982,8 @@ class Scheduler:
 
     def _finish(self, generation: Generation, reason: str) -> None:
         generation.finish(reason)
-        self.statistics.finish(generation)
+        with self._wake:
+            self.statistics.finish(generation)
 
     # The scheduler's own thread:
 
@@ -2007,19 +2005,20 @@ class Scheduler:
                         self._state = "healthy"
                 self._progress("ready", 1.0)
                 self._notify("ready")
-                self._serve(engine)
+                self._serve()
         except LoadingStopped:
             pass
         except BaseException as error:
-            self.failure = error
-            if not isinstance(error, UserError):  # which the command line shows
+            if isinstance(error, UserError):
+                self.failure = error
+            else:
                 logger.error("the engine has failed", exc_info=error)
             self._give_up(f"the engine failed with {type(error).__name__}: the log says why")
         finally:
             self.ended = True
             self._notify("ended")
 
-    def _serve(self, engine: Engine) -> None:
+    def _serve(self) -> None:
         pace = Pace()
         while True:
             with self._wake:
@@ -2033,7 +2032,7 @@ class Scheduler:
                 continue
             self._step_began = began = time.monotonic()
             try:
-                tokens = engine.step(batch)
+                tokens = self._engine.step(batch)
             except Exception as error:
                 self._step_failed(batch, error)
                 continue
@@ -2203,12 +2202,12 @@ class Fields:
             raise ApiError(400, f"{name} must be a whole number from {low} to {high}, not {shown(value)}", name)
         return value
 
-    def flag(self, name: str, default: bool = False) -> bool:
-        """true or false."""
+    def flag(self, name: str) -> bool:
+        """true or false; absent is false."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
             raise ApiError(400, f"{name} must be true or false, not {shown(value)}", name)
-        return default if value is None else value
+        return bool(value)
 
     def text(self, name: str) -> str | None:
         """A string."""
@@ -2259,7 +2258,7 @@ class Fields:
                 near = [known for known in self._known if name and known.startswith(name)]
                 near = near or difflib.get_close_matches(name[:40], self._known, 1)
                 hint = f": did you mean {near[0]}?" if near else f": the fields are {', '.join(self._known)}"
-                raise ApiError(400, f"unknown field {shown(name)}{hint}", name)
+                raise ApiError(400, f"unknown field {shown(name)}{hint}", name[:100])
 
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -2283,7 +2282,7 @@ def clean_text(value: Any, name: str) -> str:
     """`value`, which must be a string; lone surrogates, which JSON can spell and UTF-8 cannot, become U+FFFD."""
     if not isinstance(value, str):
         raise ApiError(400, f"{name} must be a string, not {shown(value)}", name)
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return re.sub("[\ud800-\udfff]", "\ufffd", value)
 
 
 @dataclass
@@ -2397,13 +2396,27 @@ class Dialect:
         self._prompt = messages[-1][1]
         if system is not None:
             messages = [("system", system), *messages]
-        return TextRequest(self.server.tokenizer.encode_chat(messages), max_tokens, sampling, stop, stream)
+        return TextRequest(self.encode_chat(messages), max_tokens, sampling, stop, stream)
+
+    def encode_chat(self, messages: list[tuple[str, str]]) -> list[int]:
+        """The token ids of a conversation of (role, text)."""
+        self.check_length(sum(len(text) for _, text in messages))
+        return self.server.tokenizer.encode_chat(messages)
+
+    def check_length(self, characters: int) -> None:
+        """Refuse at once what is certainly too long: a token stands for 128 characters at most. Raises TooLong."""
+        context = self.server.scheduler.max_seq_len
+        if characters > 128 * context:
+            raise TooLong(
+                f"the prompt has {characters} characters, more than the {context} tokens of the context can stand for: "
+                "shorten it"
+            )
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The body of a plain answer."""
         return {"success": True, "prompt": self._prompt, "response": answer.text, **answer.figures()}
 
-    def piece(self, answer: Answer, text: str) -> bytes:
+    def piece(self, text: str) -> bytes:
         """A piece of a streamed answer."""
         return self.line({"response": text})
 
@@ -2467,7 +2480,7 @@ class ChatCompletions(Dialect):
         if not messages:
             raise ApiError(400, 'messages is missing: a list of {"role": ..., "content": ...}', "messages")
         request = self._read_common(fields, max_tokens)
-        request.prompt = self.server.tokenizer.encode_chat(messages)
+        request.prompt = self.encode_chat(messages)
         return request
 
     def _read_common(self, fields: Fields, max_tokens: int | None) -> TextRequest:
@@ -2501,7 +2514,7 @@ class ChatCompletions(Dialect):
         role, self._role = self._role, {}
         return {"delta": {**role, "content": text} if text or role else {}}
 
-    def _chunk(self, text: str, finish_reason: str | None) -> bytes:
+    def piece(self, text: str, finish_reason: str | None = None) -> bytes:
         choice = {"index": 0, **self._delta(text), "logprobs": None, "finish_reason": finish_reason}
         usage = {"usage": None} if self._include_usage else {}
         return self.line({**self._envelope, "object": self.chunk_kind, "choices": [choice], **usage})
@@ -2515,13 +2528,10 @@ class ChatCompletions(Dialect):
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def piece(self, answer: Answer, text: str) -> bytes:
-        return self._chunk(text, None)
-
     def end(self, answer: Answer) -> bytes:
         usage = {**self._envelope, "object": self.chunk_kind, "choices": [], "usage": self._usage(answer)}
         last = self.line(usage) if self._include_usage else b""
-        return self._chunk("", answer.finish_reason) + last + b"data: [DONE]\n\n"
+        return self.piece("", answer.finish_reason) + last + b"data: [DONE]\n\n"
 
     def error(self, error: ApiError) -> dict[str, Any]:
         kind = "invalid_request_error" if error.status < 500 else "server_error"
@@ -2550,6 +2560,7 @@ class Completions(ChatCompletions):
         if not prompt or not (listed or isinstance(prompt, str)):
             raise ApiError(400, "prompt must be one string, not empty, or one list of token ids", "prompt")
         request = self._read_common(fields, fields.integer("max_tokens", None, 1, 2**31))
+        self.check_length(0 if listed else len(prompt))
         request.prompt = prompt if listed else self.server.tokenizer.encode_document(clean_text(prompt, "prompt"))
         return request
 
@@ -2757,9 +2768,10 @@ MAX_HEADER_BYTES, MAX_HEADER_FIELDS = 65536, 100
 REQUEST_SECONDS = 30.0  # that a client may take for a header, for a body, and for each write
 IDLE_SECONDS = 60.0  # that a connection is kept between two requests
 SPARE_CONNECTIONS = 256  # beside one for each request that can be answered or wait
-CROWD = 32  # connections beyond those at once that are told so; more wait to be accepted
+CROWD, CROWD_SECONDS = 32, 0.1  # connections beyond those that are told so at once, and what each may take at least
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) (HTTP/1\.[01])")
 HEADER_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")  # RFC 9110, 5.6.2 and 5.5
+HOST = re.compile(r"([0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
 
 
 class TimedReader(io.RawIOBase):
@@ -2783,32 +2795,33 @@ class ApiHandler(BaseHTTPRequestHandler):
     """One connection: reads requests, answers them, one after the other."""
 
     server: ApiServer
-    # Without this an answer's second packet is held back by Nagle's algorithm until the client's delayed
-    # acknowledgement of the first: 40 ms for every request of a kept-alive connection.
-    disable_nagle_algorithm = True
     crowded = False  # there is no room for this connection, which is told so
     idle_seconds, request_seconds = IDLE_SECONDS, REQUEST_SECONDS
 
     # Requests and routes
 
     def setup(self) -> None:
-        """A connection is here."""
-        super().setup()
-        self.rfile.close()
+        """A connection is here. Instead of http.server's files it has a reader that knows of deadlines."""
+        self.connection = self.request
+        # Without this an answer's second packet is held back by Nagle's algorithm until the client's delayed
+        # acknowledgement of the first: 40 ms for every request of a kept-alive connection.
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.reader = TimedReader(self.connection)
-        self.rfile = self.buffer = io.BufferedReader(self.reader)
+        self.buffer = io.BufferedReader(self.reader)
 
     def handle_one_request(self) -> None:
         """Wait for a request, read it and answer it."""
         self.command, self.path, self.request_version, self.close_connection = "", "", "HTTP/1.1", True
         self.header: dict[str, str] = {}
-        self.status, self.outcome, self.streaming, self.unread, self.room = 0, "", False, False, 0
+        self.status, self.outcome, self.streaming, self.unread = 0, "", False, False
+        self.body = bytearray()
         self.dialect = Dialect(self.server)
         try:
-            with self.server.idle(self.connection), self._within(self.idle_seconds):
+            self.reader.deadline = time.monotonic() + self.idle_seconds
+            with self.server.idle(self):
                 if not self.buffer.peek(1):
                     return
-            with self._within(self.request_seconds, "header"):
+            with self._in_time("header"):
                 self._read_header()
             self._route()
         except ApiError as error:
@@ -2826,21 +2839,19 @@ class ApiHandler(BaseHTTPRequestHandler):
             logger.exception("an error in the server while it answered %s", self._target())
             self._send_error(ApiError(500, "the server failed on this request: its log says why"))
         finally:
-            if self.room:
-                self.server.give_room(self.room)
+            self.server.give_room(len(self.body))
+            self.body.clear()
         self._log()
 
     @contextlib.contextmanager
-    def _within(self, seconds: float, what: str = "") -> Iterator[None]:
-        """Read for so long. Where `what` has not come by then, who sends it is told; others get a TimeoutError."""
-        self.reader.deadline = time.monotonic() + seconds
+    def _in_time(self, what: str) -> Iterator[None]:
+        """Read `what`, within request_seconds. Raises ApiError where it takes longer."""
+        self.reader.deadline = time.monotonic() + self.request_seconds
         try:
             yield
         except TimeoutError as error:
-            if not what:
-                raise
-            self.close_connection = True
-            raise ApiError(408, f"the {what} did not come within {seconds:.0f} seconds: send it again") from error
+            late = f"the {what} did not come within {self.request_seconds:.0f} seconds: send it again"
+            raise ApiError(408, late) from error
 
     @property
     def endpoint(self) -> str:
@@ -2853,19 +2864,20 @@ class ApiHandler(BaseHTTPRequestHandler):
         Names are lower case; a field that comes twice has both values, with a comma. http.server's own, which is more
         lenient, takes four times as long. Raises ApiError, and ClientGone where the header breaks off.
         """
-        room = MAX_HEADER_BYTES
+        room, fields = MAX_HEADER_BYTES, 0
         first = ""
-        while (line := self.rfile.readline(room + 1)) not in (b"\r\n", b"\n") or not first:
+        while (line := self.buffer.readline(room + 1)) not in (b"\r\n", b"\n") or not first:
             if not line.endswith(b"\n") and len(line) <= room:
                 raise ClientGone
             room -= len(line)
-            if room < 0 or len(self.header) == MAX_HEADER_FIELDS:
+            if room < 0 or fields == MAX_HEADER_FIELDS:
                 limits = f"a header has at most {MAX_HEADER_FIELDS} fields and {MAX_HEADER_BYTES} bytes"
                 raise ApiError(431 if first else 414, limits)
-            text = line.decode("latin-1").rstrip("\r\n")
+            text = line.decode("latin-1").removesuffix("\n").removesuffix("\r")
             if not first:
                 first = text  # and empty lines before it do not count: RFC 9112, 2.2
             elif field := HEADER_FIELD.fullmatch(text):
+                fields += 1
                 name, value = field[1].lower(), field[2].strip(" \t")
                 self.header[name] = f"{self.header[name]}, {value}" if name in self.header else value
             else:
@@ -2874,11 +2886,12 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise ApiError(400, "the first line must be METHOD PATH HTTP/1.1")
         self.command, self.path, self.request_version = match.groups()
         if absolute := re.match(r"https?://([^/?]*)", self.path):  # as to a proxy: RFC 9112, 3.2.2
-            self.header["host"], self.path = absolute[1], self.path[absolute.end() :] or "/"
+            rest = self.path[absolute.end() :]
+            self.header["host"], self.path = absolute[1], rest if rest.startswith("/") else f"/{rest}"
         connection = self.header.get("connection", "").lower()
         stays = "close" not in connection if self.request_version == "HTTP/1.1" else "keep-alive" in connection
         self.close_connection = self.crowded or not stays
-        self.unread = "content-length" in self.header or "transfer-encoding" in self.header
+        self.unread = self.header.get("content-length", "0") != "0" or "transfer-encoding" in self.header
         # The path alone decides in which dialect a request is answered, errors too.
         if self.path.startswith("/v1"):
             self.dialect = (Completions if self.endpoint == "/v1/completions" else ChatCompletions)(self.server)
@@ -2889,7 +2902,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise ApiError(503, f"all {self.server.max_connections} connections are in use: try again in a moment")
         self._check_site()
         self._check_key(path)
-        body = self._read_body()
+        self._read_body()
         route = route_of(path)
         if route not in ROUTES:
             endpoints = ", ".join(f"{method} {known}" for known, (method, _) in ROUTES.items())
@@ -2897,35 +2910,38 @@ class ApiHandler(BaseHTTPRequestHandler):
         method, answer = ROUTES[route]
         allowed = ["OPTIONS", "GET", "HEAD"] if method == "GET" else ["OPTIONS", method]
         if self.command == "OPTIONS":
-            self._send(204, b"", "", Allow=", ".join(allowed), **self._preflight(method))
+            preflight = {
+                "Allow": ", ".join(allowed),
+                "Access-Control-Allow-Methods": method,
+                "Access-Control-Allow-Headers": "Content-Type, Authorization, *",  # * does not stand for Authorization
+                "Access-Control-Max-Age": "600",
+            }
+            self._send(204, b"", "", **preflight)
         elif self.command not in allowed:
             raise ApiError(405, f"{path} takes {method}, not {self.command}", Allow=", ".join(allowed))
         else:
-            answer(self, body)
+            answer(self)
 
-    def _read_body(self) -> bytes:
-        """The request's body, read whole whatever becomes of it, so that the connection can go on."""
-        length = self.header.get("content-length", "0")
+    def _read_body(self) -> None:
+        """Read the request's body whole, whatever becomes of it, so that the connection can go on."""
         if "transfer-encoding" in self.header:
             raise ApiError(411, "chunked bodies are not read: send the body with a Content-Length")
+        length = self.header.get("content-length", "0")
         if not re.fullmatch(r"[0-9]{1,18}", length):
             raise ApiError(400, "Content-Length must be given once, and be a number")
         if int(length) > MAX_BODY_BYTES:
             raise ApiError(413, f"the body has {length} bytes, and {MAX_BODY_BYTES} are taken")
-        if not self.server.take_room(int(length)):
-            raise ApiError(503, "the requests under way are too large together: try again in a moment")
-        self.room = int(length)
         if self.header.get("expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1":
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = bytearray()
-        with self._within(self.request_seconds, "body"):
-            while len(body) < int(length):
-                piece = self.rfile.read1(int(length) - len(body))
+        with self._in_time("body"):
+            while len(self.body) < int(length):
+                piece = self.buffer.read1(int(length) - len(self.body))
                 if not piece:
                     raise ClientGone
-                body += piece
+                if not self.server.take_room(len(piece)):
+                    raise ApiError(503, "the requests under way are too large together: try again in a moment")
+                self.body += piece
         self.unread = False
-        return bytes(body)
 
     def _check_site(self) -> None:
         """Refuse pages of other sites, which a browser lets ask any server that its user can reach.
@@ -2934,8 +2950,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         name that leads here is another site's (DNS rebinding).
         """
         host, origin = self.header.get("host"), self.header.get("origin")
-        if host is None and self.request_version == "HTTP/1.1":
-            raise ApiError(400, "a request of HTTP/1.1 must name its Host")
+        if not HOST.fullmatch(host or "") and (host is not None or self.request_version == "HTTP/1.1"):
+            raise ApiError(400, "a request names its Host once, as NAME or NAME:PORT")
         if host and self.server.on_loopback and not self.server.api_key and not is_loopback(f"//{host}"):
             raise ApiError(
                 403, f"the Host {printable(host)} is not this machine's: ask localhost, or give the server a key"
@@ -2962,7 +2978,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         if key is None or path == "/health" or self.command == "OPTIONS":
             return
         kind, _, text = self.header.get("authorization", "").partition(" ")
-        given = text.strip().encode("latin-1")
+        given = text.strip(" ").encode("latin-1")
         if kind.lower() == "basic":
             with contextlib.suppress(ValueError):
                 given = base64.b64decode(given, validate=True).partition(b":")[2]
@@ -2971,27 +2987,20 @@ class ApiHandler(BaseHTTPRequestHandler):
             message = "the API key is missing or wrong: send it with -H 'Authorization: Bearer KEY'"
             raise ApiError(401, message, None, "invalid_api_key", **challenge)
 
-    def _preflight(self, method: str) -> dict[str, str]:
-        return {
-            "Access-Control-Allow-Methods": method,
-            "Access-Control-Allow-Headers": "Content-Type, Authorization, *",  # * does not stand for Authorization
-            "Access-Control-Max-Age": "600",
-        }
-
-    def page(self, _body: bytes) -> None:
+    def page(self) -> None:
         """GET /."""
         self._send(200, PAGE.encode(), "text/html; charset=utf-8", **PAGE_HEADERS)
 
-    def health(self, _body: bytes) -> None:
+    def health(self) -> None:
         """GET /health."""
         status, report = self.server.health(is_loopback(f"//{self.header.get('host', '')}"))
-        self._send(status, json_line(report), "application/json", **({} if status == 200 else {"Retry-After": "1"}))
+        self._send(status, json_line(report), "application/json")
 
-    def metrics(self, _body: bytes) -> None:
+    def metrics(self) -> None:
         """GET /metrics."""
         self._send(200, metrics_text(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
-    def models(self, _body: bytes) -> None:
+    def models(self) -> None:
         """GET /v1/models and /v1/models/NAME: the one that is served."""
         server = self.server
         server.scheduler.check_available()
@@ -3002,23 +3011,17 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise model_not_found(name, server.model)
         self._send(200, json_line(model if name else {"object": "list", "data": [model]}), "application/json")
 
-    def complete(self, body: bytes) -> None:
+    def complete(self) -> None:
         """The one path of a request for text, in any dialect, streamed or not."""
         dialect = self.dialect
-        self.server.scheduler.check_available()
-        # A few at a time, or the work of a crowd would keep /health and the streams under way waiting.
-        with self.server.turns:
-            fields = self._json_object(body)
-            if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("%s", json.dumps(fields))
-            request = dialect.read(Fields(fields))
-            answer = self.server.submit(request, dialect.default_max_tokens)
+        answer = self._submit()
+        streams = answer.request.stream
         self.server.watch(self.connection, answer)
         try:
             for piece in answer.pieces():
-                if request.stream:
-                    self._send_piece(dialect.piece(answer, piece))
-            if request.stream:
+                if streams:
+                    self._send_piece(dialect.piece(piece))
+            if streams:
                 self._send_piece(dialect.end(answer), last=True)
             else:
                 self._send(200, json_line(dialect.whole(answer)), "application/json")
@@ -3032,9 +3035,21 @@ class ApiHandler(BaseHTTPRequestHandler):
                 f" first={figures['time_to_first_token_seconds']:.3f}s {figures['tokens_per_second']:.1f} tokens/s"
             )
 
-    def _json_object(self, body: bytes) -> dict[str, Any]:
+    def _submit(self) -> Answer:
+        """Read the JSON, of which nothing stays, for it may take thirty times the body's memory; queue the request."""
         if "content-length" not in self.header:
             raise ApiError(411, "the request has no body: send one, with its Content-Length")
+        self.server.scheduler.check_available()
+        # A few at a time, or the work of a crowd would keep /health and the streams under way waiting.
+        with self.server.turns:
+            if hung_up([self.connection]):
+                raise ClientGone
+            fields = self._json_object()
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug("%s", json.dumps(fields))
+            return self.server.submit(self.dialect.read(Fields(fields)), self.dialect.default_max_tokens)
+
+    def _json_object(self) -> dict[str, Any]:
         media_type = self.header.get("content-type", "nothing").partition(";")[0].strip()
         if media_type.lower() != "application/json":
             raise ApiError(
@@ -3042,13 +3057,13 @@ class ApiHandler(BaseHTTPRequestHandler):
             )
         example = 'send a JSON object, such as {"prompt": "Hello!"}'
         try:
-            value = json.loads(body or b"null")
+            value = json.loads(self.body or b"null")
         except (ValueError, RecursionError) as error:
             reasons = {UnicodeDecodeError: "it is not UTF-8", RecursionError: "it is nested too deeply"}
             reason = reasons.get(type(error), str(error).partition(";")[0])
             raise ApiError(400, f"the body is not JSON ({reason}): {example}") from error
         if not isinstance(value, dict):
-            raise ApiError(400, f"the body is {shown(value) if body else 'empty'}: {example}")
+            raise ApiError(400, f"the body is {shown(value) if self.body else 'empty'}: {example}")
         return value
 
     # Answers
@@ -3056,7 +3071,8 @@ class ApiHandler(BaseHTTPRequestHandler):
     def _send(self, status: int, body: bytes, content_type: str, **headers: str) -> None:
         """Send a whole answer."""
         framing = {} if status == 204 else {"Content-Length": str(len(body))}
-        head = self._head(status, content_type, {**framing, **headers})
+        retry = {"Retry-After": "1"} if status == 503 else {}
+        head = self._head(status, content_type, {**framing, **retry, **headers})
         self._write(head if self.command == "HEAD" else head + body)
 
     def _send_piece(self, data: bytes, last: bool = False) -> None:
@@ -3096,18 +3112,16 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Answer with an error; a stream that has begun ends with it."""
         logger.debug("%s: %s", self._target(), error)
         body = self.dialect.error(error)
-        headers = {"Retry-After": "1", **error.headers} if error.status == 503 else error.headers
         try:
             if self.streaming:
                 self._send_piece(self.dialect.line(body), last=True)
             else:
-                self._send(error.status, json_line(body), "application/json", **headers)
+                self._send(error.status, json_line(body), "application/json", **error.headers)
         except OSError:
             self.close_connection = True
 
     def finish(self) -> None:
         """Close so that the last answer arrives: a socket closed with unread input resets the connection."""
-        super().finish()
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(0.2)
@@ -3139,7 +3153,7 @@ class CrowdedHandler(ApiHandler):
     idle_seconds = request_seconds = 2.0
 
 
-ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
+ROUTES: dict[str, tuple[str, Callable[[ApiHandler], None]]] = {
     "/": ("GET", ApiHandler.page),
     "/health": ("GET", ApiHandler.health),
     "/metrics": ("GET", ApiHandler.metrics),
@@ -3166,7 +3180,7 @@ def metrics_text(server: ApiServer) -> str:
         lines.extend(f"tt_{name}{labels} {value}" for labels, value in samples.items())
 
     def label(text: str) -> str:
-        return json.dumps(text, ensure_ascii=False)
+        return json.dumps(printable(text), ensure_ascii=False)
 
     slots = scheduler.slots()
     info = f'{{model={label(server.model)},device={label(scheduler.device)},version="{__version__}"}}'
@@ -3217,20 +3231,29 @@ def is_loopback(url: str) -> bool:
 HANG_UP = getattr(select, "POLLRDHUP", 0)  # Linux tells that the other side has closed even behind unread input
 
 
-def arrivals(connections: Iterable[socket.socket]) -> dict[int, int]:
-    """What has come in on these connections, as poll() says it, by file descriptor."""
-    poll = select.poll()
-    for connection in connections:
-        if connection.fileno() >= 0:  # else it has just been closed
-            poll.register(connection, select.POLLIN | HANG_UP)
-    return dict(poll.poll(0))
+def arrivals(connections: Iterable[socket.socket]) -> dict[socket.socket, int]:
+    """The connections on which something has come in, with what it is as poll() says it."""
+    poll, by_number = select.poll(), {connection.fileno(): connection for connection in connections}
+    by_number.pop(-1, None)  # one that has just been closed
+    for number in by_number:
+        poll.register(number, select.POLLIN | HANG_UP)
+    return {by_number[number]: event for number, event in poll.poll(0)}
 
 
-def has_closed(connection: socket.socket, event: int) -> bool:
-    """Whether this event says that the other side has closed, or at least closed its sending side."""
-    with contextlib.suppress(OSError):
-        return bool(event & HANG_UP) or not connection.recv(1, socket.MSG_PEEK)
-    return True
+def hung_up(connections: Iterable[socket.socket]) -> list[socket.socket]:
+    """Those whose other side has closed, or its sending side at least. Never waits, whoever else reads from them."""
+    events = arrivals(connections)
+    if HANG_UP:
+        return [
+            connection for connection, event in events.items() if event & (HANG_UP | select.POLLHUP | select.POLLERR)
+        ]
+    gone = []
+    for connection in events:
+        with contextlib.suppress(OSError):
+            if any(fcntl.ioctl(connection, termios.FIONREAD, bytes(4))):  # there is something to read, not the end
+                continue
+        gone.append(connection)
+    return gone
 
 
 def is_address(url: str) -> bool:
@@ -3266,7 +3289,7 @@ class ApiServer(HTTPServer):
         self._idle: dict[socket.socket, None] = {}  # connections that wait for a request, the longest first
         self._answers: dict[socket.socket, Answer] = {}  # those that wait for an answer
         self._looked = 0.0  # when it was looked whether all of those are still there
-        self._crowd = threading.Semaphore(CROWD)
+        self._crowd: dict[socket.socket, float] = {}  # connections beyond those, and since when
 
     def server_bind(self) -> None:
         """Bind without http.server's look-up of this machine's name, which can take seconds."""
@@ -3307,8 +3330,8 @@ class ApiServer(HTTPServer):
         }
         if state == "loading":
             doing, done = scheduler.doing
-            seconds = round(time.monotonic() - self._started, 1)
-            report["progress"] = {"doing": doing, "done": done and round(done, 2), "seconds": seconds}
+            done = done and round(done, 2)
+            report["progress"] = {"doing": doing, "done": done, "seconds": report["uptime_seconds"]}
         if state == "unhealthy":
             report["error"] = scheduler.error
         return (200 if state == "healthy" else 503), {**report, "slots": scheduler.slots(), "queued": scheduler.queued}
@@ -3323,29 +3346,39 @@ class ApiServer(HTTPServer):
         """Give a new connection a thread of its own.
 
         Where all are in use, the connection that has waited longest for a request makes way. If none does, a few are
-        told that there is no room, each in a moment, and the next waits until one of those is done to be accepted.
+        told that there is no room, each in a moment. Those who take longer over it make way for the next.
         """
         with self._lock:
-            full = self.connections >= self.max_connections
-            longest = None
-            if full:
-                arrived = arrivals(self._idle)
-                longest = next((idle for idle in self._idle if idle.fileno() not in arrived), None)
-            if longest:
-                del self._idle[longest]
-                with contextlib.suppress(OSError):  # it has just gone by itself
-                    longest.shutdown(socket.SHUT_RDWR)
-            crowded = full and not longest
-            self.connections += not crowded
-        if crowded:
-            self._crowd.acquire()
+            crowded = self.connections >= self.max_connections and not self._make_way()
+            if not crowded:
+                self.connections += 1
+            else:
+                if len(self._crowd) >= CROWD:
+                    oldest, since = next(iter(self._crowd.items()))
+                    patience = max(0.0, since + CROWD_SECONDS - time.monotonic())
+                    if not self._lock.wait_for(lambda: len(self._crowd) < CROWD, patience):
+                        del self._crowd[oldest]
+                        with contextlib.suppress(OSError):
+                            oldest.shutdown(socket.SHUT_RDWR)
+                self._crowd[request] = time.monotonic()
         handler = CrowdedHandler if crowded else ApiHandler
         thread = threading.Thread(target=self._serve, args=(handler, request, client_address), daemon=True)
         try:
             thread.start()
         except RuntimeError:  # the system has no more threads to give
-            self._leave(handler)
+            self._leave(handler, request)
             raise
+
+    def _make_way(self) -> bool:
+        """Close the connection that has waited longest for a request; False where there is none."""
+        arrived = arrivals(self._idle)
+        longest = next((idle for idle in self._idle if idle not in arrived), None)
+        if longest is None:
+            return False
+        del self._idle[longest]
+        with contextlib.suppress(OSError):  # it has just gone by itself
+            longest.shutdown(socket.SHUT_RDWR)
+        return True
 
     def _serve(self, handler: type[ApiHandler], request: socket.socket, client_address: Any) -> None:
         try:
@@ -3354,39 +3387,40 @@ class ApiServer(HTTPServer):
             self.handle_error(request, client_address)
         finally:
             self.shutdown_request(request)
-            self._leave(handler)
+            self._leave(handler, request)
 
-    def _leave(self, handler: type[ApiHandler]) -> None:
+    def _leave(self, handler: type[ApiHandler], request: socket.socket) -> None:
         """A connection has ended."""
-        if handler.crowded:
-            self._crowd.release()
-            return
         with self._lock:
-            self.connections -= 1
+            if handler.crowded:
+                self._crowd.pop(request, None)
+            else:
+                self.connections -= 1
             self._lock.notify_all()
 
     @contextlib.contextmanager
-    def idle(self, connection: socket.socket) -> Iterator[None]:
-        """The connection waits for a request, and may be closed for the sake of another."""
+    def idle(self, handler: ApiHandler) -> Iterator[None]:
+        """The handler's connection waits for a request, and may be closed for the sake of another."""
         with self._lock:
-            self._idle[connection] = None
+            if not handler.crowded:
+                self._idle[handler.connection] = None
             self._lock.notify_all()
         try:
             yield
         finally:
             with self._lock:
-                self._idle.pop(connection, None)
+                self._idle.pop(handler.connection, None)
 
     def take_room(self, size: int) -> bool:
         """Count `size` bytes of a body as under way; False where they are too many with those that are."""
         with self._lock:
-            if self._bodies and self._bodies + size > MAX_BODIES_BYTES:
+            if self._bodies + size > MAX_BODIES_BYTES:
                 return False
             self._bodies += size
         return True
 
     def give_room(self, size: int) -> None:
-        """Such a body is done with."""
+        """Bodies of that size are done with."""
         with self._lock:
             self._bodies -= size
 
@@ -3407,12 +3441,9 @@ class ApiServer(HTTPServer):
             return
         with self._lock:
             answers = dict(self._answers)
-        events = arrivals(answers)
-        for connection, answer in answers.items():
-            event = events.get(connection.fileno())
-            if event and has_closed(connection, event):
-                answer.client_gone = True
-                self.scheduler.cancel(answer.generation)
+        for connection in hung_up(answers):
+            answers[connection].client_gone = True
+            self.scheduler.cancel(answers[connection].generation)
         self._looked = time.monotonic()
 
     def wait_until_idle(self, seconds: float) -> None:
@@ -3447,10 +3478,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and end."""
-        mistyped = message.partition("unrecognized arguments: ")[2].split()
-        near = [difflib.get_close_matches(name.partition("=")[0], self._option_string_actions, 1) for name in mistyped]
-        hint = "".join(f": did you mean {found[0]}?" for found in near[:1] if found)
-        super().error(message + hint)
+        mistyped = re.split("[ =]", message.partition("unrecognized arguments: ")[2])[0]
+        near = difflib.get_close_matches(mistyped, self._option_string_actions, 1)
+        super().error(message + (f": did you mean {near[0]}?" if near else ""))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -3523,16 +3553,22 @@ def bind(host: str, port: int) -> ApiServer:
 
 def room_for_connections(wanted: int) -> int:
     """So many, or as many as this process may have files open; the system's soft limit is raised as far as it goes."""
-    other = CROWD + 128  # files: the model's, the libraries', the log
+    needed = wanted + CROWD + 128  # files: the crowd's, the model's, the libraries', the log
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY
-    if soft != unlimited and soft < wanted + other:
-        soft = wanted + other if hard == unlimited else min(wanted + other, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft != unlimited and soft < wanted + other:
-        logger.warning("%d connections at most, for this system lets a process open %d files", soft - other, soft)
-        return max(1, soft - other)
-    return wanted
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    most = max(1, wanted - (needed - soft))
+    if most < wanted:
+        logger.warning("%d connections at most, for this system lets a process open %d files", most, soft)
+    return most
+
+
+def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print to whoever listens. That a terminal or a pipe has gone, or a disk is full, is no reason to stop."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end=end, file=file, flush=True)
 
 
 class Terminal:
@@ -3550,10 +3586,10 @@ class Terminal:
             filled = "" if done is None else f" [{'#' * round(30 * done):30}] {done:4.0%}"
             line = f"  {doing}{filled}  {seconds:.0f} s"
             ending = "\n" if doing == "ready" else ""
-            print(f"\r{line.ljust(len(self._shown))}", end=ending, file=sys.stderr, flush=True)
+            say(f"\r{line.ljust(len(self._shown))}", ending, sys.stderr)
             self._shown = line
         elif doing != self._shown:
-            print(f"  {doing}  {seconds:.0f} s", file=sys.stderr, flush=True)
+            say(f"  {doing}  {seconds:.0f} s", file=sys.stderr)
             self._shown = doing
 
 
@@ -3601,8 +3637,8 @@ def open_engine(checkpoint: Checkpoint, device: str, options: argparse.Namespace
 
 def serve(options: argparse.Namespace) -> int:
     """Bind, load, serve, stop; returns the exit status."""
-    if options.api_key == "":
-        raise UserError("the API key is empty: give the key, or neither TT_API_KEY nor --api-key")
+    if options.api_key is not None and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", options.api_key):
+        raise UserError("the API key is empty, or has other than printable ASCII characters: take one that has not")
     server = bind(options.host, options.port)
     server.api_key, server.allowed_origins = options.api_key, options.allow_origin
     slots = options.max_batch_size * options.data_parallel
@@ -3613,13 +3649,14 @@ def serve(options: argparse.Namespace) -> int:
     found = find_checkpoint(options.model)
     device = choose_device(options, found)
     server.model, server.folder = (found.name, str(found.folder)) if found else (DEMO_NAME, "")
-    print("Llama API Server on Tenstorrent\n" + "=" * 60)
+    say("Llama API Server on Tenstorrent\n" + "=" * 60)
     if found:
         note = f" ({found.note})" if found.note and device == "cpu" else ""
-        print(f"Model:  {found.name}, {found.folder}{note}")
+        say(f"Model:  {found.name}, {found.folder}{note}")
     else:
-        print(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served on the CPU")
-    print(f"Health: {url}/health, while it loads too\n", flush=True)
+        server.note = DEMO_NOTE
+        say(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served on the CPU")
+    say(f"Health: {url}/health, while it loads too\n")
     if not server.on_loopback and not server.api_key:
         logger.warning("anyone who can reach this machine can use this server: set TT_API_KEY to ask for a key")
 
@@ -3628,8 +3665,6 @@ def serve(options: argparse.Namespace) -> int:
         import_torch()
         checkpoint = found or demo_checkpoint(progress)
         server.folder = str(checkpoint.folder)
-        if found is None:
-            server.note = DEMO_NOTE
         progress("loading the tokenizer")
         server.tokenizer = ChatTokenizer(checkpoint.tokenizer_model)
         engine = open_engine(checkpoint, device, options, progress)
@@ -3649,25 +3684,23 @@ def serve(options: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     event = events.get()
     if event == "ready":
-        print(ready_message(url, scheduler.device, bool(server.api_key)), flush=True)
+        say(ready_message(url, scheduler.device, bool(server.api_key)))
         notify_systemd("READY=1")
         event = events.get()
         if event == "ended" and "NOTIFY_SOCKET" not in os.environ:  # else systemd is to start it again
             event = events.get()  # the engine has failed for good: /health says so until someone stops the server
-    if event == "ended" and isinstance(scheduler.failure, UserError):
+    if event == "ended" and scheduler.failure:
         raise scheduler.failure
     cut_short = False
     if event == "signal" and not scheduler.ended:
         notify_systemd("STOPPING=1")
         busy = scheduler.slots()["busy"] + scheduler.queued
         if busy:
-            print(
-                f"\nStopping when all under way is answered ({busy}). Press CTRL+C again to cut it short.", flush=True
-            )
+            say(f"\nStopping when all under way is answered ({busy}). Press CTRL+C again to cut it short.")
         cut_short = not drain(scheduler, events)
     server.wait_until_idle(seconds=2)
-    status = 1 if scheduler.failure or scheduler.error else 128 + signal.SIGINT if cut_short else 0
-    print("\nStopped." if status == 0 else "\nStopped before all was done.", flush=True)
+    status = 1 if scheduler.error else 128 + signal.SIGINT if cut_short else 0
+    say("\nStopped." if status == 0 else "\nStopped before all was done.")
     return status
 
 
@@ -3725,14 +3758,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return serve(options)
     except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        say(f"\nerror: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
     exit_status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
     # All is closed that needs closing. The interpreter's own way out would wait for threads in the middle of a load,
     # and print pages of warnings about what ttnn's bindings still hold.
     os._exit(exit_status)
