@@ -4995,12 +4995,16 @@ class SoakTest(unittest.TestCase):
             deadline = time.monotonic() + SOAK_SECONDS
             while time.monotonic() < deadline:
                 data = malformed(chance)
-                with dial(api.server_port, b"") as client:
+                reply = b""
+                with dial(api.server_port, b"") as client, contextlib.suppress(ConnectionError):
                     with contextlib.suppress(ConnectionError):  # refused before it was all sent
                         client.sendall(data)
+                    while select.select([client], [], [], 0.1)[0]:
+                        if not (piece := client.recv(65536)):
+                            break
+                        reply += piece
+                    else:  # it waits for what does not come
                         client.shutdown(socket.SHUT_WR)
-                    reply = b""
-                    with contextlib.suppress(ConnectionError):
                         while piece := client.recv(65536):
                             reply += piece
                 reply = reply.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -3282,7 +3282,7 @@ class ApiServer(HTTPServer):
         self.api_key: str | None = None
         self.allowed_origins: list[str] = []
         self.max_connections = 512
-        self.turns = threading.Semaphore(2)
+        self.turns = threading.Semaphore(2)  # to read a request's JSON and text
         self._started = time.monotonic()
         self._lock = threading.Condition()  # guards what follows
         self.connections = self._bodies = 0
