@@ -3923,7 +3923,7 @@ class TTServerTest(unittest.TestCase):
             ("MESH_DEVICE.*2 chips: N150, N300", ["--model", model], {**good, "MESH_DEVICE": "N333"}),
             ("T3K has 8 chips, this machine 2", ["--model", model], {**good, "MESH_DEVICE": "T3K"}),
             ("--data-parallel 3", ["--model", model, "--data-parallel", "3"], good),
-            ("1, 2, 4, 8, 16, 32.*7", ["--model", model, "--max-batch-size", "7"], good),
+            ("--max-batch-size is 7.*1, 2, 4, 8, 16, 32", ["--model", model, "--max-batch-size", "7"], good),
         ]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             starts = [pool.submit(run_to_end, "--port", "0", *options, **variables) for _, options, variables in cases]

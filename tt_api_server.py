@@ -1079,7 +1079,8 @@ class TTEngine:
         Raises UserError where the user can help. After any exception, KeyboardInterrupt too, the card is closed again.
         """
         if max_batch_size not in BATCH_SIZES:
-            raise UserError(f"a card decodes {', '.join(map(str, BATCH_SIZES))} slots together, not {max_batch_size}")
+            sizes = ", ".join(map(str, BATCH_SIZES))
+            raise UserError(f"--max-batch-size is {max_batch_size}, and a card decodes together one of {sizes}")
         self.max_batch_size = max_batch_size * data_parallel
         self.max_seq_len = max_seq_len
         self._slots_per_copy = max_batch_size
