@@ -2734,20 +2734,39 @@ class CliTest(unittest.TestCase):
                 self.assertEqual(process.wait(), 0, process.output)
                 self.assertNotIn("Traceback", process.output)
 
-    def test_a_terminal_that_is_gone(self) -> None:
-        """Nobody reads what it says any more: it serves, and stops in order, all the same."""
-        folder = random_checkpoint("meta", Shape())
-        command = [sys.executable, str(SERVER), "--port", "0", "--model", str(folder)]
-        variables = environment(**single_threaded())
-        process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.addCleanup(process.kill)
-        assert process.stdout
-        with process.stdout as output:
-            port = next(int(found[1]) for line in output if (found := re.search(r":(\d+)/health", line)))
-        wait_until(lambda: health(port)["status"] == "healthy")
-        self.assertEqual(chat(port, max_tokens=5)["tokens_generated"], 5)
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(PATIENCE), 0)
+    def test_nobody_reads_what_it_says(self) -> None:
+        """Its terminal is gone, a pipe is full, all three streams are closed: it serves, and stops in order."""
+        command = [sys.executable, str(SERVER), "--model", str(random_checkpoint("meta", Shape())), "--verbose"]
+        closed = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash"]
+        reading, full = os.pipe()
+        os.set_blocking(full, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(full, bytes(4096)):
+                pass
+        os.set_blocking(full, True)
+        gone_reading, gone = os.pipe()
+        os.close(gone_reading)
+        for name, output, wrapper in (("gone", gone, []), ("full", full, []), ("closed", None, closed)):
+            with self.subTest(name), socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+                free.close()
+                variables = environment(**single_threaded())
+                line = [*wrapper, *command, "--port", str(port)]
+                process = subprocess.Popen(line, env=variables, stdout=output, stderr=output)
+                self.addCleanup(process.kill)
+
+                def healthy(port: int = port) -> bool:
+                    with contextlib.suppress(OSError):
+                        return bool(health(port)["status"] == "healthy")
+                    return False
+
+                wait_until(healthy)
+                for _ in range(3):
+                    self.assertEqual(chat(port, max_tokens=5)["tokens_generated"], 5)
+                process.send_signal(signal.SIGTERM)
+                self.assertEqual(process.wait(PATIENCE), 0)
+        for number in (reading, full, gone):
+            os.close(number)
 
     def test_a_second_signal_cuts_them_short(self) -> None:
         process = self.start().ready()
@@ -2772,15 +2791,37 @@ class CliTest(unittest.TestCase):
 
     def test_the_wait_for_requests_in_flight_is_bounded(self) -> None:
         engine, events = FakeEngine(before_step=Gate(delay=0.01)), queue.SimpleQueue[str]()
-        scheduler = server.Scheduler(lambda progress: engine, 10, no_progress, events.put)
-        scheduler.start()
-        self.assertEqual(events.get(timeout=PATIENCE), "ready")
-        request = generation([1], 200)
-        scheduler.submit(request)
-        with mock.patch.object(server, "DRAIN_SECONDS", 0.1):
-            self.assertFalse(server.drain(scheduler, events))
-        self.assertEqual(request.finish_reason, "cancelled")
+        with fake_server(engine) as api, dial(api.server_port, post({"prompt": "Hello", "max_tokens": 200})) as client:
+            wait_until(lambda: api.under_way)
+            with mock.patch.object(server, "DRAIN_SECONDS", 0.1):
+                self.assertFalse(server.drain(api, events))
+            self.assertIn(b" 503 ", client.recv(65536)[:20])
         self.assertTrue(engine.closed)
+
+    def test_a_stop_waits_until_the_answer_is_delivered(self) -> None:
+        events = queue.SimpleQueue[str]()
+        request = post({"prompt": " " * 400_000, "max_tokens": 1}, "Connection: close")
+        with fake_server(FakeEngine(max_seq_len=5000)) as api, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            api.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(("127.0.0.1", api.server_port))
+                client.sendall(request)
+                wait_until(lambda: api.scheduler.statistics.finished["length"])
+                draining = pool.submit(server.drain, api, events)
+                wait_until(lambda: api.scheduler.ended)
+                time.sleep(0.2)
+                self.assertFalse(draining.done(), "it does not wait")
+                with client.makefile("rb") as file:
+                    self.assertIn(b'"tokens_generated": 1', file.read())
+            self.assertTrue(draining.result())
+
+    def test_two_signals_with_nothing_under_way(self) -> None:
+        """As of Ctrl+C where the terminal and a wrapper both pass it on: nothing was cut short."""
+        events = queue.SimpleQueue[str]()
+        events.put("signal")
+        with fake_server(FakeEngine()) as api:
+            self.assertTrue(server.drain(api, events))
 
 
 # ======================================================================================================================
@@ -4672,7 +4713,8 @@ class LoadTest(unittest.TestCase):
     def test_more_connections_than_there_is_room_for(self) -> None:
         """Those idle longest make way; where none is idle, others are told, and /health answers even then."""
         gate = Gate(opened=False)
-        with fake_server(FakeEngine(before_step=gate)) as api:
+        impatient = mock.patch.object(server, "LEAST_IDLE_SECONDS", 0.0)
+        with impatient, fake_server(FakeEngine(before_step=gate)) as api:
             api.max_connections = 10
             idle = [dial(api.server_port, b"") for _ in range(10)]
             wait_until(lambda: len(api._idle) == 10)
@@ -4699,6 +4741,37 @@ class LoadTest(unittest.TestCase):
                 self.assertIn(b" 200 ", connection.recv(65536)[:20])
                 connection.close()
             wait_until(lambda: api.connections == 0)
+
+    def test_newcomers_where_all_connections_are_in_use(self) -> None:
+        """They have a while to say what they want, and are told by a status; they do not push each other out."""
+        gate = Gate(opened=False)
+        patient = mock.patch.object(server, "LEAST_IDLE_SECONDS", PATIENCE)
+        with patient, fake_server(FakeEngine(before_step=gate)) as api, contextlib.ExitStack() as opened:
+            api.max_connections = 3
+            for _ in range(2):
+                opened.enter_context(dial(api.server_port, post({"prompt": "Hello"})))
+            wait_until(lambda: api.under_way == 2)
+            newcomers = [opened.enter_context(dial(api.server_port, b"")) for _ in range(9)]
+            for client in newcomers:
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                self.assertIn(b" 200 ", client.recv(65536)[:20])
+            gate.open()
+
+    def test_no_connection_is_idle_whose_request_has_come(self) -> None:
+        """None that is read, but not yet looked at, is lost where another connection wants the place."""
+        idle = server.ApiServer.idle
+
+        @contextlib.contextmanager
+        def wanted(api: server.ApiServer, handler: server.ApiHandler) -> Iterator[None]:
+            with idle(api, handler):
+                if api.scheduler.statistics.accepted:
+                    api._make_way()
+                yield
+
+        impatient = mock.patch.object(server, "LEAST_IDLE_SECONDS", 0.0)
+        with impatient, mock.patch.object(server.ApiServer, "idle", wanted), fake_server(FakeEngine()) as api:
+            answers = raw(api.server_port, post({"prompt": "Hello", "max_tokens": 1}) * 3)
+            self.assertEqual(answers.count(b" 200 OK"), 3)
 
     def test_bodies_that_are_too_large_together(self) -> None:
         large = post({"prompt": "x" * 4000})
@@ -4875,6 +4948,25 @@ class TextAttackTest(unittest.TestCase):
                     self.assertRegex(reply.json["error"], "tokens")
             slowest = max(waits, default=0.0)
             print(f"\na megabyte of {name}: {time.monotonic() - began:.2f} s, /health {slowest:.2f} s", end="")
+
+    def test_what_is_certainly_too_long(self) -> None:
+        """Refused before it is tokenized, or even taken apart."""
+        with fake_server(FakeEngine()) as api, mock.patch.object(api.tokenizer, "encode_text") as encode:
+            for count, text, reason in ((128 * 256 + 1, "a", "characters"), (16 * 256 + 1, ",", "commas")):
+                for path, body in (
+                    ("/chat", {"prompt": text * count}),
+                    ("/chat", {"prompt": "Hello", "system": text * count}),
+                    ("/v1/chat/completions", {"messages": [{"role": "user", "content": text * count}]}),
+                    ("/v1/completions", {"prompt": text * count}),
+                ):
+                    reply = ask(api.server_port, "POST", path, body)
+                    self.assertEqual(reply.status, 400)
+                    self.assertRegex(str(reply.json["error"]), rf"has \d+ {reason}")
+            encode.assert_not_called()
+        longest = ",,,,,,,,"  # no token has more of them
+        self.assertEqual(len(tokenizer().encode_text(longest)), 1)
+        self.assertEqual(max(tokenizer().decode_bytes([token]).count(b",") for token in range(128000)), len(longest))
+        self.assertEqual(max(len(tokenizer().decode_bytes([token])) for token in range(128000)), 128)
 
     def test_special_tokens_in_every_field(self) -> None:
         """They are text: the prompt has no more special tokens than its format."""

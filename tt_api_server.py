@@ -44,6 +44,7 @@ Generation is all that they share.
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import bisect
 import codecs
@@ -2767,7 +2768,8 @@ PAGE_HEADERS = {
 MAX_BODY_BYTES, MAX_BODIES_BYTES = 8 << 20, 256 << 20  # of one request, and of all that are under way
 MAX_HEADER_BYTES, MAX_HEADER_FIELDS = 65536, 100
 REQUEST_SECONDS = 30.0  # that a client may take for a header, for a body, and for each write
-IDLE_SECONDS = 60.0  # that a connection is kept between two requests
+IDLE_SECONDS = 60.0  # that a connection is kept without a request
+LEAST_IDLE_SECONDS = 1.0  # that one is kept so even where all are in use
 SPARE_CONNECTIONS = 256  # beside one for each request that can be answered or wait
 CROWD, CROWD_SECONDS = 32, 0.1  # connections beyond those that are told so at once, and what each may take at least
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) (HTTP/1\.[01])")
@@ -2776,11 +2778,17 @@ HOST = re.compile(r"([0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
 
 
 class TimedReader(io.RawIOBase):
-    """A socket's bytes until a deadline, of time.monotonic(): who sends one now and then gains no time by it."""
+    """A socket's bytes until a deadline, of time.monotonic(): who sends one now and then gains no time by it.
+
+    `waiting` makes a context that is entered while it waits; nothing is taken from the socket within it.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
         self.deadline = math.inf
+        self.waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def readable(self) -> bool:
         """Yes."""
@@ -2788,7 +2796,9 @@ class TimedReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """What has come, waiting for the first byte. Raises TimeoutError."""
-        self._connection.settimeout(max(0.001, self.deadline - time.monotonic()))
+        with self.waiting():
+            if not self._poll.poll(max(0.0, 1000 * (self.deadline - time.monotonic()))):
+                raise TimeoutError
         return self._connection.recv_into(buffer)
 
 
@@ -2819,9 +2829,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.dialect = Dialect(self.server)
         try:
             self.reader.deadline = time.monotonic() + self.idle_seconds
-            with self.server.idle(self):
-                if not self.buffer.peek(1):
-                    return
+            self.reader.waiting = functools.partial(self.server.idle, self)
+            if not self.buffer.peek(1):
+                return
+            self.reader.waiting = contextlib.nullcontext
             with self._in_time("header"):
                 self._read_header()
             self._route()
@@ -3056,6 +3067,10 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise ApiError(
                 415, f"the body is {printable(media_type)}: send JSON, with -H 'Content-Type: application/json'"
             )
+        # json.loads holds all threads up while it makes something of each comma. A token has no more than 8 of them.
+        commas, context = self.body.count(b","), self.server.scheduler.max_seq_len
+        if commas > 16 * context:
+            raise TooLong(f"the body has {commas} commas, more than the {context} tokens of the context: shorten it")
         example = 'send a JSON object, such as {"prompt": "Hello!"}'
         try:
             value = json.loads(self.body or b"null")
@@ -3287,7 +3302,9 @@ class ApiServer(HTTPServer):
         self._started = time.monotonic()
         self._lock = threading.Condition()  # guards what follows
         self.connections = self._bodies = 0
-        self._idle: dict[socket.socket, None] = {}  # connections that wait for a request, the longest first
+        self._idle: dict[
+            socket.socket, float
+        ] = {}  # connections that wait for a request, the longest first, since when
         self._answers: dict[socket.socket, Answer] = {}  # those that wait for an answer
         self._looked = 0.0  # when it was looked whether all of those are still there
         self._crowd: dict[socket.socket, float] = {}  # connections beyond those, and since when
@@ -3371,9 +3388,9 @@ class ApiServer(HTTPServer):
             raise
 
     def _make_way(self) -> bool:
-        """Close the connection that has waited longest for a request; False where there is none."""
-        arrived = arrivals(self._idle)
-        longest = next((idle for idle in self._idle if idle not in arrived), None)
+        """Close the connection that has waited longest for a request; False where none has waited for a while."""
+        arrived, latest = arrivals(self._idle), time.monotonic() - LEAST_IDLE_SECONDS
+        longest = next((idle for idle, since in self._idle.items() if since < latest and idle not in arrived), None)
         if longest is None:
             return False
         del self._idle[longest]
@@ -3404,7 +3421,7 @@ class ApiServer(HTTPServer):
         """The handler's connection waits for a request, and may be closed for the sake of another."""
         with self._lock:
             if not handler.crowded:
-                self._idle[handler.connection] = None
+                self._idle[handler.connection] = time.monotonic()
             self._lock.notify_all()
         try:
             yield
@@ -3446,6 +3463,11 @@ class ApiServer(HTTPServer):
             answers[connection].client_gone = True
             self.scheduler.cancel(answers[connection].generation)
         self._looked = time.monotonic()
+
+    @property
+    def under_way(self) -> int:
+        """Requests that are queued or generated, or whose answer is being delivered."""
+        return len(self._answers)
 
     def wait_until_idle(self, seconds: float) -> None:
         """Wait, so many seconds at most, until no request is being answered."""
@@ -3566,10 +3588,56 @@ def room_for_connections(wanted: int) -> int:
     return most
 
 
-def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print to whoever listens. That a terminal or a pipe has gone, or a disk is full, is no reason to stop."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, end=end, file=file, flush=True)
+class Output(io.TextIOBase):
+    """A stream that a thread of its own writes to.
+
+    A pipe that nobody reads holds nobody up, and a terminal that is gone or a full disk ends nothing: what cannot be
+    written is lost.
+    """
+
+    _texts: ClassVar[queue.Queue[tuple[TextIO, str]]] = queue.Queue(10_000)  # of all streams, so that the order stays
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream  # None: it was closed before the start
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return self._stream is not None and self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        """Have it written."""
+        if self._stream:
+            with contextlib.suppress(queue.Full):
+                self._texts.put_nowait((self._stream, text))
+        return len(text)
+
+    @classmethod
+    def start(cls) -> None:
+        """Put this in the place of standard output and standard error."""
+        while (
+            number := os.open(os.devnull, os.O_RDWR)
+        ) <= 2:  # where they are closed, no socket shall be taken for them
+            pass
+        os.close(number)
+        sys.stdout, sys.stderr = cls(sys.stdout), cls(sys.stderr)
+        threading.Thread(target=cls._run, name="output", daemon=True).start()
+        atexit.register(cls.finish)  # for a traceback that ends the program
+
+    @classmethod
+    def _run(cls) -> None:
+        while True:
+            stream, text = cls._texts.get()
+            with contextlib.suppress(OSError, ValueError):
+                stream.write(text)
+                stream.flush()
+            cls._texts.task_done()
+
+    @classmethod
+    def finish(cls) -> None:
+        """Wait until all is written, a second at most."""
+        deadline = time.monotonic() + 1
+        while cls._texts.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 class Terminal:
@@ -3587,10 +3655,10 @@ class Terminal:
             filled = "" if done is None else f" [{'#' * round(30 * done):30}] {done:4.0%}"
             line = f"  {doing}{filled}  {seconds:.0f} s"
             ending = "\n" if doing == "ready" else ""
-            say(f"\r{line.ljust(len(self._shown))}", ending, sys.stderr)
+            print(f"\r{line.ljust(len(self._shown))}", end=ending, file=sys.stderr)
             self._shown = line
         elif doing != self._shown:
-            say(f"  {doing}  {seconds:.0f} s", file=sys.stderr)
+            print(f"  {doing}  {seconds:.0f} s", file=sys.stderr)
             self._shown = doing
 
 
@@ -3650,14 +3718,14 @@ def serve(options: argparse.Namespace) -> int:
     found = find_checkpoint(options.model)
     device = choose_device(options, found)
     server.model, server.folder = (found.name, str(found.folder)) if found else (DEMO_NAME, "")
-    say("Llama API Server on Tenstorrent\n" + "=" * 60)
+    print("Llama API Server on Tenstorrent\n" + "=" * 60)
     if found:
         note = f" ({found.note})" if found.note and device == "cpu" else ""
-        say(f"Model:  {found.name}, {found.folder}{note}")
+        print(f"Model:  {found.name}, {found.folder}{note}")
     else:
         server.note = DEMO_NOTE
-        say(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served on the CPU")
-    say(f"Health: {url}/health, while it loads too\n")
+        print(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served on the CPU")
+    print(f"Health: {url}/health, while it loads too\n")
     if not server.on_loopback and not server.api_key:
         logger.warning("anyone who can reach this machine can use this server: set TT_API_KEY to ask for a key")
 
@@ -3685,7 +3753,7 @@ def serve(options: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     event = events.get()
     if event == "ready":
-        say(ready_message(url, scheduler.device, bool(server.api_key)))
+        print(ready_message(url, scheduler.device, bool(server.api_key)))
         notify_systemd("READY=1")
         event = events.get()
         if event == "ended" and "NOTIFY_SOCKET" not in os.environ:  # else systemd is to start it again
@@ -3693,15 +3761,14 @@ def serve(options: argparse.Namespace) -> int:
     if event == "ended" and scheduler.failure:
         raise scheduler.failure
     cut_short = False
-    if event == "signal" and not scheduler.ended:
+    if event == "signal":
         notify_systemd("STOPPING=1")
-        busy = scheduler.slots()["busy"] + scheduler.queued
-        if busy:
-            say(f"\nStopping when all under way is answered ({busy}). Press CTRL+C again to cut it short.")
-        cut_short = not drain(scheduler, events)
+        if server.under_way:
+            print(f"\nStopping when all is answered ({server.under_way}). Press CTRL+C again to cut it short.")
+        cut_short = not drain(server, events)
     server.wait_until_idle(seconds=2)
     status = 1 if scheduler.error else 128 + signal.SIGINT if cut_short else 0
-    say("\nStopped." if status == 0 else "\nStopped before all was done.")
+    print("\nStopped." if status == 0 else "\nStopped before all was done.")
     return status
 
 
@@ -3716,22 +3783,24 @@ def notify_systemd(state: str) -> None:
             logger.warning("systemd does not hear %s at NOTIFY_SOCKET: %s", state, error)
 
 
-def drain(scheduler: Scheduler, events: queue.SimpleQueue[str]) -> bool:
-    """Let the requests in flight finish, within DRAIN_SECONDS and until the next signal; returns whether they did."""
+def drain(server: ApiServer, events: queue.SimpleQueue[str]) -> bool:
+    """Let the requests under way be answered, within DRAIN_SECONDS and until the next signal; returns whether all were.
 
-    def ends_within(seconds: float) -> bool:
-        with contextlib.suppress(queue.Empty):
-            while (event := events.get(timeout=seconds)) == "ready":
-                pass
-            return event == "ended"
-        return False
-
+    Ends the scheduler, and with it the engine, in any case.
+    """
+    scheduler = server.scheduler
     scheduler.stop(drain=True)
-    if ends_within(0 if scheduler.error else DRAIN_SECONDS):
-        return True
+    deadline = time.monotonic() + (0 if scheduler.error else DRAIN_SECONDS)
+    while (server.under_way or not scheduler.ended) and time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            if events.get(timeout=0.05) == "signal":
+                break
+    cut_short = server.under_way > 0
     scheduler.stop(drain=False)
-    ends_within(10)
-    return False
+    deadline = time.monotonic() + 10
+    while not scheduler.ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return scheduler.ended and not cut_short
 
 
 def ready_message(url: str, device: str, wants_key: bool) -> str:
@@ -3754,17 +3823,19 @@ Press CTRL+C to stop the server
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Exit status: 0 stopped as asked, 1 the engine failed, 2 a UserError, 130 requests were cut short."""
     options = parse_arguments(arguments)
+    Output.start()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     try:
         return serve(options)
     except UserError as error:
-        say(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
     exit_status = main()
+    Output.finish()
     # All is closed that needs closing. The interpreter's own way out would wait for threads in the middle of a load,
     # and print pages of warnings about what ttnn's bindings still hold.
     os._exit(exit_status)
