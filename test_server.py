@@ -781,6 +781,21 @@ class CheckpointTest(unittest.TestCase):
         with mock.patch.dict(os.environ, environment(), clear=True):
             self.assertIsNone(server.find_checkpoint(None))
 
+    def test_a_model_of_hugging_faces_cache_has_its_name_and_not_its_commits(self) -> None:
+        snapshot = "hub/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/0e9e39f2"
+        files = {
+            f"{snapshot}/{file}": content
+            for file, content in (("config.json", Shape().config), ("m.safetensors", None))
+        }
+        home = self.folder("home", files)
+        refs = home / snapshot / "../../refs"
+        refs.mkdir()
+        (refs / "main").write_text("0e9e39f2")
+        for model in ("meta-llama/Llama-3.1-8B-Instruct", str(home / snapshot)):
+            with self.subTest(model), mock.patch.dict(os.environ, environment(HF_HOME=str(home)), clear=True):
+                found = server.find_checkpoint(model)
+                self.assertEqual(found and found.name, "Llama-3.1-8B-Instruct")
+
     @unittest.skipUnless(Path("/proc/self/status").exists(), "memory is read from /proc, which is Linux's")
     def test_loading_never_holds_two_copies_of_the_weights(self) -> None:
         """Memory of our own, mapped files aside, must never grow by more than the weights in the engine's precision."""
@@ -886,6 +901,11 @@ class CheckpointErrorTest(unittest.TestCase):
                 "an incomplete configuration": (folder("half", params__json={"dim": 64}, **weights), {}, ["n_heads"]),
                 "a null in the configuration": (
                     folder("null", config__json={**Shape().config, "hidden_size": None}, **tensors),
+                    {},
+                    ["configuration", "download"],
+                ),
+                "a null that no shape depends on": (
+                    folder("null-eps", config__json={**Shape().config, "rms_norm_eps": None}, **tensors),
                     {},
                     ["configuration", "download"],
                 ),
@@ -1368,6 +1388,11 @@ class SchedulerTest(unittest.TestCase):
                 scheduler.submit(request)
                 self.assertEqual(collect(request), endless[:count])
                 self.assertEqual((request.finish_reason, request.count), (reason, count))
+
+    def test_a_state_that_changes_while_it_is_asked_for(self) -> None:
+        states = mock.PropertyMock(side_effect=["loading", "healthy"])
+        with scheduling(FakeEngine()) as scheduler, mock.patch.object(server.Scheduler, "state", states):
+            self.assertRaisesRegex(server.Unavailable, "still loading", scheduler.check_available)
 
     def test_first_come_first_served(self) -> None:
         for slots in (1, 3):

@@ -175,6 +175,12 @@ class LlamaConfig:
     max_position: int
     tied: bool  # output.weight may be missing: it is the embedding
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where a number is none, or not above 0: else the first step would fail, or every one."""
+        for name, value in {**vars(self), **(self.rope_scaling._asdict() if self.rope_scaling else {})}.items():
+            if name not in ("rope_scaling", "tied") and not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"{name} is {value!r}")
+
     @staticmethod
     def from_meta(params: dict[str, Any], hf_config: dict[str, Any] | None) -> LlamaConfig:
         """Read Meta's params.json; what it does not say comes from the config.json beside it, if there is one."""
@@ -428,7 +434,10 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     hf = find_hf_folder(folder)
     parts = len(list(meta.glob("consolidated.*.pth"))) if meta else 0
     has_hf_weights = hf is not None and any(hf.glob("*.safetensors"))
-    name = name or (folder.parent if folder.name == "original" else folder).name
+    home = folder.parent if folder.name == "original" else folder
+    if home.parent.name == "snapshots":  # of Hugging Face's cache: models--OWNER--NAME/snapshots/COMMIT
+        name = name or home.parents[1].name.rpartition("--")[2]
+    name = name or home.name
     try:
         # Meta's file needs no further package, and config.json, which alone tells the rotary scaling, is read with it.
         if meta and parts == 1:
@@ -439,7 +448,7 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
         if hf and has_hf_weights:
             note = f"Meta's layout is here in {parts} parts: Hugging Face's is used" if parts else ""
             return Checkpoint(hf, "hf", LlamaConfig.from_hf(read_json(hf / "config.json")), name, note)
-    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:  # no such name, null, 0
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:  # no such name, null, 0
         raise UserError(f"{folder}: the model's configuration is damaged ({error!r}): download it again") from error
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
@@ -1944,8 +1953,8 @@ class Scheduler:
             "unhealthy": f"the engine has failed and the server must be started again: {self.error}",
             "stopping": "the server is stopping",
         }
-        if self.state != "healthy":
-            raise Unavailable(reasons[self.state])
+        if (state := self.state) != "healthy":  # looked at once: it may be another a moment later
+            raise Unavailable(reasons[state])
 
     def cancel(self, generation: Generation, reason: str = "cancelled") -> None:
         """End the request, wherever it is; its slot is free before the next step. "stop": its text is complete."""
@@ -2344,19 +2353,15 @@ class Answer:
             raise ApiError(503, "the server stopped before the answer was complete: send the request again")
         self.finish_reason = "stop" if self._stream.stopped else self.generation.finish_reason or ""
 
-    @property
-    def time_to_first_token(self) -> float:
-        """Seconds from submission."""
-        return (self.generation.first_token or time.monotonic()) - self.generation.submitted
-
     def figures(self) -> dict[str, Any]:
         """The figures, as /chat gives them."""
+        first_token = self.generation.first_token or time.monotonic()
         return {
             "tokens_generated": self.count,
             "time_seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.count / max(self.seconds, 1e-9), 1),
             "prompt_tokens": len(self.generation.prompt),
-            "time_to_first_token_seconds": round(self.time_to_first_token, 3),
+            "time_to_first_token_seconds": round(first_token - self.generation.submitted, 3),
             "finish_reason": self.finish_reason,
         }
 
