@@ -27,6 +27,7 @@ import contextlib
 import faulthandler
 import functools
 import gc
+import gzip
 import hashlib
 import http.client
 import http.server
@@ -40,6 +41,7 @@ import os
 import queue
 import random
 import re
+import resource
 import select
 import selectors
 import shlex
@@ -1968,6 +1970,8 @@ class HttpErrorTest(unittest.TestCase):
             self.check(ask(self.port, "POST", "/chat", small, {"Content-Type": media_type}), 415, "application/json")
         reply = ask(self.port, "POST", "/chat", small, {"Content-Type": "Application/JSON; charset=utf-8"})
         self.assertEqual(reply.status, 200)
+        compressed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        self.check(ask(self.port, "POST", "/chat", gzip.compress(small), compressed), 415, "compression")
         self.check(self.answer(head + b"\r\n"), 411, "Content-Length")
         self.check(self.answer(head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"), 411, "Content-Length")
         for length in (b"x", b"-1", b"+5", b"1_0", b"5\r\nContent-Length: 6"):
@@ -2705,6 +2709,8 @@ class CliTest(unittest.TestCase):
             (["--allow-origin", "app.example"], "--allow-origin: must be .*https://"),
             (["--device", "cpu", "--port", "0", "--data-parallel", "2"], "--data-parallel .* a card"),
             (["extra"], "extra"),
+            ([model], f"did you mean --model {re.escape(model)}[?]"),
+            (["--host", ""], "--host is empty"),
         ]
         if not has("ttnn"):
             cases.append((["--port", "0", "--model", model, "--device", "tt"], "--device tt|ttnn|[Tt]enstorrent"))
@@ -2758,6 +2764,17 @@ class CliTest(unittest.TestCase):
                 self.assertEqual((last["done"], last["tokens_generated"]), (True, 300))
                 self.assertEqual(process.wait(), 0, process.output)
                 self.assertNotIn("Traceback", process.output)
+
+    def test_a_limit_of_open_files_that_cannot_be_raised(self) -> None:
+        """Fewer connections, and a word in the log; where they would be too few for the slots, an error."""
+        refused = mock.patch.object(resource, "setrlimit", side_effect=ValueError("not allowed"))
+        limits = mock.patch.object(resource, "getrlimit", return_value=(256, resource.RLIM_INFINITY))
+        with refused, limits, self.assertLogs(server.logger, logging.WARNING):
+            self.assertIn(server.room_for_connections(32, 256), range(32, 128))
+        limited = f"ulimit -n 80; exec {shlex.quote(sys.executable)} {shlex.quote(str(SERVER))} --port 0"
+        done = subprocess.run(["bash", "-c", limited], env=environment(), capture_output=True, text=True, timeout=30)
+        self.assertEqual(done.returncode, 2)
+        self.assertRegex(done.stderr, r"error: this system lets a process open 80 files, .*: ulimit -n \d+\n$")
 
     def test_nobody_reads_what_it_says(self) -> None:
         """Its terminal is gone, a pipe is full, all three streams are closed: it serves, and stops in order."""
@@ -4518,7 +4535,7 @@ class AccessTest(unittest.TestCase):
         for key in ("", " ", "clé", "a\nb", "key "):  # nor by one that a header cannot carry as it is
             ended = run_to_end("--port", "0", "--api-key", key)
             self.assertEqual(ended.returncode, 2)
-            self.assertIn("the API key is empty, or", ended.stderr)
+            self.assertIn("the API key may have" if key else "the API key is empty", ended.stderr)
 
     def test_other_sites(self) -> None:
         process = random_server(
@@ -4831,11 +4848,20 @@ class SlowClientTest(unittest.TestCase):
             self.assertEqual(reply.count(b"HTTP/1.1"), 1, "closed without a word, after the answer")
 
     def test_a_reader_that_stops_reading(self) -> None:
-        """Its slot is free after a while, and the others' answers are what they are."""
+        """Its slot is free after a while, and the others' answers are what they are; here with small buffers."""
+        self.stop_reading((socket.SO_SNDBUF, socket.SO_RCVBUF))
+
+    @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT"), "only Linux tells")
+    def test_a_reader_that_stops_reading_before_the_buffers_are_full(self) -> None:
+        self.stop_reading((socket.SO_RCVBUF,))
+
+    def stop_reading(self, small: Sequence[int]) -> None:
+        """See what becomes of a client that reads nothing, with these buffers small."""
         engine = FakeEngine(max_seq_len=5000, before_step=Gate(0.001))
         with mock.patch.object(server, "REQUEST_SECONDS", 1.0), fake_server(engine) as api:
             stuck = socket.socket()
-            for end, option in ((api.socket, socket.SO_SNDBUF), (stuck, socket.SO_RCVBUF)):
+            for option in small:
+                end = api.socket if option == socket.SO_SNDBUF else stuck
                 end.setsockopt(socket.SOL_SOCKET, option, 4096)
             with contextlib.closing(stuck):
                 stuck.connect(("127.0.0.1", api.server_port))

@@ -88,7 +88,7 @@ import urllib.parse
 import uuid
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -2250,16 +2250,19 @@ class Fields:
                 raise ApiError(400, must, where)
             role = message.get("role")
             if not isinstance(role, str) or role not in ROLES:
-                must = f"{where}.role must be one of {', '.join(ROLES)}, not {shown(role)}"
+                must = f"{where}.role must be one of {', '.join(ROLES)}, not {shown(role) if role else 'missing'}"
                 raise ApiError(400, must, f"{where}.role")
-            parts = message.get("content")
-            if isinstance(parts, list):
-                texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-                if len(texts) < len(parts):
-                    must = f'{where}.content has a part that is not {{"type": "text", "text": ...}}'
-                    raise ApiError(400, must, f"{where}.content")
-                parts = "".join(clean_text(text, f"{where}.content") for text in texts)
-            messages.append((ROLES[role], clean_text(parts, f"{where}.content")))
+            content = message.get("content")
+            if isinstance(content, list):
+                for part in content:
+                    if not isinstance(part, dict) or part.get("type") != "text":
+                        kind = shown(part.get("type") if isinstance(part, dict) else part)
+                        must = (
+                            f'{where}.content has a part {kind}, and only {{"type": "text", "text": ...}} is read here'
+                        )
+                        raise ApiError(400, must, f"{where}.content")
+                content = "".join(clean_text(part.get("text"), f"{where}.content") for part in content)
+            messages.append((ROLES[role], clean_text(content, f"{where}.content")))
         return messages
 
     def refuse_unknown(self) -> None:
@@ -2292,7 +2295,7 @@ def shown(value: Any) -> str:
 def clean_text(value: Any, name: str) -> str:
     """`value`, which must be a string; lone surrogates, which JSON can spell and UTF-8 cannot, become U+FFFD."""
     if not isinstance(value, str):
-        raise ApiError(400, f"{name} must be a string, not {shown(value)}", name)
+        raise ApiError(400, f"{name} must be a string, not {'missing' if value is None else shown(value)}", name)
     return re.sub("[\ud800-\udfff]", "\ufffd", value)
 
 
@@ -2382,6 +2385,7 @@ class Dialect:
 
     content_type = "application/x-ndjson"  # of a stream
     default_max_tokens: int | None = 128  # None: so many as the context holds
+    example = '{"prompt": "Hello!"}'  # of a body
 
     def __init__(self, server: Served) -> None:
         self.server = server
@@ -2454,6 +2458,7 @@ class ChatCompletions(Dialect):
 
     content_type = "text/event-stream"
     default_max_tokens: int | None = None
+    example = '{"messages": [{"role": "user", "content": "Hello!"}]}'
     kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
     # Fields that would change the answer and are not served, with the values that ask for nothing: others are refused.
     UNSUPPORTED: ClassVar[dict[str, list[Any]]] = {
@@ -2552,6 +2557,7 @@ class Completions(ChatCompletions):
     """POST /v1/completions: the same for plain text, which the model goes on with. No chat format is put around it."""
 
     default_max_tokens = 16
+    example = Dialect.example
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl-"
     UNSUPPORTED: ClassVar[dict[str, list[Any]]] = {
@@ -2776,7 +2782,8 @@ REQUEST_SECONDS = 30.0  # that a client may take for a header, for a body, and f
 IDLE_SECONDS = 60.0  # that a connection is kept without a request
 LEAST_IDLE_SECONDS = 1.0  # that one is kept so even where all are in use
 SPARE_CONNECTIONS = 256  # beside one for each request that can be answered or wait
-CROWD, CROWD_SECONDS = 32, 0.1  # connections beyond those that are told so at once, and what each may take at least
+# Connections beyond those are told that there is no room: so many at a time, and each has so long for it at least.
+CROWD, CROWD_SECONDS = 32, 0.1
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) (HTTP/1\.[01])")
 HEADER_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")  # RFC 9110, 5.6.2 and 5.5
 HOST = re.compile(r"([0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
@@ -2822,6 +2829,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         # Without this an answer's second packet is held back by Nagle's algorithm until the client's delayed
         # acknowledgement of the first: 40 ms for every request of a kept-alive connection.
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(
+            socket, "TCP_USER_TIMEOUT"
+        ):  # Linux: a client that takes nothing is noticed though buffers have room
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * REQUEST_SECONDS))
         self.reader = TimedReader(self.connection)
         self.buffer = io.BufferedReader(self.reader)
 
@@ -2888,8 +2899,9 @@ class ApiHandler(BaseHTTPRequestHandler):
                 raise ClientGone
             room -= len(line)
             if room < 0 or fields == MAX_HEADER_FIELDS:
-                limits = f"a header has at most {MAX_HEADER_FIELDS} fields and {MAX_HEADER_BYTES} bytes"
-                raise ApiError(431 if first else 414, limits)
+                if not first:
+                    raise ApiError(414, f"the first line, which has the path, has at most {MAX_HEADER_BYTES} bytes")
+                raise ApiError(431, f"a header has at most {MAX_HEADER_FIELDS} fields and {MAX_HEADER_BYTES} bytes")
             text = line.decode("latin-1").removesuffix("\n").removesuffix("\r")
             if not first:
                 first = text  # and empty lines before it do not count: RFC 9112, 2.2
@@ -2947,7 +2959,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         if not re.fullmatch(r"[0-9]{1,18}", length):
             raise ApiError(400, "Content-Length must be given once, and be a number")
         if int(length) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body has {length} bytes, and {MAX_BODY_BYTES} are taken")
+            raise ApiError(413, f"the body has {length} bytes, and at most {MAX_BODY_BYTES} are read")
         if self.header.get("expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1":
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         with self._in_time("body"):
@@ -3055,7 +3067,9 @@ class ApiHandler(BaseHTTPRequestHandler):
     def _submit(self) -> Answer:
         """Read the JSON, of which nothing stays, for it may take thirty times the body's memory; queue the request."""
         if "content-length" not in self.header:
-            raise ApiError(411, "the request has no body: send one, with its Content-Length")
+            raise ApiError(
+                411, f"the request has no body with a Content-Length: send JSON, as in {self.dialect.example}"
+            )
         self.server.scheduler.check_available()
         # A few at a time, or the work of a crowd would keep /health and the streams under way waiting.
         with self.server.turns:
@@ -3072,11 +3086,13 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise ApiError(
                 415, f"the body is {printable(media_type)}: send JSON, with -H 'Content-Type: application/json'"
             )
+        if "content-encoding" in self.header:
+            raise ApiError(415, "the body has a Content-Encoding: send it as it is, without compression")
         # json.loads holds all threads up while it makes something of each comma. A token has no more than 8 of them.
         commas, context = self.body.count(b","), self.server.scheduler.max_seq_len
         if commas > 16 * context:
             raise TooLong(f"the body has {commas} commas, more than the {context} tokens of the context: shorten it")
-        example = 'send a JSON object, such as {"prompt": "Hello!"}'
+        example = f"send a JSON object, such as {self.dialect.example}"
         try:
             value = json.loads(self.body or b"null")
         except (ValueError, RecursionError) as error:
@@ -3196,7 +3212,7 @@ def metrics_text(server: ApiServer) -> str:
     scheduler, statistics = server.scheduler, server.scheduler.statistics
     lines: list[str] = []
 
-    def add(name: str, kind: str, what: str, samples: dict[str, float]) -> None:  # by suffix and labels
+    def add(name: str, kind: str, what: str, samples: Mapping[str, float]) -> None:  # by suffix and labels
         lines.extend((f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {kind}"))
         lines.extend(f"tt_{name}{labels} {value}" for labels, value in samples.items())
 
@@ -3215,9 +3231,9 @@ def metrics_text(server: ApiServer) -> str:
     )
     add("requests_accepted_total", "counter", "Requests that were queued.", {"": statistics.accepted})
     outcomes = {f'{{finished_reason="{reason}"}}': count for reason, count in statistics.finished.items()}
-    add("requests_finished_total", "counter", "Requests that finished, by outcome.", dict(outcomes))
+    add("requests_finished_total", "counter", "Requests that finished, by outcome.", outcomes)
     responses = {f'{{path="{p}",status="{status}"}}': count for (p, status), count in dict(server.responses).items()}
-    add("http_responses_total", "counter", "Answers, by path and status.", dict(responses))
+    add("http_responses_total", "counter", "Answers, by path and status.", responses)
     for name, what, count in (
         ("prompt_tokens_total", "Prompt tokens of finished requests.", statistics.prompt_tokens),
         ("generation_tokens_total", "Tokens generated for finished requests.", statistics.generated_tokens),
@@ -3232,11 +3248,9 @@ def metrics_text(server: ApiServer) -> str:
         ("request_queue_time_seconds", "From the request to a slot.", statistics.queue_time),
     ):
         counts = list(itertools.accumulate(histogram.counts))
-        samples: dict[str, float] = {
-            f'_bucket{{le="{bound:g}"}}': count for bound, count in zip(histogram.BOUNDS, counts)
-        }
-        samples |= {'_bucket{le="+Inf"}': counts[-1], "_sum": histogram.total, "_count": counts[-1]}
-        add(name, "histogram", what, samples)
+        bounds = [*(f"{bound:g}" for bound in histogram.BOUNDS), "+Inf"]
+        buckets = {f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, counts)}
+        add(name, "histogram", what, {**buckets, "_sum": histogram.total, "_count": counts[-1]})
     return "\n".join([*lines, ""])
 
 
@@ -3288,6 +3302,7 @@ class ApiServer(HTTPServer):
     """The listening socket, and what its handlers share."""
 
     request_queue_size = 1024
+    allow_reuse_port = False  # or two servers could share a port unawares: http.server's default from Python 3.14 on
 
     def __init__(self, host: str, port: int) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -3311,8 +3326,8 @@ class ApiServer(HTTPServer):
             socket.socket, float
         ] = {}  # connections that wait for a request, the longest first, since when
         self._answers: dict[socket.socket, Answer] = {}  # those that wait for an answer
-        self._looked = 0.0  # when it was looked whether all of those are still there
-        self._crowd: dict[socket.socket, float] = {}  # connections beyond those, and since when
+        self._looked = 0.0  # when it was last looked whether their clients are still there
+        self._crowd: dict[socket.socket, float] = {}  # connections beyond max_connections, and since when
 
     def server_bind(self) -> None:
         """Bind without http.server's look-up of this machine's name, which can take seconds."""
@@ -3329,7 +3344,7 @@ class ApiServer(HTTPServer):
         room = context - length
         if room < 1:
             raise TooLong(
-                f"the prompt has {length} tokens, and the context holds {context}, the answer with it: "
+                f"the prompt has {length} tokens, and the context holds {context} of prompt and answer together: "
                 "shorten the prompt"
             )
         max_tokens = request.max_tokens or min(default_max_tokens or max(self.scheduler.slot_share, 1024), room)
@@ -3505,10 +3520,11 @@ class ArgumentParser(argparse.ArgumentParser):
     """One that suggests the option that was meant."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and end."""
+        """Say what is wrong. Raises UserError."""
         mistyped = re.split("[ =]", message.partition("unrecognized arguments: ")[2])[0]
-        near = difflib.get_close_matches(mistyped, self._option_string_actions, 1)
-        super().error(message + (f": did you mean {near[0]}?" if near else ""))
+        near = [f"--model {mistyped}"] if mistyped and Path(mistyped).is_dir() else []
+        near = near or difflib.get_close_matches(mistyped, self._option_string_actions, 1)
+        raise UserError(f"{message}: did you mean {near[0]}?" if near else f"{message} (--help shows all options)")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -3524,7 +3540,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     def site(text: str) -> str:
         if not re.fullmatch(r"\*|https?://[^/]+/?", text):
-            raise argparse.ArgumentTypeError(f"must be *, or as in https://app.example, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be *, or scheme and host as in https://app.example, not {text!r}")
         return text.rstrip("/")
 
     parser = ArgumentParser(
@@ -3537,10 +3553,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     model = "folder of a Llama 3 model (environment: HF_MODEL, else LLAMA_DIR; default: a demo)"
     add("--model", metavar="DIR", help=model)
     add("--device", choices=("auto", "tt", "cpu"), default="auto", help="where the model runs (default: auto)")
-    add("--max-batch-size", type=count(1, 1024), default=32, help="requests that are answered together (default: 32)")
-    length = f"tokens of a prompt and its answer (default: the model's own, {DEFAULT_MAX_SEQ_LEN} at most)"
-    add("--max-seq-len", type=count(32, 1_000_000), help=length)
-    add("--max-queue", type=count(0, 1_000_000), default=256, help="requests that may wait for a slot (default: 256)")
+    together = "requests that are answered together (default: 32)"
+    add("--max-batch-size", type=count(1, 1024), default=32, metavar="N", help=together)
+    length = f"tokens of a prompt and its answer (default: {DEFAULT_MAX_SEQ_LEN}, or the model's own if that is less)"
+    add("--max-seq-len", type=count(32, 1_000_000), metavar="N", help=length)
+    queued = "requests that may wait for a slot (default: 256)"
+    add("--max-queue", type=count(0, 1_000_000), default=256, metavar="N", help=queued)
     add = parser.add_argument_group("to whom").add_argument
     add("--port", type=count(0, 65535), default=8080, help="port to listen on; 0: any free one (default: 8080)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
@@ -3562,6 +3580,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def bind(host: str, port: int) -> ApiServer:
     """Listen, or say in one line why not. Done before anything is loaded."""
+    if not host:  # which would be all addresses
+        raise UserError("--host is empty: give an address, or leave it out")
     try:
         return ApiServer(host, port)
     except OSError as error:
@@ -3579,15 +3599,23 @@ def bind(host: str, port: int) -> ApiServer:
         raise UserError(f"port {port} is in use: stop the program that has it, or take another with --port") from error
 
 
-def room_for_connections(wanted: int) -> int:
-    """So many, or as many as this process may have files open; the system's soft limit is raised as far as it goes."""
+def room_for_connections(slots: int, queued: int) -> int:
+    """How many connections may be open: as many as are of use, or as the files that this process may have allow.
+
+    The system's soft limit is raised as far as it goes. Raises UserError where not even the slots can be used.
+    """
+    wanted = slots + queued + SPARE_CONNECTIONS
     needed = wanted + CROWD + 128  # files: the crowd's, the model's, the libraries', the log
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
-    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    most = max(1, wanted - (needed - soft))
+    with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own below a hard one of infinity
+        more = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+        soft = more
+    most = wanted - max(0, needed - soft)
+    if most < slots:
+        raise UserError(f"this system lets a process open {soft} files, too few for {slots} slots: ulimit -n {needed}")
     if most < wanted:
         logger.warning("%d connections at most, for this system lets a process open %d files", most, soft)
     return most
@@ -3689,12 +3717,17 @@ def choose_device(options: argparse.Namespace, found: Checkpoint | None) -> str:
     return "tt"
 
 
-def open_engine(checkpoint: Checkpoint, device: str, options: argparse.Namespace, progress: Progress) -> Engine:
-    """Load the model on the device."""
-    longest = checkpoint.config.max_position
+def choose_length(options: argparse.Namespace, config: LlamaConfig) -> int:
+    """The tokens of a slot: --max-seq-len, or by default what the model was made for, within DEFAULT_MAX_SEQ_LEN."""
+    longest = config.max_position
     if (options.max_seq_len or 0) > longest:
         raise UserError(f"--max-seq-len {options.max_seq_len} is more than the model was made for: {longest} at most")
-    max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+    return options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+
+
+def open_engine(checkpoint: Checkpoint, device: str, options: argparse.Namespace, progress: Progress) -> Engine:
+    """Load the model on the device."""
+    max_seq_len = choose_length(options, checkpoint.config)
     if device == "cpu":
         return TorchEngine(checkpoint, options.max_batch_size, max_seq_len, progress)
     return TTEngine(
@@ -3711,17 +3744,21 @@ def open_engine(checkpoint: Checkpoint, device: str, options: argparse.Namespace
 
 def serve(options: argparse.Namespace) -> int:
     """Bind, load, serve, stop; returns the exit status."""
-    if options.api_key is not None and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", options.api_key):
-        raise UserError("the API key is empty, or has other than printable ASCII characters: take one that has not")
+    if options.api_key == "":
+        raise UserError("the API key is empty: give one, or neither TT_API_KEY nor --api-key")
+    if options.api_key and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", options.api_key):
+        raise UserError("the API key may have printable ASCII characters alone, and no space at an end: take another")
     server = bind(options.host, options.port)
     server.api_key, server.allowed_origins = options.api_key, options.allow_origin
     slots = options.max_batch_size * options.data_parallel
-    server.max_connections = room_for_connections(options.max_queue + slots + SPARE_CONNECTIONS)
+    server.max_connections = room_for_connections(slots, options.max_queue)
     host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
     host = "localhost" if server.server_name in ("0.0.0.0", "::") else host
     url = f"http://{host}:{server.server_port}"
     found = find_checkpoint(options.model)
     device = choose_device(options, found)
+    if found:
+        choose_length(options, found.config)  # an error is known before anything is loaded
     server.model, server.folder = (found.name, str(found.folder)) if found else (DEMO_NAME, "")
     print("Llama API Server on Tenstorrent\n" + "=" * 60)
     if found:
@@ -3827,11 +3864,11 @@ Press CTRL+C to stop the server
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Exit status: 0 stopped as asked, 1 the engine failed, 2 a UserError, 130 requests were cut short."""
-    options = parse_arguments(arguments)
     Output.start()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
     try:
+        options = parse_arguments(arguments)
+        logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
         return serve(options)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
