@@ -3077,7 +3077,7 @@ class ApiHandler(BaseHTTPRequestHandler):
                 raise ClientGone
             fields = self._json_object()
             if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("%s", json.dumps(fields))
+                logger.debug("%s", json.dumps(fields)[:10_000])
             return self.server.submit(self.dialect.read(Fields(fields)), self.dialect.default_max_tokens)
 
     def _json_object(self) -> dict[str, Any]:
@@ -3647,9 +3647,8 @@ class Output(io.TextIOBase):
     @classmethod
     def start(cls) -> None:
         """Put this in the place of standard output and standard error."""
-        while (
-            number := os.open(os.devnull, os.O_RDWR)
-        ) <= 2:  # where they are closed, no socket shall be taken for them
+        # Where they are closed, no socket shall have their numbers, and what libraries write.
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(number)
         sys.stdout, sys.stderr = cls(sys.stdout), cls(sys.stderr)
@@ -3658,6 +3657,7 @@ class Output(io.TextIOBase):
 
     @classmethod
     def _run(cls) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are for the main thread
         while True:
             stream, text = cls._texts.get()
             with contextlib.suppress(OSError, ValueError):
