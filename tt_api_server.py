@@ -93,7 +93,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -397,7 +397,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def model_folder(name: str, source: str) -> Path:
     """The folder that `name` means: a path, or a Hugging Face name whose files have been downloaded to its cache."""
     folder = Path(os.path.expanduser(name))  # a quoted "~" reaches us as it is; Path's own fails for an unknown user
-    if folder.is_dir():
+    if os.path.isdir(folder):  # Path's own fails for a name that is too long
         return folder.absolute()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
@@ -412,7 +412,7 @@ def model_folder(name: str, source: str) -> Path:
             f"pip install huggingface_hub safetensors && hf auth login && hf download {name} --local-dir "
             f"~/models/{base}, and then --model ~/models/{base}"
         )
-    problem = "is a file, not a folder" if folder.is_file() else "does not exist"
+    problem = "is a file, not a folder" if os.path.isfile(folder) else "does not exist"
     raise UserError(f"{source} is {name}, which {problem}: name the folder that holds the model's files")
 
 
@@ -435,8 +435,8 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     parts = len(list(meta.glob("consolidated.*.pth"))) if meta else 0
     has_hf_weights = hf is not None and any(hf.glob("*.safetensors"))
     home = folder.parent if folder.name == "original" else folder
-    if home.parent.name == "snapshots":  # of Hugging Face's cache: models--OWNER--NAME/snapshots/COMMIT
-        name = name or home.parents[1].name.rpartition("--")[2]
+    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):  # Hugging Face's cache
+        name = name or home.parents[1].name.rpartition("--")[2]  # models--OWNER--NAME/snapshots/COMMIT
     name = name or home.name
     try:
         # Meta's file needs no further package, and config.json, which alone tells the rotary scaling, is read with it.
@@ -2250,7 +2250,9 @@ class Fields:
                 raise ApiError(400, must, where)
             role = message.get("role")
             if not isinstance(role, str) or role not in ROLES:
-                must = f"{where}.role must be one of {', '.join(ROLES)}, not {shown(role) if role else 'missing'}"
+                must = (
+                    f"{where}.role must be one of {', '.join(ROLES)}, not {'missing' if role is None else shown(role)}"
+                )
                 raise ApiError(400, must, f"{where}.role")
             content = message.get("content")
             if isinstance(content, list):
@@ -2829,10 +2831,6 @@ class ApiHandler(BaseHTTPRequestHandler):
         # Without this an answer's second packet is held back by Nagle's algorithm until the client's delayed
         # acknowledgement of the first: 40 ms for every request of a kept-alive connection.
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(
-            socket, "TCP_USER_TIMEOUT"
-        ):  # Linux: a client that takes nothing is noticed though buffers have room
-            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * REQUEST_SECONDS))
         self.reader = TimedReader(self.connection)
         self.buffer = io.BufferedReader(self.reader)
 
@@ -2846,7 +2844,9 @@ class ApiHandler(BaseHTTPRequestHandler):
         try:
             self.reader.deadline = time.monotonic() + self.idle_seconds
             self.reader.waiting = functools.partial(self.server.idle, self)
-            if not self.buffer.peek(1):
+            while (begun := self.buffer.peek(1)[:1]) in (b"\r", b"\n"):  # empty lines do not count: RFC 9112, 2.2
+                self.buffer.read(1)
+            if not begun:
                 return
             self.reader.waiting = contextlib.nullcontext
             with self._in_time("header"):
@@ -2892,9 +2892,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         Names are lower case; a field that comes twice has both values, with a comma. http.server's own, which is more
         lenient, takes four times as long. Raises ApiError, and ClientGone where the header breaks off.
         """
-        room, fields = MAX_HEADER_BYTES, 0
-        first = ""
-        while (line := self.buffer.readline(room + 1)) not in (b"\r\n", b"\n") or not first:
+        room, fields, first = MAX_HEADER_BYTES, 0, ""
+        while (line := self.buffer.readline(room + 1)) not in (b"\r\n", b"\n"):
             if not line.endswith(b"\n") and len(line) <= room:
                 raise ClientGone
             room -= len(line)
@@ -2904,7 +2903,7 @@ class ApiHandler(BaseHTTPRequestHandler):
                 raise ApiError(431, f"a header has at most {MAX_HEADER_FIELDS} fields and {MAX_HEADER_BYTES} bytes")
             text = line.decode("latin-1").removesuffix("\n").removesuffix("\r")
             if not first:
-                first = text  # and empty lines before it do not count: RFC 9112, 2.2
+                first = text
             elif field := HEADER_FIELD.fullmatch(text):
                 fields += 1
                 name, value = field[1].lower(), field[2].strip(" \t")
@@ -3141,9 +3140,11 @@ class ApiHandler(BaseHTTPRequestHandler):
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
     def _write(self, data: bytes) -> None:
-        """Send these bytes. Raises TimeoutError where the client does not take them."""
-        self.connection.settimeout(REQUEST_SECONDS)
-        self.connection.sendall(data)
+        """Send these bytes. Raises TimeoutError where no more of them are taken for a while."""
+        self.connection.settimeout(REQUEST_SECONDS)  # of each send, where sendall's is for the whole
+        left = memoryview(data)
+        while left:
+            left = left[self.connection.send(left) :]
 
     def _send_error(self, error: ApiError) -> None:
         """Answer with an error; a stream that has begun ends with it."""
@@ -3522,7 +3523,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong. Raises UserError."""
         mistyped = re.split("[ =]", message.partition("unrecognized arguments: ")[2])[0]
-        near = [f"--model {mistyped}"] if mistyped and Path(mistyped).is_dir() else []
+        near = [f"--model {mistyped}"] if os.path.isdir(mistyped) else []
         near = near or difflib.get_close_matches(mistyped, self._option_string_actions, 1)
         raise UserError(f"{message}: did you mean {near[0]}?" if near else f"{message} (--help shows all options)")
 
@@ -3615,34 +3616,44 @@ def room_for_connections(slots: int, queued: int) -> int:
         soft = more
     most = wanted - max(0, needed - soft)
     if most < slots:
-        raise UserError(f"this system lets a process open {soft} files, too few for {slots} slots: ulimit -n {needed}")
+        raise UserError(
+            f"this system lets a process open {soft} files, too few for {slots} slots: have its hard limit raised to "
+            f"{needed}, or lower --max-batch-size"
+        )
     if most < wanted:
         logger.warning("%d connections at most, for this system lets a process open %d files", most, soft)
     return most
 
 
-class Output(io.TextIOBase):
-    """A stream that a thread of its own writes to.
+class Output(io.RawIOBase):
+    """Standard output or standard error, written by a thread of its own.
 
     A pipe that nobody reads holds nobody up, and a terminal that is gone or a full disk ends nothing: what cannot be
     written is lost.
     """
 
-    _texts: ClassVar[queue.Queue[tuple[TextIO, str]]] = queue.Queue(10_000)  # of all streams, so that the order stays
+    _pieces: ClassVar[queue.Queue[tuple[int, bytes]]] = queue.Queue(10_000)  # of both, so that their order stays
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream  # None: it was closed before the start
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def fileno(self) -> int:
+        """1 or 2."""
+        return self._number
 
     def isatty(self) -> bool:
-        """Whether the stream is a terminal."""
-        return self._stream is not None and self._stream.isatty()
+        """Whether it is a terminal."""
+        return os.isatty(self._number)
 
-    def write(self, text: str) -> int:
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, data: Any) -> int:
         """Have it written."""
-        if self._stream:
-            with contextlib.suppress(queue.Full):
-                self._texts.put_nowait((self._stream, text))
-        return len(text)
+        with contextlib.suppress(queue.Full):
+            self._pieces.put_nowait((self._number, bytes(data)))
+        return len(data)
 
     @classmethod
     def start(cls) -> None:
@@ -3651,7 +3662,10 @@ class Output(io.TextIOBase):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(number)
-        sys.stdout, sys.stderr = cls(sys.stdout), cls(sys.stderr)
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            encoding = getattr(getattr(sys, name), "encoding", None)
+            lines = io.BufferedWriter(cls(number))
+            setattr(sys, name, io.TextIOWrapper(lines, encoding, "backslashreplace", line_buffering=True))
         threading.Thread(target=cls._run, name="output", daemon=True).start()
         atexit.register(cls.finish)  # for a traceback that ends the program
 
@@ -3659,17 +3673,17 @@ class Output(io.TextIOBase):
     def _run(cls) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are for the main thread
         while True:
-            stream, text = cls._texts.get()
-            with contextlib.suppress(OSError, ValueError):
-                stream.write(text)
-                stream.flush()
-            cls._texts.task_done()
+            number, data = cls._pieces.get()
+            with contextlib.suppress(OSError):
+                while data:
+                    data = data[os.write(number, data) :]
+            cls._pieces.task_done()
 
     @classmethod
     def finish(cls) -> None:
         """Wait until all is written, a second at most."""
         deadline = time.monotonic() + 1
-        while cls._texts.unfinished_tasks and time.monotonic() < deadline:
+        while cls._pieces.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
