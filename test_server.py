@@ -366,6 +366,14 @@ def run_to_end(*options: str, **variables: str) -> subprocess.CompletedProcess[s
         raise AssertionError(f"the server did not end: {error.output!r}") from None
 
 
+def run_limited(limit: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a server of the demo, which is to end by itself, under a limit of the shell's ulimit."""
+    limited = f"ulimit {limit}; exec {shlex.quote(sys.executable)} {shlex.quote(str(SERVER))} --port 0"
+    return subprocess.run(
+        ["bash", "-c", limited], env=environment(**variables), capture_output=True, text=True, timeout=4 * PATIENCE
+    )
+
+
 class Reply(NamedTuple):
     """What came back."""
 
@@ -436,6 +444,16 @@ def streamed(port: int, prompt: str = "Hello", **fields: object) -> Iterator[Ite
 def dial(port: int, data: bytes) -> socket.socket:
     """A bare connection on which these bytes have been sent."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+    connection.sendall(data)
+    return connection
+
+
+def dial_slowly(api: server.ApiServer, data: bytes) -> socket.socket:
+    """A connection on which these bytes have been sent, with buffers that hold little of the answer at either end."""
+    connection = socket.socket()
+    for end, option in ((api.socket, socket.SO_SNDBUF), (connection, socket.SO_RCVBUF)):
+        end.setsockopt(socket.SOL_SOCKET, option, 4096)
+    connection.connect(("127.0.0.1", api.server_port))
     connection.sendall(data)
     return connection
 
@@ -2774,8 +2792,7 @@ class CliTest(unittest.TestCase):
         limits = mock.patch.object(resource, "getrlimit", return_value=(256, resource.RLIM_INFINITY))
         with refused, limits, self.assertLogs(server.logger, logging.WARNING):
             self.assertIn(server.room_for_connections(32, 256), range(32, 128))
-        limited = f"ulimit -n 80; exec {shlex.quote(sys.executable)} {shlex.quote(str(SERVER))} --port 0"
-        done = subprocess.run(["bash", "-c", limited], env=environment(), capture_output=True, text=True, timeout=30)
+        done = run_limited("-n 80")
         self.assertEqual(done.returncode, 2)
         self.assertRegex(done.stderr, r"error: this system lets a process open 80 files, .*--max-batch-size\n$")
 
@@ -2847,11 +2864,7 @@ class CliTest(unittest.TestCase):
         events = queue.SimpleQueue[str]()
         request = post({"prompt": " " * 400_000, "max_tokens": 1}, "Connection: close")
         with fake_server(FakeEngine(max_seq_len=5000)) as api, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            api.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            with socket.socket() as client:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                client.connect(("127.0.0.1", api.server_port))
-                client.sendall(request)
+            with dial_slowly(api, request) as client:
                 wait_until(lambda: api.scheduler.statistics.finished["length"])
                 draining = pool.submit(server.drain, api, events)
                 wait_until(lambda: api.scheduler.ended)
@@ -4854,12 +4867,7 @@ class SlowClientTest(unittest.TestCase):
         """Its slot is free after a while, and the others' answers are what they are."""
         engine = FakeEngine(max_seq_len=5000, before_step=Gate(0.001))
         with mock.patch.object(server, "REQUEST_SECONDS", 1.0), fake_server(engine) as api:
-            stuck = socket.socket()
-            for end, option in ((api.socket, socket.SO_SNDBUF), (stuck, socket.SO_RCVBUF)):
-                end.setsockopt(socket.SOL_SOCKET, option, 4096)
-            with contextlib.closing(stuck):
-                stuck.connect(("127.0.0.1", api.server_port))
-                stuck.sendall(post({"prompt": "Hello", "stream": True, "max_tokens": 4900}))
+            with dial_slowly(api, post({"prompt": "Hello", "stream": True, "max_tokens": 4900})):
                 wait_until(lambda: api.scheduler.slots()["busy"] == 1)
                 self.assertEqual(chat(api.server_port, max_tokens=5)["tokens_generated"], 5)
                 wait_until(lambda: len(api._idle) == api.connections)
@@ -4870,12 +4878,8 @@ class SlowClientTest(unittest.TestCase):
         """For the whole it may take many times as long as for a piece."""
         request = post({"prompt": " " * 200_000, "max_tokens": 1}, "Connection: close")
         with mock.patch.object(server, "REQUEST_SECONDS", 0.5), fake_server(FakeEngine(max_seq_len=5000)) as api:
-            slow, reply = socket.socket(), b""
-            for end, option in ((api.socket, socket.SO_SNDBUF), (slow, socket.SO_RCVBUF)):
-                end.setsockopt(socket.SOL_SOCKET, option, 4096)
-            with contextlib.closing(slow):
-                slow.connect(("127.0.0.1", api.server_port))
-                slow.sendall(request)
+            reply = b""
+            with dial_slowly(api, request) as slow:
                 while piece := slow.recv(4096):
                     reply += piece
                     time.sleep(0.03)
@@ -4968,12 +4972,8 @@ class FaultTest(unittest.TestCase):
 
     def test_a_disk_that_is_full(self) -> None:
         """No room for the demo: one line that says so, before it is trained. Here, no file may pass a megabyte."""
-        limited = f"ulimit -f 1024; exec {shlex.quote(sys.executable)} {shlex.quote(str(SERVER))} --port 0"
         with tempfile.TemporaryDirectory(dir=SCRATCH) as cache:
-            variables = environment(XDG_CACHE_HOME=cache)
-            done = subprocess.run(
-                ["bash", "-c", limited], env=variables, capture_output=True, text=True, timeout=4 * PATIENCE
-            )
+            done = run_limited("-f 1024", XDG_CACHE_HOME=cache)
             self.assertEqual(done.returncode, 2, done.stderr)
             self.assertRegex(done.stderr, r"error: the demo model cannot be written to .*: make room for 70 MB there")
             self.assertNotRegex(done.stderr, "Traceback|training")

@@ -435,9 +435,9 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     parts = len(list(meta.glob("consolidated.*.pth"))) if meta else 0
     has_hf_weights = hf is not None and any(hf.glob("*.safetensors"))
     home = folder.parent if folder.name == "original" else folder
-    if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):  # Hugging Face's cache
-        name = name or home.parents[1].name.rpartition("--")[2]  # models--OWNER--NAME/snapshots/COMMIT
-    name = name or home.name
+    # In Hugging Face's cache it is models--OWNER--NAME/snapshots/COMMIT.
+    cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
+    name = name or (home.parents[1].name.rpartition("--")[2] if cached else home.name)
     try:
         # Meta's file needs no further package, and config.json, which alone tells the rotary scaling, is read with it.
         if meta and parts == 1:
@@ -2250,9 +2250,7 @@ class Fields:
                 raise ApiError(400, must, where)
             role = message.get("role")
             if not isinstance(role, str) or role not in ROLES:
-                must = (
-                    f"{where}.role must be one of {', '.join(ROLES)}, not {'missing' if role is None else shown(role)}"
-                )
+                must = f"{where}.role must be one of {', '.join(ROLES)}, not {shown_or_missing(role)}"
                 raise ApiError(400, must, f"{where}.role")
             content = message.get("content")
             if isinstance(content, list):
@@ -2294,10 +2292,15 @@ def shown(value: Any) -> str:
     return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
+def shown_or_missing(value: Any) -> str:
+    """The same of a field's value, where null is as good as absent."""
+    return "missing" if value is None else shown(value)
+
+
 def clean_text(value: Any, name: str) -> str:
     """`value`, which must be a string; lone surrogates, which JSON can spell and UTF-8 cannot, become U+FFFD."""
     if not isinstance(value, str):
-        raise ApiError(400, f"{name} must be a string, not {'missing' if value is None else shown(value)}", name)
+        raise ApiError(400, f"{name} must be a string, not {shown_or_missing(value)}", name)
     return re.sub("[\ud800-\udfff]", "\ufffd", value)
 
 
@@ -2833,13 +2836,13 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.reader = TimedReader(self.connection)
         self.buffer = io.BufferedReader(self.reader)
+        self.body = bytearray()  # empty between two requests
 
     def handle_one_request(self) -> None:
         """Wait for a request, read it and answer it."""
         self.command, self.path, self.request_version, self.close_connection = "", "", "HTTP/1.1", True
         self.header: dict[str, str] = {}
         self.status, self.outcome, self.streaming, self.unread = 0, "", False, False
-        self.body = bytearray()
         self.dialect = Dialect(self.server)
         try:
             self.reader.deadline = time.monotonic() + self.idle_seconds
@@ -3389,17 +3392,11 @@ class ApiServer(HTTPServer):
         """
         with self._lock:
             crowded = self.connections >= self.max_connections and not self._make_way()
-            if not crowded:
-                self.connections += 1
-            else:
-                if len(self._crowd) >= CROWD:
-                    oldest, since = next(iter(self._crowd.items()))
-                    patience = max(0.0, since + CROWD_SECONDS - time.monotonic())
-                    if not self._lock.wait_for(lambda: len(self._crowd) < CROWD, patience):
-                        del self._crowd[oldest]
-                        with contextlib.suppress(OSError):
-                            oldest.shutdown(socket.SHUT_RDWR)
+            if crowded:
+                self._thin_crowd()
                 self._crowd[request] = time.monotonic()
+            else:
+                self.connections += 1
         handler = CrowdedHandler if crowded else ApiHandler
         thread = threading.Thread(target=self._serve, args=(handler, request, client_address), daemon=True)
         try:
@@ -3414,10 +3411,23 @@ class ApiServer(HTTPServer):
         longest = next((idle for idle, since in self._idle.items() if since < latest and idle not in arrived), None)
         if longest is None:
             return False
-        del self._idle[longest]
-        with contextlib.suppress(OSError):  # it has just gone by itself
-            longest.shutdown(socket.SHUT_RDWR)
+        self._cut_off(longest, self._idle)
         return True
+
+    def _thin_crowd(self) -> None:
+        """Where the crowd is at its limit, wait until one has been told, or close the oldest, which takes too long."""
+        if len(self._crowd) >= CROWD:
+            oldest, since = next(iter(self._crowd.items()))
+            patience = max(0.0, since + CROWD_SECONDS - time.monotonic())
+            if not self._lock.wait_for(lambda: len(self._crowd) < CROWD, patience):
+                self._cut_off(oldest, self._crowd)
+
+    @staticmethod
+    def _cut_off(connection: socket.socket, known: dict[socket.socket, float]) -> None:
+        """Close one of these; its own thread, which waits for it, then ends."""
+        del known[connection]
+        with contextlib.suppress(OSError):  # it has just gone by itself
+            connection.shutdown(socket.SHUT_RDWR)
 
     def _serve(self, handler: type[ApiHandler], request: socket.socket, client_address: Any) -> None:
         try:
@@ -3605,8 +3615,8 @@ def room_for_connections(slots: int, queued: int) -> int:
 
     The system's soft limit is raised as far as it goes. Raises UserError where not even the slots can be used.
     """
-    wanted = slots + queued + SPARE_CONNECTIONS
-    needed = wanted + CROWD + 128  # files: the crowd's, the model's, the libraries', the log
+    wanted, other = slots + queued + SPARE_CONNECTIONS, CROWD + 128  # files: the crowd's, the model's, the libraries'
+    needed = wanted + other
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
@@ -3614,7 +3624,7 @@ def room_for_connections(slots: int, queued: int) -> int:
         more = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
         soft = more
-    most = wanted - max(0, needed - soft)
+    most = min(wanted, soft - other)
     if most < slots:
         raise UserError(
             f"this system lets a process open {soft} files, too few for {slots} slots: have its hard limit raised to "
