@@ -1,50 +1,49 @@
 #!/usr/bin/env python3
 """tt_api_server: a Llama 3 model behind HTTP, on a Tenstorrent card or on the CPU, in one file.
 
-    python3 tt_api_server.py --port 8080                     # a tiny demo model, made here in seconds
+    python3 tt_api_server.py --port 8080                     # a tiny demo model, trained here in seconds
     python3 tt_api_server.py --model ~/models/Llama-3.1-8B-Instruct
 
     curl -s localhost:8080/chat -H 'Content-Type: application/json' -d '{"prompt": "What is machine learning?"}' | jq
 
-The model is loaded once and stays loaded. Requests that come together are answered together: each holds a slot of one
-batch, joins it between two steps, and leaves it when its answer is complete (continuous batching).
+The model is loaded once and stays loaded. Requests share one batch: each takes a slot, joins between two steps and
+leaves when its answer is complete (continuous batching).
 
-    GET  /                      a page to chat in, for browsers
-    GET  /health                is it ready, with which model, on what, and how busy
-    POST /chat                  {"prompt": ...} or {"messages": [...]}, system, max_tokens, temperature, top_p, top_k,
-                                seed, stop, stream
-    POST /v1/chat/completions   the same as OpenAI's clients ask for it; /v1/completions and /v1/models too
-    GET  /metrics               figures for Prometheus
+    GET  /                      a chat page for browsers
+    GET  /health                state, model, device and load
+    POST /chat                  {"prompt": ...} or {"messages": [...]}; optional: system, max_tokens, temperature,
+                                top_p, top_k, seed, stop, stream
+    POST /v1/chat/completions   OpenAI's API; also /v1/completions and /v1/models
+    GET  /metrics               metrics for Prometheus
 
 The rooms of this file, top to bottom; each uses only those above it:
 
-    Libraries      what is imported late, and why
-    Checkpoint     from --model, HF_MODEL or LLAMA_DIR to weights that can be read, or to one clear error
+    Errors         one exception for the person at the terminal, one for the HTTP client
+    Checkpoint     finds the model's files and reads their configuration
     Text           messages to token ids, token ids to text
-    Sampling       from logits to the next token
-    CPU engine     what an engine is: token ids in, token ids out; and Llama 3 in PyTorch
-    Card engine    the same over tt-metal's Generator
-    Demo model     a tiny Llama, trained on the spot when no model is given
-    Scheduler      the one thread that runs the engine: who is in the batch, what each slot reads next; statistics
-    Dialects       from a body's JSON to a request for text, from its answer to JSON
-    Page           the chat, for browsers
-    HTTP           the socket, the routes, the errors, the metrics
+    Sampling       logits to the next token
+    Engine         the contract of every engine: tokens in, tokens out
+    CPU engine     Llama 3 in PyTorch
+    Card engine    Llama 3 on Tenstorrent cards, through tt-metal's Generator
+    Demo model     a tiny Llama, trained at the first start without a model
+    Scheduler      the one thread that runs the engine: continuous batching, prefix reuse, statistics
+    Dialects       a body's JSON to a Request, a Request to JSON
+    Page           the chat page
+    HTTP           sockets, routes, errors, metrics
     CLI            options, banner, signals, start and stop
 
-A request goes down through them once, and its answer comes up once:
+One object, Request, goes down through them and comes back up:
 
     socket - ApiHandler - Dialect.read - ChatTokenizer - Scheduler.submit - queue
                                                                               |
-    socket - ApiHandler - Dialect - TextStream - Answer - Generation - Scheduler - Engine
+    socket - ApiHandler - Dialect.whole - TextStream - Request - Scheduler loop - Engine
 
-The handler's thread owns the socket and the text; the scheduler's one thread owns the engine and the token ids; a
-Generation is all that they share.
+A handler's thread owns its socket and its text; the scheduler's thread owns the engine and the token ids.
 """
 
 from __future__ import annotations
 
 import argparse
-import atexit
 import base64
 import bisect
 import codecs
@@ -53,7 +52,6 @@ import contextlib
 import ctypes
 import difflib
 import errno
-import fcntl
 import functools
 import gc
 import hashlib
@@ -67,6 +65,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import mmap
 import os
@@ -81,7 +80,6 @@ import socket
 import socketserver
 import sys
 import tempfile
-import termios
 import threading
 import time
 import urllib.parse
@@ -91,9 +89,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TextIO
 
 if TYPE_CHECKING:
     import torch
@@ -102,28 +100,49 @@ if TYPE_CHECKING:
 if sys.version_info < (3, 10):  # noqa: UP036
     raise SystemExit(f"error: Python 3.10 or later is needed, and this is {sys.version.split()[0]}: use a newer one")
 
-__version__ = "1.1.0"
+__version__ = "2.0.0"
 
 logger = logging.getLogger("tt_api_server")
 
+# ======================================================================================================================
+# Errors
+# ======================================================================================================================
+
 
 class UserError(Exception):
-    """Something that the person at the terminal can put right: one plain sentence, what is wrong and what to do."""
+    """For the person at the terminal: one plain sentence, what is wrong and what to do."""
 
 
-# ======================================================================================================================
-# Libraries
-# ======================================================================================================================
+class ApiError(Exception):
+    """For the HTTP client: a status, one plain sentence, and OpenAI's `param` and `code` where it has them."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+
+def printable(text: str | None) -> str:
+    """`text` as a log or an error may show it: short, without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in (text or "-")[:100])
+
+
+def shown(value: Any) -> str:
+    """A JSON value as an error shows it."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def import_torch() -> None:
-    """Bind the name `torch` in this module: all rooms below use it, and the first second of a start does without.
+    """Bind `torch` and `F` in this module.
 
-    PyTorch takes seconds to import. A wrong option, a missing folder or a taken port is reported before that.
+    The import takes seconds. Wrong options, missing folders and taken ports are reported before it.
     """
     global torch, F
-    # OpenMP's threads wait for each other hundreds of times a step. By default they spin, for milliseconds when one of
-    # them has lost its core to another program, and a step can take ten times as long. They are to sleep sooner.
+    # OpenMP's threads wait for each other hundreds of times a step. By default they spin, and where another program
+    # has the core a step can take ten times as long. Let them sleep soon.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # NumPy is not used here
@@ -134,34 +153,53 @@ def import_torch() -> None:
             raise UserError(f"PyTorch cannot be imported ({error}): pip install -r requirements.txt") from error
 
 
-def import_llama_models(name: str) -> Any:
-    """Import module `name` of llama-models, which keeps it in llama3.api up to 0.0.61 and in llama3 from 0.1 on."""
-    try:
-        api = ".api" if importlib.util.find_spec("llama_models.llama3.api") else ""
-        return importlib.import_module(f"llama_models.llama3{api}.{name}")
-    except ImportError as error:
-        raise UserError(f"llama-models cannot be imported ({error}): pip install -r requirements.txt") from error
-
-
 # ======================================================================================================================
 # Checkpoint
 # ======================================================================================================================
 
 VOCAB_SIZE = 128256  # of every Llama 3 text model
+NAME_ANOTHER = "name a Llama 3 text model in bfloat16"
+
+# The settings of config.json that change what transformers' LlamaForCausalLM computes, and the values computed here.
+# Where one of them is absent, transformers takes the first value too.
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "vocab_size": (VOCAB_SIZE,),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "quantization_config": (None,),
+    "rope_type": ("default", "llama3"),
+    "partial_rotary_factor": (1.0, None),
+}
+WEIGHTS = (  # of a layer {}, or of the model: Meta's name, Hugging Face's, and the shape
+    ("tok_embeddings", "model.embed_tokens", "vocabulary dim"),
+    ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "dim"),
+    ("layers.{}.attention.wq", "model.layers.{}.self_attn.q_proj", "q dim"),
+    ("layers.{}.attention.wk", "model.layers.{}.self_attn.k_proj", "kv dim"),
+    ("layers.{}.attention.wv", "model.layers.{}.self_attn.v_proj", "kv dim"),
+    ("layers.{}.attention.wo", "model.layers.{}.self_attn.o_proj", "dim q"),
+    ("layers.{}.ffn_norm", "model.layers.{}.post_attention_layernorm", "dim"),
+    ("layers.{}.feed_forward.w1", "model.layers.{}.mlp.gate_proj", "ffn dim"),
+    ("layers.{}.feed_forward.w2", "model.layers.{}.mlp.down_proj", "dim ffn"),
+    ("layers.{}.feed_forward.w3", "model.layers.{}.mlp.up_proj", "ffn dim"),
+    ("norm", "model.norm", "dim"),
+    ("output", "lm_head", "vocabulary dim"),
+)
 
 
 class RopeScaling(NamedTuple):
-    """Llama 3.1's stretching of the rotary wavelengths, as in config.json's rope_scaling."""
+    """Llama 3.1's stretching of the rotary wavelengths, under config.json's names."""
 
     factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama 3, under the names of Meta's params.json where it has one."""
+    """The shape of a Llama 3."""
 
     dim: int
     n_layers: int
@@ -171,296 +209,252 @@ class LlamaConfig:
     ffn_dim: int
     norm_eps: float
     rope_theta: float
-    rope_scaling: RopeScaling | None
-    max_position: int
-    tied: bool  # output.weight may be missing: it is the embedding
-
-    def __post_init__(self) -> None:
-        """Raises ValueError where a number is none, or not above 0: else the first step would fail, or every one."""
-        for name, value in {**vars(self), **(self.rope_scaling._asdict() if self.rope_scaling else {})}.items():
-            if name not in ("rope_scaling", "tied") and not (isinstance(value, (int, float)) and value > 0):
-                raise ValueError(f"{name} is {value!r}")
+    max_position: int  # tokens of the longest context
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False  # the output matrix is the embedding, where the checkpoint has none of its own
 
     @staticmethod
-    def from_meta(params: dict[str, Any], hf_config: dict[str, Any] | None) -> LlamaConfig:
-        """Read Meta's params.json; what it does not say comes from the config.json beside it, if there is one."""
-        if "vision_chunk_size" in params or "vision_args" in params:
-            raise UserError("this is a vision model, and only text models are served: name a Llama 3 text model")
-        check_vocabulary(params)
-        if "quantization_args" in params or "lora_args" in params:
-            raise UserError("this is a quantized or LoRA checkpoint: name the plain bfloat16 one of the same model")
-        dim, heads = params["dim"], params["n_heads"]
-        multiple = params.get("multiple_of", 256)
-        ffn_dim = int(params.get("ffn_dim_multiplier", 1.0) * int(8 * dim / 3))
-        hf = None if hf_config is None else LlamaConfig.from_hf(hf_config)
-        scaling = hf.rope_scaling if hf else None
-        if hf is None and params.get("use_scaled_rope"):
-            # params.json does not tell Llama 3.2's factor from 3.1's and 3.3's. The shape does: the text models of 3.2
-            # are the 1B and the 3B, 2048 and 3072 wide, and all the others are 4096 wide or more.
-            scaling = RopeScaling(factor=32.0 if dim <= 3072 else 8.0)
-        return LlamaConfig(
-            dim=dim,
-            n_layers=params["n_layers"],
-            n_heads=heads,
-            n_kv_heads=params.get("n_kv_heads") or heads,
-            head_dim=params.get("head_dim") or dim // heads,
-            ffn_dim=-(-ffn_dim // multiple) * multiple,
-            norm_eps=params.get("norm_eps", 1e-5),
-            rope_theta=params.get("rope_theta", 500000.0),
-            rope_scaling=scaling,
-            max_position=hf.max_position if hf else 131072 if scaling else 8192,
-            tied=hf is None or hf.tied,
-        )
+    def read(config: dict[str, Any]) -> LlamaConfig:
+        """Read the content of a config.json. Raises UserError, and KeyError or ValueError where it is damaged."""
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5; 4
+        settings = {"rope_type": rope.get("type", "default"), **config, **rope}
+        for name, values in COMPUTED.items():
+            if (value := settings.get(name, values[0])) not in values:
+                wanted = " or ".join(map(shown, values))
+                raise UserError(f"{name} is {shown(value)}, and only {wanted} is computed here: {NAME_ANOTHER}")
+        dim, heads = settings["hidden_size"], settings["num_attention_heads"]
+        numbers: list[Any] = [dim, settings["num_hidden_layers"], heads, settings.get("num_key_value_heads") or heads]
+        numbers += [settings.get("head_dim") or dim // heads, settings["intermediate_size"], settings["rms_norm_eps"]]
+        numbers += [settings["rope_theta"], settings["max_position_embeddings"]]
+        scaled = settings["rope_type"] == "llama3"
+        scaling = RopeScaling(*(rope[name] for name in RopeScaling._fields)) if scaled else None
+        if not all(isinstance(number, (int, float)) and number > 0 for number in [*numbers, *(scaling or ())]):
+            raise ValueError("a number is missing, or is not above 0")
+        numbers += [scaling, bool(settings.get("tie_word_embeddings"))]
+        return LlamaConfig(*numbers)
 
-    @staticmethod
-    def from_hf(config: dict[str, Any]) -> LlamaConfig:
-        """Read Hugging Face's config.json."""
-        if config.get("model_type") != "llama":
-            kind = config.get("model_type", "unknown")
-            raise UserError(f"this is a model of type {kind!r}, and only Llama 3 text models are served: name one")
-        check_vocabulary(config)
-        if config.get("quantization_config"):
-            raise UserError("this is a quantized checkpoint: name the plain bfloat16 one of the same model")
-        # transformers 5 writes the two rotary settings into one dictionary, rope_parameters.
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        scaling = None
-        if rope.get("rope_type", rope.get("type", "default")) == "llama3":
-            scaling = RopeScaling(**{name: rope[name] for name in RopeScaling._fields if name in rope})
-        heads = config["num_attention_heads"]
-        return LlamaConfig(
-            dim=config["hidden_size"],
-            n_layers=config["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            ffn_dim=config["intermediate_size"],
-            norm_eps=config.get("rms_norm_eps", 1e-5),
-            rope_theta=rope.get("rope_theta") or config.get("rope_theta", 500000.0),
-            rope_scaling=scaling,
-            max_position=config.get("max_position_embeddings", 8192),
-            tied=config.get("tie_word_embeddings", False),
-        )
-
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name (Meta's) and shape of every weight but output.weight, which has the embedding's shape."""
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        layer = {
-            "attention_norm": (self.dim,),
-            "attention.wq": (q, self.dim),
-            "attention.wk": (kv, self.dim),
-            "attention.wv": (kv, self.dim),
-            "attention.wo": (self.dim, q),
-            "ffn_norm": (self.dim,),
-            "feed_forward.w1": (self.ffn_dim, self.dim),
-            "feed_forward.w2": (self.dim, self.ffn_dim),
-            "feed_forward.w3": (self.ffn_dim, self.dim),
+    def weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Meta's name of every weight, with Hugging Face's name and the shape."""
+        sizes = {"vocabulary": VOCAB_SIZE, "dim": self.dim, "ffn": self.ffn_dim}
+        sizes |= {"q": self.n_heads * self.head_dim, "kv": self.n_kv_heads * self.head_dim}
+        return {
+            f"{meta}.weight".format(i): (f"{hf}.weight".format(i), tuple(sizes[size] for size in shape.split()))
+            for meta, hf, shape in WEIGHTS
+            for i in range(self.n_layers if "{}" in meta else 1)
         }
-        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (VOCAB_SIZE, self.dim)}
-        for i in range(self.n_layers):
-            shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-        return shapes | {"norm.weight": (self.dim,)}
 
 
-def check_vocabulary(config: dict[str, Any]) -> None:
-    """Llama 3 is told from its namesakes by the size of its vocabulary."""
-    size = config.get("vocab_size", VOCAB_SIZE)
-    if size != VOCAB_SIZE:
-        raise UserError(f"this is no Llama 3: its vocabulary has {size} tokens, not {VOCAB_SIZE}; name one that is")
+def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
+    """Meta's params.json as the config.json of the same model. Raises UserError for what is not computed here."""
+    dim, heads, layers = params.pop("dim"), params.pop("n_heads"), params.pop("n_layers")
+    ffn_dim = int(params.pop("ffn_dim_multiplier", 1.0) * int(8 * dim / 3))
+    multiple, scaled = params.pop("multiple_of", 256), params.pop("use_scaled_rope", False)
+    # params.json does not tell Llama 3.2's scaling factor from 3.1's and 3.3's. The width does: the text models of 3.2
+    # are 2048 and 3072 wide, all others 4096 or more.
+    scaling = {"rope_type": "llama3", **RopeScaling(32.0 if dim <= 3072 else 8.0, 1.0, 4.0, 8192)._asdict()}
+    config = {
+        "model_type": "llama",
+        "vocab_size": params.pop("vocab_size", VOCAB_SIZE),
+        "hidden_size": dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": params.pop("n_kv_heads", None),
+        "intermediate_size": -(-ffn_dim // multiple) * multiple,
+        "rms_norm_eps": params.pop("norm_eps", 1e-5),
+        "rope_theta": params.pop("rope_theta", 500000.0),
+        "rope_scaling": scaling if scaled else None,
+        "max_position_embeddings": 131072 if scaled else 8192,
+        "tie_word_embeddings": True,
+    }
+    if unknown := params.keys() - {"max_batch_size", "max_seq_len"}:
+        raise UserError(f"params.json has {min(unknown)}, which is not computed here: {NAME_ANOTHER}")
+    return config
 
 
-HF_NAMES = {  # Meta's name of a weight, and Hugging Face's
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-
-
-def hf_name(name: str) -> str:
-    """Hugging Face's name of the weight that Meta calls `name`."""
-    layer, base = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name).groups()  # type: ignore[union-attr]
-    return f"{f'model.{layer}' if layer else ''}{HF_NAMES[base]}.weight"
+Load = Callable[[str], "torch.Tensor"]  # reads a tensor by its name in the files
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a Llama 3 in it, found and described; its weights are read by `open_weights`."""
+    """A folder with a Llama 3; `open_weights` reads its weights."""
 
     folder: Path  # where the weights are
-    layout: str  # "meta" or "hf"
+    files: tuple[Path, ...]  # that hold them: one .pth in Meta's layout, or .safetensors in Hugging Face's
+    hf_folder: Path | None  # where config.json is
     config: LlamaConfig
-    name: str  # for people and for the OpenAI dialect
-    note: str  # what is worth telling about the choice
+    name: str
+    stop_tokens: frozenset[int]  # that end an answer, beside the tokenizer's own
+    note: str = ""  # for the banner
 
     @property
     def tokenizer_model(self) -> Path | None:
-        """The checkpoint's own tokenizer.model; None where it has none, and llama-models' copy serves."""
-        for path in (self.folder / "tokenizer.model", self.folder / "original" / "tokenizer.model"):
-            if path.is_file():
-                return path
-        return None
+        """The checkpoint's own tokenizer.model; None: llama-models' copy serves."""
+        paths = (self.folder / "tokenizer.model", self.folder / "original" / "tokenizer.model")
+        return next((path for path in paths if path.is_file()), None)
 
     def open_weights(self) -> Callable[[str], torch.Tensor]:
-        """Map the checkpoint's files and return a reader: Meta's name of a weight to the tensor, still on disk.
+        """Map the files and return a reader: Meta's name of a weight to the tensor, which is still on disk.
 
-        Every tensor's presence and shape are checked first. A tied model's output.weight is its embedding. Rotary pairs
-        stand half a head apart in wq and wk, as Hugging Face stores them; Meta's, which are neighbours, are moved.
+        Checks the presence and shape of every tensor first. The reader gives the embedding for a tied model's
+        output.weight. Rotary pairs are half a head apart in wq and wk, as in Hugging Face's files; Meta's files have
+        them side by side, and are reordered.
         """
-        read, found = (self._open_meta if self.layout == "meta" else self._open_hf)()
-        shapes = self.config.weight_shapes()
-        if not self.config.tied or "output.weight" in found:
-            shapes["output.weight"] = (VOCAB_SIZE, self.config.dim)
-        for name, shape in shapes.items():
-            shown_name = name if self.layout == "meta" else hf_name(name)
-            if name not in found:
-                raise UserError(f"{self.folder}: the tensor {shown_name} is missing: download the checkpoint again")
-            if found[name] != shape:
-                raise UserError(
-                    f"{self.folder}: the tensor {shown_name} has the shape {list(found[name])}, and the configuration "
-                    f"asks for {list(shape)}: the two are not of one model; download them again"
-                )
-        if "output.weight" in found:
-            return read
-        return lambda name: read("tok_embeddings.weight" if name == "output.weight" else name)
-
-    def _open_meta(self) -> tuple[Callable[[str], torch.Tensor], dict[str, tuple[int, ...]]]:
-        path = self.folder / "consolidated.00.pth"
-        try:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError ... by where the file ends
-            other = isinstance(error, AttributeError)  # a checkpoint of a training, with the weights a level below
-            if other or "weights_only" in str(error).lower() or "Unsupported global" in str(error):
-                raise UserError(f"{path} holds more than tensors and is not opened: use the original file") from error
-            raise UserError(f"{path} is cut short or damaged: download it again") from error
+        meta = self.files[0].suffix == ".pth"
+        found: dict[str, tuple[int, ...]] = {}
+        loads: dict[str, Load] = {}
+        for path in self.files:
+            load, shapes = open_file(path)
+            found |= shapes
+            loads |= dict.fromkeys(shapes, load)
+        expected = {(name if meta else hf): shape for name, (hf, shape) in self.config.weights().items()}
+        tied = self.config.tied and list(expected)[-1] not in found
+        if tied:
+            expected.popitem()
+        for name, shape in expected.items():
+            if found.get(name) != shape:
+                has = f"has the shape {list(found[name])}, not {list(shape)}" if name in found else "is missing"
+                raise UserError(f"{self.folder}: the tensor {name} {has}: download the checkpoint again")
+        for name in found.keys() - expected.keys():
+            if not name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # tables, which are computed here
+                raise UserError(f"{self.folder}: the tensor {name} is not computed here: {NAME_ANOTHER}")
+        names = self.config.weights()
 
         def read(name: str) -> torch.Tensor:
-            tensor: torch.Tensor = tensors[name]
-            if name.endswith(("wq.weight", "wk.weight")):  # pairs i, i + 1 to pairs i, i + head_dim / 2
+            name = "tok_embeddings.weight" if tied and name == "output.weight" else name
+            own_name = name if meta else names[name][0]
+            tensor = loads[own_name](own_name)
+            if meta and name.endswith(("wq.weight", "wk.weight")):  # pairs i, i + 1 to i, i + head_dim / 2
                 pairs = tensor.view(-1, self.config.head_dim // 2, 2, self.config.dim)
                 return pairs.transpose(1, 2).reshape(tensor.shape)
             return tensor
 
-        return read, shapes
-
-    def _open_hf(self) -> tuple[Callable[[str], torch.Tensor], dict[str, tuple[int, ...]]]:
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ImportError as error:
-            raise UserError(f"{self.folder} holds *.safetensors, which need: pip install safetensors") from error
-        files: dict[str, Any] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                shard: Any = safe_open(path, framework="pt")
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-            except SafetensorError as error:
-                raise UserError(f"{path} is cut short or damaged: download it again") from error
-            files |= dict.fromkeys(shard.keys(), shard)
-
-        def read(name: str) -> torch.Tensor:
-            tensor: torch.Tensor = files[hf_name(name)].get_tensor(hf_name(name))
-            return tensor
-
-        names = {name: hf_name(name) for name in [*self.config.weight_shapes(), "output.weight"]}
-        shapes = {name: tuple(files[hf].get_slice(hf).get_shape()) for name, hf in names.items() if hf in files}
-        return read, shapes
+        return read
 
 
-def find_hf_folder(folder: Path) -> Path | None:
-    """The folder with config.json: this one, or the one above it where this is `original`."""
-    folders = (folder, folder.parent) if folder.name == "original" else (folder,)
-    return next((path for path in folders if (path / "config.json").is_file()), None)
+def open_file(path: Path) -> tuple[Load, dict[str, tuple[int, ...]]]:
+    """Map a file; returns a reader of its tensors, and their shapes by name."""
+    try:
+        if path.suffix == ".pth":
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return tensors.__getitem__, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        from safetensors import safe_open
+
+        file: Any = safe_open(path, framework="pt")
+        names = file.keys()
+        return file.get_tensor, {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except ImportError as error:
+        raise UserError(f"{path} needs a package: pip install safetensors") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # by where the file ends: RuntimeError, UnpicklingError, EOFError, SafetensorError ...
+        nested = isinstance(error, AttributeError)  # a training's checkpoint, with the weights a level below
+        if nested or "weights_only" in str(error).lower() or "Unsupported global" in str(error):
+            raise UserError(f"{path} holds more than tensors and is not opened: use the original file") from error
+        raise UserError(f"{path} is cut short or damaged: download it again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the JSON file `path`."""
+    """The object in a JSON file; empty where there is no file."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text()) if path.exists() else {}
+        if isinstance(content, dict):
+            return content
+        raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): download the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object: download the checkpoint again")
-    return content
 
 
-def model_folder(name: str, source: str) -> Path:
-    """The folder that `name` means: a path, or a Hugging Face name whose files have been downloaded to its cache."""
-    folder = Path(os.path.expanduser(name))  # a quoted "~" reaches us as it is; Path's own fails for an unknown user
-    if os.path.isdir(folder):  # Path's own fails for a name that is too long
-        return folder.absolute()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-        cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
-        with contextlib.suppress(OSError):
-            folder = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
-            if folder.is_dir():
-                return folder
-        base = name.rpartition("/")[2]
+def home_path(path: str) -> Path:
+    """`path` with ~ and variables filled in. Raises UserError where the home directory is not known."""
+    if (expanded := os.path.expanduser(os.path.expandvars(path))).startswith("~"):
         raise UserError(
-            f"{source} is {name}, which is neither a folder here nor in Hugging Face's cache: "
-            f"pip install huggingface_hub safetensors && hf auth login && hf download {name} --local-dir "
-            f"~/models/{base}, and then --model ~/models/{base}"
+            f"{path} does not exist: no such home directory is known; set HOME, or XDG_CACHE_HOME for caches"
         )
-    problem = "is a file, not a folder" if os.path.isfile(folder) else "does not exist"
-    raise UserError(f"{source} is {name}, which {problem}: name the folder that holds the model's files")
+    return Path(os.path.abspath(expanded))
+
+
+def cached_model(name: str) -> Path:
+    """The folder of OWNER/NAME in Hugging Face's cache, by huggingface_hub's variables in its own order."""
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    hub = os.path.join(os.environ.get("HF_HOME", cache), "hub")
+    hub = os.environ.get("HF_HUB_CACHE", os.environ.get("HUGGINGFACE_HUB_CACHE", hub))
+    model = home_path(hub) / f"models--{name.replace('/', '--')}"
+    revision = model / "refs" / "main"
+    return model / "snapshots" / (revision.read_text().strip() if revision.is_file() else "none")
 
 
 def find_checkpoint(model: str | None) -> Checkpoint | None:
-    """The checkpoint named by --model (`model`), else HF_MODEL, else LLAMA_DIR; None where none of them is set.
+    """The checkpoint that --model (`model`), HF_MODEL or LLAMA_DIR names, in this order; None where none is set.
 
-    Raises UserError where one is set and no Llama 3 that can be served is there.
+    Raises UserError where one is set and leads to no Llama 3 that can be served.
     """
     if model == "":
         raise UserError("--model is empty: name the model's folder, or leave it out")
-    named = [("--model", model), *((variable, os.environ.get(variable)) for variable in ("HF_MODEL", "LLAMA_DIR"))]
-    source, name = next(((source, name) for source, name in named if name), ("", None))
-    return read_checkpoint(model_folder(name, source)) if name else None
+    named = {"--model": model, "HF_MODEL": os.environ.get("HF_MODEL"), "LLAMA_DIR": os.environ.get("LLAMA_DIR")}
+    source, name = next(((source, name) for source, name in named.items() if name), ("", ""))
+    if not name:
+        return None
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    folder = home_path(name)
+    if is_name and not os.path.isdir(folder):
+        folder = cached_model(name)
+    try:
+        if os.path.isdir(folder):  # Path.is_dir raises an error for a name that is too long
+            return read_checkpoint(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): let this user read it") from error
+    problem = "is a file, not a folder" if os.path.isfile(folder) else "does not exist"
+    cure = "name the folder that holds the model's files"
+    if is_name:
+        problem, local = "is neither a folder here nor in Hugging Face's cache", f"~/models/{name.rpartition('/')[2]}"
+        cure = f"pip install huggingface_hub safetensors && hf auth login && hf download {name} --local-dir {local}"
+        cure += f", and then --model {local}"
+    raise UserError(f"{source} is {name}, which {problem}: {cure}")
+
+
+def safetensors_files(folder: Path) -> tuple[Path, ...]:
+    """The files that transformers reads, and no others beside them: model.safetensors, else those of the index."""
+    whole = folder / "model.safetensors"
+    if whole.exists() or whole.is_symlink():
+        return (whole,)
+    index = read_json(folder / "model.safetensors.index.json").get("weight_map") or {}
+    return tuple(folder / name for name in sorted(set(index.values())))
 
 
 def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
-    """Look at `folder` and its `original` subfolder, choose the layout, and read the configuration."""
-    meta = next((path for path in (folder, folder / "original") if (path / "params.json").is_file()), None)
-    hf = find_hf_folder(folder)
-    parts = len(list(meta.glob("consolidated.*.pth"))) if meta else 0
-    has_hf_weights = hf is not None and any(hf.glob("*.safetensors"))
+    """Choose between the layouts in `folder` and its subfolder `original`, and read the configuration."""
     home = folder.parent if folder.name == "original" else folder
-    # In Hugging Face's cache it is models--OWNER--NAME/snapshots/COMMIT.
+    meta = next((path for path in (folder, home / "original") if (path / "params.json").is_file()), None)
+    hf = next((path for path in (folder, home) if (path / "config.json").is_file()), None)
+    parts = tuple(sorted(meta.glob("consolidated.*.pth"))) if meta else ()
+    files = safetensors_files(hf) if hf else ()
+    where, note = hf, f"Meta's layout is here in {len(parts)} parts: Hugging Face's is used" if parts else ""
+    if len(parts) == 1:  # needs no further package
+        where, note = meta, "both layouts are here: Meta's weights are used" if files else ""
+        files = parts
+    if where is None or not files:
+        needs = "it needs params.json and consolidated.00.pth, or config.json and model.safetensors or its index"
+        split = f"{meta} holds a model in {len(parts)} parts (consolidated.*.pth), and one is taken: name the folder"
+        missing = f"{split} with its *.safetensors" if parts else f"{folder} holds no Llama 3 checkpoint: {needs}"
+        raise UserError(missing)
+    # In Hugging Face's cache the folder is models--OWNER--NAME/snapshots/COMMIT.
     cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
     name = name or (home.parents[1].name.rpartition("--")[2] if cached else home.name)
+    settings = read_json((hf or where) / ("config.json" if hf else "params.json"))
+    generation, texts = read_json(home / "generation_config.json"), read_json(home / "tokenizer_config.json")
     try:
-        # Meta's file needs no further package, and config.json, which alone tells the rotary scaling, is read with it.
-        if meta and parts == 1:
-            hf_config = read_json(hf / "config.json") if hf else None
-            config = LlamaConfig.from_meta(read_json(meta / "params.json"), hf_config)
-            note = "both layouts are here: Meta's weights are used" if has_hf_weights else ""
-            return Checkpoint(meta, "meta", config, name, note)
-        if hf and has_hf_weights:
-            note = f"Meta's layout is here in {parts} parts: Hugging Face's is used" if parts else ""
-            return Checkpoint(hf, "hf", LlamaConfig.from_hf(read_json(hf / "config.json")), name, note)
-    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:  # no such name, null, 0
-        raise UserError(f"{folder}: the model's configuration is damaged ({error!r}): download it again") from error
+        config = LlamaConfig.read(settings if hf else config_of_params(settings))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    if parts > 1:
-        raise UserError(
-            f"{meta} holds a model split in {parts} parts (consolidated.*.pth), and one is taken: "
-            "name the folder with the same model's *.safetensors"
-        )
-    raise UserError(
-        f"{folder} holds no Llama 3 checkpoint: it needs params.json and consolidated.00.pth, "
-        "or config.json and *.safetensors"
-    )
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:  # no such name, null, 0
+        raise UserError(f"{folder}: the model's configuration is damaged ({error!r}): download it again") from error
+    ends = [source.get("eos_token_id") for source in (settings, generation)]
+    ends = [token for end in ends for token in (end if isinstance(end, list) else [end])]
+    own = home / "chat_template.jinja"
+    template = own.read_text(errors="replace") if own.is_file() else str(texts.get("chat_template") or "")
+    if template and "<|start_header_id|>" not in template:
+        logger.warning("%s has a chat template that is not Llama 3's; conversations get Llama 3's own", name)
+    return Checkpoint(where, files, hf, config, name, frozenset(filter(None, ends)), note)
 
 
 # ======================================================================================================================
@@ -468,31 +462,39 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
 # ======================================================================================================================
 
 
-class ChatTokenizer:
-    """Llama 3's tokenizer and chat format, as llama-models has them.
+def import_llama_models(name: str) -> Any:
+    """Import module `name` of llama-models: from llama3.api up to 0.0.61, from llama3 since 0.1."""
+    try:
+        api = ".api" if importlib.util.find_spec("llama_models.llama3.api") else ""
+        return importlib.import_module(f"llama_models.llama3{api}.{name}")
+    except ImportError as error:
+        raise UserError(f"llama-models cannot be imported ({error}): pip install -r requirements.txt") from error
 
-    Text that spells a special token is plain text here, always: only the chat format itself writes special tokens.
+
+class ChatTokenizer:
+    """Llama 3's tokenizer and chat format, from llama-models.
+
+    Text that spells a special token is plain text; only the chat format itself writes special tokens.
     """
 
-    def __init__(self, tokenizer_model: Path | None = None) -> None:
+    def __init__(self, tokenizer_model: Path | None = None, stop_tokens: frozenset[int] = frozenset()) -> None:
         module = import_llama_models("tokenizer")
         self.path = tokenizer_model = tokenizer_model or Path(module.__file__).parent / "tokenizer.model"
-        named = str if ".api." in module.__name__ else Path  # the type of path that the layout's Tokenizer takes
+        path_type = str if ".api." in module.__name__ else Path
         try:
-            self._tokenizer = module.Tokenizer(named(tokenizer_model))
+            self._tokenizer = module.Tokenizer(path_type(tokenizer_model))
         except (ValueError, AssertionError) as error:
             raise UserError(f"{tokenizer_model} is not a Llama 3 tokenizer: download it again") from error
         if self._tokenizer.n_words != VOCAB_SIZE:
             raise UserError(f"{tokenizer_model} is not a Llama 3 tokenizer: it has {self._tokenizer.n_words} tokens")
         self._format = import_llama_models("chat_format").ChatFormat(self._tokenizer)
-        self.stop_tokens = frozenset(self._tokenizer.stop_tokens)
+        self.stop_tokens = stop_tokens | frozenset(self._tokenizer.stop_tokens)
         self.end_of_turn: int = self._tokenizer.eot_id
         self._first_special = min(self._tokenizer.special_tokens.values())
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Iterable[tuple[str, str]]) -> list[int]:
         """Token ids of a conversation of (role, text), up to where the assistant's answer starts."""
-        # Written with the format's own parts, of which both layouts of llama-models have the same: its message classes
-        # differ between them, and refuse some text that a user may well send.
+        # Not with the message classes of llama-models: they differ between its layouts, and refuse some texts.
         tokens = [self._tokenizer.bos_id]
         for role, text in messages:
             tokens += self._format._encode_header(role) + self.encode_text(text) + [self.end_of_turn]
@@ -500,32 +502,33 @@ class ChatTokenizer:
         return tokens
 
     def encode_document(self, text: str) -> list[int]:
-        """Token ids of plain text that a document begins with."""
+        """Token ids of plain text at the start of a document."""
         return [self._tokenizer.bos_id, *self.encode_text(text)]
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text."""
+        """Token ids of plain text. Lone surrogates, which JSON can spell and UTF-8 cannot, become U+FFFD."""
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         tokens: list[int] = self._tokenizer.encode(text, bos=False, eos=False)
         return tokens
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The bytes that the tokens stand for, which may end inside a character; special tokens stand for none."""
+        """The UTF-8 of the tokens, which may end inside a character. Special tokens have no text."""
         text: bytes = self._tokenizer.model.decode_bytes([token for token in tokens if token < self._first_special])
         return text
 
 
 class TextStream:
-    """Token ids to text, piece by piece: never half a character, never a piece of a stop string that may complete."""
+    """Token ids to text, piece by piece: no half characters, and no text that a stop string may still take back."""
 
     def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._held = ""  # decoded, and the start of a stop string for all we know
-        self.stopped = False  # a stop string has come: the text ended before it
+        self._held = ""  # decoded text that may be the start of a stop string
+        self.stopped = False  # a stop string has come; the text ends before it
 
     def push(self, tokens: Iterable[int], final: bool = False) -> str:
-        """The text that these tokens make certain; with `final`, all that is left. Empty once a stop string came."""
+        """The text that is certain with these tokens; with `final`, all that is left. Empty after a stop string."""
         if self.stopped:
             return ""
         text = self._held + self._decode(self._tokenizer.decode_bytes(tokens), final)
@@ -550,81 +553,69 @@ def overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn from the logits."""
+    """How the next token is drawn."""
 
-    temperature: float = 0.7  # 0: the likeliest token, always
-    top_p: float = 0.9  # of the likeliest tokens, so many as have this probability together
-    top_k: int = 0  # of the likeliest tokens, so many; 0: all
-    seed: int | None = None  # the same seed, prompt and parameters give the same answer; None: a new one each time
+    temperature: float = 0.7  # 0: always the most likely token
+    top_p: float = 0.9  # sample from the most likely tokens that together have this probability
+    top_k: int = 0  # sample from the k most likely tokens; 0: no limit
+    seed: int | None = None  # None: random
 
     @property
     def greedy(self) -> bool:
-        """Whether only the likeliest token can come. A temperature close to 0 means 0, and could not be divided by."""
+        """Whether only the most likely token can come. A temperature near 0 counts as 0: dividing by it overflows."""
         return self.temperature < 1e-5 or self.top_k == 1 or self.top_p == 0
 
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-    """Draw the next token of each row.
+    """The next token of each row of logits [rows, vocabulary], any float type.
 
-    logits: [rows, vocabulary], any float type. params, positions: one entry a row; the random numbers of a row depend
-    on its seed and position alone, and so not on its neighbours in the batch.
-
-    Nothing here sorts the vocabulary. A token is drawn from all of them. It lies in the nucleus (Holtzman et al. 2020)
-    if the tokens likelier than it have less than top_p of the probability; if not, the nucleus lies among those
-    likelier ones, and the next draw is from them alone. So the draws close in, as a quickselect does.
+    A row's draw depends on its seed and position alone, not on the other rows. Raises ArithmeticError for a NaN.
     """
-    likeliest = logits.argmax(-1)
-    if not logits.gather(-1, likeliest[:, None]).isfinite().all():  # a NaN or an infinity is the likeliest of its row
-        raise ArithmeticError("the logits are not finite numbers")
-    tokens: list[int] = likeliest.tolist()
-    rows = [row for row, wanted in enumerate(params) if not wanted.greedy]
-    if not rows:
-        return tokens
-    # In place, here and below: 32 rows of the vocabulary are 16 MB, and each pass over them takes its time.
-    weights = logits[rows].float()
-    weights -= weights.gather(-1, likeliest[rows, None])
-    weights /= torch.tensor([[params[row].temperature] for row in rows])
-    weights.exp_()
-    for i, row in enumerate(rows):
-        if 0 < params[row].top_k < weights.shape[-1]:
-            kept = weights[i].topk(params[row].top_k)
-            weights[i] = torch.zeros_like(weights[i]).scatter_(0, kept.indices, kept.values)
-    limits = [params[row].top_p * total for row, total in zip(rows, weights.sum(-1).tolist())]
-    generators = [
-        random.Random(None if params[row].seed is None else f"{params[row].seed} {positions[row]}") for row in rows
-    ]
-    while rows:
-        cumulative = weights.cumsum(-1)
-        draws = torch.tensor([[generator.random()] for generator in generators]) * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, draws, right=True).clamp_(max=weights.shape[-1] - 1)
-        weights.masked_fill_(weights <= weights.gather(-1, drawn), 0)  # the likelier ones stay
-        missed = []
-        for i, (token, mass) in enumerate(zip(drawn[:, 0].tolist(), weights.sum(-1).tolist())):
-            if mass == 0 or mass < limits[i]:
-                tokens[rows[i]] = token
-            else:
-                missed.append(i)
-        rows, limits = [rows[i] for i in missed], [limits[i] for i in missed]
-        generators, weights = [generators[i] for i in missed], weights[missed]
-    return tokens
+    return [draw(*row) for row in zip(logits, params, positions)]
+
+
+def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
+    """The next token, from logits [vocabulary], without sorting them.
+
+    A token belongs to the nucleus (Holtzman et al. 2020) if the tokens more likely than it have less than top_p of the
+    probability. So draw from all tokens. If the drawn one is outside, draw again from the more likely ones: the nucleus
+    is among them.
+    """
+    if params.greedy:
+        likeliest = int(logits.argmax())
+        if not logits[likeliest].isfinite():
+            raise ArithmeticError("the logits are not finite numbers")
+        return likeliest
+    kept = logits.topk(params.top_k) if 0 < params.top_k < len(logits) else None
+    weights = ((kept.values if kept else logits).float() / params.temperature).softmax(0)
+    chance = random.Random(None if params.seed is None else f"{params.seed} {position}")
+    while True:
+        cumulative = weights.cumsum(0)
+        if not math.isfinite(total := float(cumulative[-1])):
+            raise ArithmeticError("the logits are not finite numbers")
+        drawn = min(int(torch.searchsorted(cumulative, chance.random() * total, right=True)), len(weights) - 1)
+        weights = F.threshold(weights, float(weights[drawn]), 0.0)  # the more likely ones
+        mass = float(weights.sum())
+        if mass == 0 or mass < params.top_p:
+            return int(kept.indices[drawn]) if kept else drawn
 
 
 # ======================================================================================================================
-# CPU engine
+# Engine
 # ======================================================================================================================
 
 
 class Work(NamedTuple):
-    """What one slot reads in one step: a piece of its prompt, or the token that it was given last."""
+    """What one slot reads in one step: a piece of its prompt, or the token it was given last."""
 
     slot: int
     tokens: Sequence[int]  # at the positions position, position + 1, ...
     position: int  # how many tokens the slot holds already
-    sampling: SamplingParams | None  # None: more of the prompt follows, and no next token is wanted
+    sampling: SamplingParams | None  # None: more of the prompt follows, no next token is wanted
 
 
 class Engine(Protocol):
-    """Tokens in, tokens out: an engine knows nothing of HTTP, of text or of requests.
+    """Tokens in, tokens out. An engine knows nothing of HTTP, text or requests.
 
     One thread, the scheduler's, makes every call.
     """
@@ -633,40 +624,45 @@ class Engine(Protocol):
     max_batch_size: int  # slots that are read in one step
     max_seq_len: int  # tokens that a slot can hold, prompt and answer
     kv_cache_tokens: int  # that all slots together can hold
-    # A prompt may be read in pieces, and go on from what an earlier request left in its slot. What stays there takes no
-    # room from other slots.
-    splits_prompts: bool
+    # Prompt tokens that a step may read. A prompt may then be read in pieces, and go on from what an earlier request
+    # left in its slot. 0: prompts are read whole, from the start.
+    prompt_chunk: int
 
     def reserve(self, slot: int, length: int) -> bool:
-        """Keep room for `length` tokens in the slot, and those it holds up to there; False if there is none now.
-
-        With a length of 0 the slot forgets what it holds, and gives its room back.
-        """
+        """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back."""
 
     def step(self, batch: Sequence[Work]) -> list[int]:
         """Read each item's tokens into its slot; return the next token of each, -1 where none is wanted."""
 
     def close(self) -> None:
-        """Give the device back. The engine is not used again."""
+        """Give the device back. No call follows."""
 
 
 class Progress(Protocol):
-    """Called while something long goes on: what it is, and how much of it is done, 0 to 1, if that is known."""
+    """Called while a model is loaded: what is going on, and how much of it is done, 0 to 1, where that is known."""
 
     def __call__(self, doing: str, done: float | None = None) -> None: ...
+
+
+# ======================================================================================================================
+# CPU engine
+# ======================================================================================================================
 
 
 class Run(NamedTuple):
     """Neighbouring slots of a step that read equally many tokens: their attention is one operation."""
 
-    rows: slice  # of the step's rows, B * n of them
+    rows: slice  # B * n of the step's rows
     slots: slice  # B
-    length: int  # L: the positions in use, of the slot that uses most
-    mask: torch.Tensor  # [B, 1, G * n, L], 0 where a row may look and -inf where not
+    length: int  # L: positions in use, of the longest slot
+    mask: torch.Tensor  # [B, 1, G * n, L]: 0 where a row may look, -inf elsewhere
+
+
+Linear = Callable[["torch.Tensor"], "torch.Tensor"]  # the product with a weight [out, in]: rows [T, in] to [T, out]
 
 
 class Layer(NamedTuple):
-    """The weights of one transformer block; the products are functions of rows [T, in] to rows [T, out]."""
+    """One transformer block."""
 
     attention_norm: torch.Tensor
     query_key_value: Linear
@@ -677,49 +673,58 @@ class Layer(NamedTuple):
 
 
 class TorchEngine:
-    """A Llama 3 in plain PyTorch, for the CPU.
+    """Llama 3 in plain PyTorch, for the CPU.
 
-    A step takes all the tokens of its batch, prompts and answers alike, as rows of one matrix [T, dim]: so a prompt is
-    read in the shadow of the weights that decoding must fetch from memory anyway. Only attention looks at slots.
+    A step takes all tokens of its batch, prompts and answers, as rows of one matrix [T, dim]: the weights are fetched
+    from memory once for all. Only attention looks at slots.
 
-    The KV cache is [slots, positions, KV heads, head_dim] a layer. It starts as zeros: what a mask hides is multiplied
-    by 0 all the same, and must not be NaN.
+    The KV cache is [slots, positions, KV heads, head_dim] for each layer. It starts as zeros: what the mask hides is
+    multiplied by 0, and must not be NaN.
     """
 
     device = "cpu"
-    splits_prompts = True
-    HEADS = 32  # parts of the output head
+    prompt_chunk = 512  # more are no faster
+    SMALL = 200_000_000  # weights; a smaller model is faster on one thread, for threads wait at every operation
+    HEADS = 32  # parts of the output head: in one piece it would be in memory twice while it is loaded
 
     def __init__(
-        self, checkpoint: Checkpoint, max_batch_size: int, max_seq_len: int, progress: Progress, dtype: str = "auto"
+        self,
+        checkpoint: Checkpoint,
+        max_batch_size: int,
+        max_seq_len: int,
+        progress: Progress,
+        dtype: str = "auto",
+        threads: int = 0,
     ) -> None:
         config = self.config = checkpoint.config
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         self.kv_cache_tokens = max_batch_size * max_seq_len
-        # bfloat16 where the processor multiplies it. Elsewhere it is emulated, many times slower than float32: there
-        # the weights alone are two bytes each, see half_linear, or nothing is.
+        size = sum(math.prod(shape) for _, shape in config.weights().values())
+        if threads or size < self.SMALL:
+            torch.set_num_threads(threads or 1)
+        # bfloat16 where the processor multiplies it. Elsewhere it is emulated and slow: float32 rows, with weights of
+        # two bytes where FBGEMM can widen them.
         fast_bfloat16 = has_mkldnn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if fast_bfloat16 else torch.float32
         half = dtype == "auto" and not fast_bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines
         self._linear: Callable[[torch.Tensor], Linear] = half_linear if half else prepacked_linear(self.dtype)
-        keep_freed_memory(1 << 20)  # what is freed between weights that stay would be lost: it goes back to the system
-        # Two at a time: one waits for its pages while the other is laid out. More would take memory, and no less time.
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        keep_freed_memory(1 << 20)  # return freed buffers to the system while loading, or they fragment the heap
+        # Two at a time: one waits for the disk while the other is laid out. More would take more memory.
+        pool = concurrent.futures.ThreadPoolExecutor(2)
+        try:
             layers = pool.map(functools.partial(self._read_layer, checkpoint), range(config.n_layers))
             heads = pool.map(functools.partial(self._read_head, checkpoint), range(self.HEADS))
             self.layers: list[Layer] = []
-            try:
-                for layer in layers:
-                    progress("loading the weights", len(self.layers) / (config.n_layers + 1))
-                    self.layers.append(layer)
-                self.heads = list(heads)
-            except BaseException:  # Ctrl+C, most likely, which is not to wait for what has not begun
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        self.norm = checkpoint.open_weights()("norm.weight").clone().to(self.dtype)
-        # Rows are gathered straight from the mapped file, of which only those that are read take memory.
-        self.embedding = checkpoint.open_weights()("tok_embeddings.weight")
+            for layer in layers:
+                progress("loading the weights", len(self.layers) / (config.n_layers + 1))
+                self.layers.append(layer)
+            self.heads = list(heads)
+        finally:  # after a stop, without the layers that are not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+        read = checkpoint.open_weights()
+        self.norm = read("norm.weight").to(self.dtype, copy=True)
+        self.embedding = read("tok_embeddings.weight")  # mapped: only rows that are used take memory
         self.cos, self.sin = rotary_tables(config, max_seq_len)
         shape = (max_batch_size, max_seq_len, config.n_kv_heads, config.head_dim)
         self.keys = [lazy_zeros(shape, self.dtype) for _ in self.layers]
@@ -727,36 +732,28 @@ class TorchEngine:
         keep_freed_memory(32 << 20)
 
     def _read_layer(self, checkpoint: Checkpoint, number: int) -> Layer:
-        # Mapped anew for each: what was read of a mapping stays in memory as long as the mapping does.
+        # Mapped anew for each layer: pages that were read stay in memory as long as their mapping.
         read, prefix = checkpoint.open_weights(), f"layers.{number}."
 
         def norm(name: str) -> torch.Tensor:
-            return read(f"{prefix}{name}.weight").clone().to(self.dtype)
+            return read(f"{prefix}{name}.weight").to(self.dtype, copy=True)
 
-        def linear(*names: str) -> Linear:  # one weight, below the others where there are several
-            weights = [read(f"{prefix}{name}.weight") for name in names]
-            return self._linear(torch.cat(weights) if len(weights) > 1 else weights[0])
+        def linear(*names: str) -> Linear:  # several weights become one, stacked
+            return self._linear(torch.cat([read(f"{prefix}{name}.weight") for name in names]))
 
-        return Layer(
-            attention_norm=norm("attention_norm"),
-            query_key_value=linear("attention.wq", "attention.wk", "attention.wv"),
-            output=linear("attention.wo"),
-            ffn_norm=norm("ffn_norm"),
-            gate_up=linear("feed_forward.w1", "feed_forward.w3"),
-            down=linear("feed_forward.w2"),
-        )
+        query_key_value = linear("attention.wq", "attention.wk", "attention.wv")
+        gate_up, down = linear("feed_forward.w1", "feed_forward.w3"), linear("feed_forward.w2")
+        return Layer(norm("attention_norm"), query_key_value, linear("attention.wo"), norm("ffn_norm"), gate_up, down)
 
     def _read_head(self, checkpoint: Checkpoint, number: int) -> Linear:
-        # The output head in parts: in one piece it would be in memory twice for a moment, a fifth of a 1B model.
         return self._linear(checkpoint.open_weights()("output.weight").chunk(self.HEADS)[number])
 
     def step(self, batch: Sequence[Work]) -> list[int]:
         with torch.inference_mode():
             logits = self.logits(batch)
-            wanted = [work for work in batch if work.sampling is not None]
-            positions = [work.position + len(work.tokens) for work in wanted]
-            drawn = iter(sample(logits, [work.sampling for work in wanted if work.sampling], positions))
-            return [-1 if work.sampling is None else next(drawn) for work in batch]
+            params = [work.sampling for work in batch if work.sampling]
+            drawn = iter(sample(logits, params, [work.position + len(work.tokens) for work in batch if work.sampling]))
+            return [next(drawn) if work.sampling else -1 for work in batch]
 
     def logits(self, batch: Sequence[Work]) -> torch.Tensor:
         """Read the batch; return the logits [items, vocabulary] of the items whose next token is wanted."""
@@ -774,19 +771,18 @@ class TorchEngine:
             query, key = torch.split(rotate(query_key, cos, sin), [config.n_heads, config.n_kv_heads], dim=1)
             keys[slots, positions] = key
             values[slots, positions] = value
-            attended = [attend(query[run.rows], keys, values, run) for run in runs]
-            x = x + layer.output(attended[0] if len(attended) == 1 else torch.cat(attended))
+            x = x + layer.output(torch.cat([attend(query[run.rows], keys, values, run) for run in runs]))
             gate, up = layer.gate_up(rms_norm(x, layer.ffn_norm, config.norm_eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
         ends = itertools.accumulate(len(work.tokens) for work in batch)
-        last = [end - 1 for end, work in zip(ends, batch) if work.sampling is not None]
+        last = [end - 1 for end, work in zip(ends, batch) if work.sampling]
         if not last:
             return torch.empty(0, VOCAB_SIZE)
         x = rms_norm(x[last], self.norm, config.norm_eps)
         return torch.cat([head(x) for head in self.heads], dim=-1)
 
     def _runs(self, batch: Sequence[Work]) -> list[Run]:
-        """Cut the batch into runs: items of one token in neighbouring slots together, a piece of a prompt alone."""
+        """Cut the batch into runs: single tokens in neighbouring slots together, each piece of a prompt alone."""
         runs: list[list[Work]] = []
         for work in batch:
             last = runs[-1][-1] if runs else None
@@ -812,76 +808,66 @@ class TorchEngine:
         return length <= self.max_seq_len
 
     def close(self) -> None:
-        """Nothing to give back: the memory goes with the process."""
+        """Nothing to do: the memory goes with the process."""
 
 
 def keep_freed_memory(size: int) -> None:
-    """Have glibc keep the memory of tensors under `size` bytes, 32 MB at most, when they are freed.
+    """Have glibc keep freed buffers under `size` bytes, 32 MB at most, instead of returning them to the system.
 
-    It gives the memory of a large one back to the system, and the next one pays a page fault for every 4 KB: without
-    that a step of 32 users takes a tenth less. Another C library does as it likes.
+    A returned buffer costs a page fault for every 4 KB when it is needed again: a tenth of a step of 32 users.
     """
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, size)  # M_MMAP_THRESHOLD
         mallopt(-1, 16 * size)  # M_TRIM_THRESHOLD
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in memory that the system provides page by page, when first written: torch.zeros writes to all of it."""
+    """Zeros that take memory page by page, when first written; torch.zeros takes all of it."""
     count = math.prod(shape)
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(*shape)
 
 
 def has_mkldnn() -> bool:
-    """Whether this PyTorch has oneDNN; those for macOS lack it."""
+    """Whether this PyTorch has oneDNN; macOS builds lack it."""
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
-class Linear(Protocol):
-    """The product of rows [T, in] with a weight [out, in]: [T, out], in the rows' dtype."""
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor: ...
-
-
 def prepacked_linear(dtype: torch.dtype) -> Callable[[torch.Tensor], Linear]:
-    """Makes of a weight its product, laid out once as oneDNN reads it fastest where PyTorch has oneDNN."""
+    """Makes products with weights of this dtype, in oneDNN's own layout where PyTorch has oneDNN."""
 
     def linear(weight: torch.Tensor) -> Linear:
         weight = weight.to(dtype)
-        if not has_mkldnn():
+        if not has_mkldnn() or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             return lambda rows: F.linear(rows, weight)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # 32: the rows that the layout is chosen for
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # the layout for 32 rows
         return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
 
     return linear
 
 
 def half_linear(weight: torch.Tensor) -> Linear:
-    """Makes of a weight its product with float32 rows: float16 weights, which FBGEMM widens in registers.
+    """The product of float32 rows with a weight kept in float16, which FBGEMM widens in registers.
 
-    For x86 processors that cannot multiply bfloat16, where float32 weights would take twice the memory and twice the
-    time to read. A bfloat16 weight is a float16 one exactly from 6e-5 to 65504, and to 3e-8 below.
-
-    On two cores of Zen 3 a weight of [16384, 2048] takes 3.5, 4, 7, 17 and 285 ms for 1, 6, 8, 32 and 512 rows; as
-    prepacked float32 6, 8, 9, 21 and 290 ms; with F.linear in bfloat16 14, 60, 79, 440 ms and seconds.
+    For x86 processors without bfloat16: float32 weights would take twice the memory, and twice the time to read. A
+    bfloat16 weight is a float16 one exactly from 6e-5 to 65504, and to within 3e-8 below.
     """
-    # FBGEMM lays out column by column of what it is given, and takes half as long again for more rows than these.
+    # In parts: FBGEMM takes half as long again to lay out more rows at once.
     packed = [torch.ops.quantized.linear_prepack_fp16(part.float(), None) for part in torch.split(weight, 4096)]
     return lambda rows: torch.cat([torch.ops.quantized.linear_dynamic_fp16(rows, part) for part in packed], dim=-1)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Zhang and Sennrich 2019, over the last dimension, in float32 whatever x is."""
+    """Zhang and Sennrich 2019, over the last dimension, computed in float32."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def rotary_tables(config: LlamaConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, each [length, head_dim / 2], of the angle that a position turns each pair of a head by.
+    """Cosine and sine, each [length, head_dim / 2], of the angle by which a position turns each pair of a head.
 
     Su et al. 2021, with the scaling of Llama 3.1: wavelengths longer than the original context are stretched by the
-    factor, short ones left alone, and those between go over smoothly.
+    factor, short ones are kept, and those between are interpolated.
     """
     frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     if scaling := config.rope_scaling:
@@ -902,7 +888,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: Run) -> torch.Tensor:
     """Attention of the run's rows, query [B * n, heads, head_dim], over its slots' cache; [B * n, heads * head_dim].
 
-    The G query heads that share a KV head are laid side by side as G * n queries of that one head: nothing is repeated.
+    The G query heads that share a KV head become G * n queries of that head: no key or value is repeated.
     """
     batch = run.slots.stop - run.slots.start
     kv_heads, head_dim = keys.shape[2:]
@@ -926,10 +912,11 @@ MESH_SHAPES = {
     "N150": (1, 1), "N300": (1, 2), "N150x4": (1, 4), "T3K": (1, 8), "TG": (8, 4),
     "P100": (1, 1), "P150": (1, 1), "P300": (1, 2), "P150x4": (1, 4), "P150x8": (1, 8), "BHGLX": (8, 4),
 }  # fmt: skip
-WORMHOLE_BOARDS = {1: "N150", 2: "N300", 4: "N150x4", 8: "T3K", 32: "TG"}  # by chips: model_config's
-BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}  # determine_device_name
-# Bytes of a chip's memory for traces, by model and board: demo/trace_region_config.py. With too few the first trace
-# fails; with too many an 8B model and its KV cache no longer fit the 12 GB of an N150.
+# Boards by the number of chips: model_config's determine_device_name.
+WORMHOLE_BOARDS = {1: "N150", 2: "N300", 4: "N150x4", 8: "T3K", 32: "TG"}
+BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}
+# Bytes of DRAM for traces, by model and board: demo/trace_region_config.py. With too few the first trace fails; with
+# too many an 8B model and its KV cache no longer fit the 12 GB of an N150.
 TRACE_REGION_SIZE = 50_000_000
 TRACE_REGION_SIZES = {
     "Llama-3.2-3B": {"N150": 10_000_000},
@@ -940,7 +927,7 @@ TRACE_REGION_SIZES = {
 KV_CACHE_TOKENS, KV_CACHE_TOKENS_8B_ON_N150 = 131_072, 32_768
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows one model; 32 is a tile's height
-MAX_TOP_K = 32  # candidates that sampling on the card looks at
+MAX_TOP_K = 32  # tokens that sampling on the card looks at
 
 
 def card_present() -> bool:
@@ -950,9 +937,9 @@ def card_present() -> bool:
 
 
 def find_tt_metal() -> Path:
-    """The tt-metal checkout, for its `models`, which no wheel has: TT_METAL_HOME, PYTHONPATH or the current folder."""
+    """The tt-metal checkout, whose `models` no wheel has: in TT_METAL_HOME, PYTHONPATH or the current folder."""
     for folder in filter(None, [os.environ.get("TT_METAL_HOME"), *sys.path, os.getcwd()]):
-        root = Path(folder).expanduser().absolute()
+        root = home_path(folder)
         if (root / "models" / "tt_transformers").is_dir():
             return root
     raise UserError(
@@ -961,26 +948,10 @@ def find_tt_metal() -> Path:
     )
 
 
-def bind_models_package(root: Path) -> None:
-    """Let `import models` find tt-metal's folder, which has no __init__.py, whatever else is called `models`.
-
-    llama-models 0.1.1 and later install a regular package of that name, which Python prefers to a namespace package
-    wherever sys.path has it. Only this process changes, and the parts of llama_models used here import no `models`.
-    """
-    path = [str(root / "models")]
-    if list(getattr(sys.modules.get("models"), "__path__", [])) == path:
-        return
-    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
-        del sys.modules[name]
-    spec = importlib.machinery.ModuleSpec("models", None, is_package=True)
-    spec.submodule_search_locations = path
-    sys.modules["models"] = importlib.util.module_from_spec(spec)
-
-
-def import_ttnn(verbose: bool) -> Any:
-    """ttnn, its loggers and progress bars silenced first unless `verbose`: it logs while it is imported."""
+def import_tt(root: Path, verbose: bool) -> tuple[Any, Any, Any, Any]:
+    """ttnn, and tt_transformers' modules common, generator and model_config from the checkout `root`."""
     try:
-        if not verbose:
+        if not verbose:  # silence its loggers and progress bars first: ttnn logs while it is imported
             import loguru
             import tqdm
 
@@ -994,11 +965,25 @@ def import_ttnn(verbose: bool) -> Any:
             f"a Tenstorrent card is here, but ttnn is not ({error}): pip install ttnn, or source "
             "~/tt-metal/python_env/bin/activate (or use --device cpu)"
         ) from error
-    return ttnn
+    # llama-models 0.1.1 and later install a regular package `models`, which Python prefers to tt-metal's folder of that
+    # name, for it has no __init__.py. Bind the name to the folder; what is used here of llama_models does not need it.
+    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
+        del sys.modules[name]
+    spec = importlib.machinery.ModuleSpec("models", None, is_package=True)
+    spec.submodule_search_locations = [str(root / "models")]
+    sys.modules["models"] = importlib.util.module_from_spec(spec)
+    try:
+        from models.tt_transformers.tt import common, generator, model_config
+    except ImportError as error:
+        raise UserError(
+            f"tt-metal's models do not import ({error}): check out your ttnn's version in {root}, git submodule "
+            "update --init, pip install 'llama-models<0.1'"
+        ) from error
+    return ttnn, common, generator, model_config
 
 
 def choose_board(ttnn: Any, data_parallel: int) -> tuple[str, str]:
-    """The board to open, all chips of the machine or the one MESH_DEVICE names, and the board that each copy gets."""
+    """The board to open: MESH_DEVICE, or all chips of the machine; and the board that each copy of the model gets."""
     chips = ttnn.get_num_devices()
     boards = BLACKHOLE_BOARDS if "blackhole" in ttnn.get_arch_name() else WORMHOLE_BOARDS
     board = os.environ.get("MESH_DEVICE") or boards.get(chips, "")
@@ -1014,9 +999,9 @@ def choose_board(ttnn: Any, data_parallel: int) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
-    """The board's mesh, open; closed on every way out, for a card left open may need a reset."""
+    """The board's mesh, closed on every way out: a card that is left open may need a reset."""
     rows, columns = MESH_SHAPES[board]
-    if rows * columns > 1:  # chips talk over the fabric, which must be set before the mesh is opened
+    if rows * columns > 1:  # the chips' fabric must be set before the mesh is opened
         ring = rows > 1 and ttnn.cluster.get_cluster_type() == ttnn.cluster.ClusterType.GALAXY
         ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_1D_RING if ring else ttnn.FabricConfig.FABRIC_1D)
     try:
@@ -1032,45 +1017,37 @@ def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
             ttnn.set_fabric_config(ttnn.FabricConfig.DISABLED)
 
 
-def name_model(checkpoint: Checkpoint, reads_meta: bool) -> None:
-    """Tell tt-metal the model: HF_MODEL, or LLAMA_DIR for Meta's layout, which 2025-09 reads; it refuses both."""
-    hf_folder = find_hf_folder(checkpoint.folder)
-    folder = hf_folder or (checkpoint.folder if reads_meta else None)
+def name_model(checkpoint: Checkpoint) -> None:
+    """Tell tt-metal the model: HF_MODEL, a folder in Hugging Face's layout."""
+    folder = checkpoint.hf_folder
     if folder is None:
         raise UserError(
-            f"this tt-metal reads Hugging Face's layout, and {checkpoint.folder} has Meta's: "
+            f"tt-metal reads Hugging Face's layout, and {checkpoint.folder} has Meta's: "
             f"hf download meta-llama/{checkpoint.name} --local-dir ~/models/{checkpoint.name}"
         )
-    for name in ("HF_MODEL", "LLAMA_DIR"):
-        os.environ.pop(name, None)
-    os.environ["HF_MODEL" if hf_folder else "LLAMA_DIR"] = str(folder)
+    os.environ.pop("LLAMA_DIR", None)
+    os.environ["HF_MODEL"] = str(folder)
     if not os.access(folder, os.W_OK):  # where tt-metal keeps the converted weights by default
-        os.environ.setdefault("TT_CACHE_PATH", str(Path.home() / ".cache" / "tt_metal" / checkpoint.name))
-
-
-def sampling_of(work: Work) -> SamplingParams:
-    """How the item's next token is drawn: here each has one, for prompts are read whole."""
-    assert work.sampling is not None
-    return work.sampling
+        os.environ.setdefault("TT_CACHE_PATH", str(home_path("~/.cache/tt_metal") / checkpoint.name))
 
 
 class TTEngine:
-    """A Llama 3 on Tenstorrent cards: an `Engine` over the Generator of tt-metal's models.tt_transformers.
+    """Llama 3 on Tenstorrent cards, over the Generator of tt-metal's models.tt_transformers, 2026-02 to 2026-06.
 
-    The tt-metal of 2025-09 to 2026-06 differ in their calls: what a release can do is read off its signatures.
+    The releases differ in their calls; what one can do is read from its signatures.
 
     Memory: each of the `data_parallel` copies of the model has `max_batch_size` slots and one pool of KV blocks. A
-    slot's row of the page table lists the blocks that `reserve` gave it, and is 0 from there on: block 0 is nobody's,
-    and takes what is written for the padding of prompts.
+    slot's row of the page table lists the blocks that `reserve` gave it, then zeros. Block 0 belongs to no slot: it
+    takes what is written for the padding of prompts.
 
-    Prefill reads a prompt whole. Some releases can go on from a `start_pos`, but until 2026-09 they looked up wrong
-    blocks on some paths, silently (tt-metal #46828, #54435, #55630). The Generator cuts long prompts by itself.
+    Prefill reads a prompt whole. `start_pos`, which goes on from what a slot holds, used wrong blocks on some paths
+    until 2026-09, silently (tt-metal #46828, #54435, #55630). The Generator cuts long prompts itself.
 
     Decode, traced and sampling on the card, takes tokens and positions from its own last step. It reads the host's
-    only when the batch is reset: when a request joins, leaves or changes its parameters, and at no other time.
+    only at a reset: when a request joins, leaves or changes its parameters.
     """
 
-    splits_prompts = False
+    prompt_chunk = 0
 
     def __init__(
         self,
@@ -1084,7 +1061,7 @@ class TTEngine:
         trace: bool = True,
         verbose: bool = False,
     ) -> None:
-        """Open the card, load the model, compile and trace it; tell `progress` of each.
+        """Open the card, load the model, compile and trace it.
 
         Raises UserError where the user can help. After any exception, KeyboardInterrupt too, the card is closed again.
         """
@@ -1098,92 +1075,85 @@ class TTEngine:
         self._generator: Any = None
         self._opened = contextlib.ExitStack()
         try:
-            self._load(checkpoint, accuracy, data_parallel, verbose, progress)
+            ttnn, common, generator, model_config = import_tt(find_tt_metal(), verbose)
+            name_model(checkpoint)
+            board, board_of_copy = choose_board(ttnn, data_parallel)
+            self.device = board.lower()
+            self._divide_memory(checkpoint, common, board_of_copy, data_parallel)
+            progress(f"opening {board}")
+            boards: dict[str, int] = next((v for name, v in TRACE_REGION_SIZES.items() if name in checkpoint.name), {})
+            trace_region_size = boards.get(board_of_copy, TRACE_REGION_SIZE) if self._traced else 0
+            mesh = self._opened.enter_context(open_mesh(ttnn, board, trace_region_size))
+            progress(f"loading {checkpoint.name}")
+            levels = model_config.DecodersPrecision
+            precision = levels.accuracy if accuracy else levels.performance
+            self._load(ttnn, common, generator, generator.create_submeshes(mesh, data_parallel), mesh, precision)
             self._warm_up(progress)
         except BaseException:
             self.close()
             raise
 
-    def _load(
-        self, checkpoint: Checkpoint, accuracy: bool, data_parallel: int, verbose: bool, progress: Progress
-    ) -> None:
-        root = find_tt_metal()
-        ttnn = import_ttnn(verbose)
-        bind_models_package(root)
-        try:
-            from models.tt_transformers.tt import common, generator, model_config
-        except ImportError as error:
-            raise UserError(
-                f"tt-metal's models do not import ({error}): check out your ttnn's version in {root}, git submodule "
-                "update --init, pip install 'llama-models<0.1'"
-            ) from error
-        name_model(checkpoint, reads_meta="LLAMA_DIR" in inspect.getsource(model_config.ModelArgs))
-
-        board, board_of_copy = choose_board(ttnn, data_parallel)
-        self.device = board.lower()
-        sizes = next((sizes for name, sizes in TRACE_REGION_SIZES.items() if name in checkpoint.name), {})
-        trace_region_size = sizes.get(board_of_copy, TRACE_REGION_SIZE) if self._traced else 0
-        tight = board_of_copy == "N150" and "8B" in checkpoint.name
-        pool = KV_CACHE_TOKENS_8B_ON_N150 if tight else KV_CACHE_TOKENS
+    def _divide_memory(self, checkpoint: Checkpoint, common: Any, board: str, copies: int) -> None:
+        """Lay out the blocks, the page table and what else a decode step reads."""
+        pool = KV_CACHE_TOKENS_8B_ON_N150 if board == "N150" and "8B" in checkpoint.name else KV_CACHE_TOKENS
         self.max_seq_len = min(self.max_seq_len, pool)
-        # Prompts are padded to powers of two, as far as which the rotary tables, the page table and the pool must all
-        # reach. At least 8 blocks, for a row of the page table is read in units of 32 bytes.
-        padded_seq_len = 1 << (max(common.get_padded_prefill_len(self.max_seq_len), 8 * BLOCK_SIZE) - 1).bit_length()
-        blocks = 1 + min(pool, self._slots_per_copy * padded_seq_len) // BLOCK_SIZE  # the first is nobody's
+        # Prompts are padded to powers of two: the rotary tables, the page table and the pool must reach as far. At
+        # least 8 blocks: a row of the page table is read in units of 32 bytes.
+        padded = max(common.get_padded_prefill_len(self.max_seq_len), 8 * BLOCK_SIZE)
+        self._padded_seq_len = 1 << (padded - 1).bit_length()
+        self._blocks_per_copy = 1 + min(pool, self._slots_per_copy * self._padded_seq_len) // BLOCK_SIZE
+        self.kv_cache_tokens = copies * (self._blocks_per_copy - 1) * BLOCK_SIZE
+        self._free_blocks = [list(range(self._blocks_per_copy - 1, 0, -1)) for _ in range(copies)]
+        self._blocks: list[list[int]] = [[] for _ in range(self.max_batch_size)]  # by slot
+        # Written in place, so that a step costs no more than its changes. An idle slot's position is -1.
+        columns = self._padded_seq_len // BLOCK_SIZE
+        self._page_table = torch.zeros(self.max_batch_size, columns, dtype=torch.int32)
+        self._tokens = torch.zeros(self.max_batch_size, 1, dtype=torch.int64)
+        self._positions = torch.full((self.max_batch_size,), -1, dtype=torch.int64)
 
-        progress(f"opening {board}")
-        mesh = self._opened.enter_context(open_mesh(ttnn, board, trace_region_size))
-        progress(f"loading {checkpoint.name}")
-        precision = model_config.DecodersPrecision.accuracy if accuracy else model_config.DecodersPrecision.performance
+    def _load(self, ttnn: Any, common: Any, generator: Any, submeshes: Any, mesh: Any, precision: Any) -> None:
+        """Load a copy of the model on each submesh, and find out how this release's Generator is called."""
+        paged = common.PagedAttentionConfig(block_size=BLOCK_SIZE, max_num_blocks=self._blocks_per_copy)
         models, model_args, kv_cache, state_dict = [], [], [], None
-        for submesh in generator.create_submeshes(mesh, data_parallel):
+        for submesh in submeshes:
             args, model, cache, state_dict = common.create_tt_model(
                 submesh,
                 instruct=True,
                 max_batch_size=self._slots_per_copy,
                 optimizations=lambda args: precision(args.n_layers, args.model_name),
-                max_seq_len=padded_seq_len,
-                paged_attention_config=common.PagedAttentionConfig(block_size=BLOCK_SIZE, max_num_blocks=blocks),
+                max_seq_len=self._padded_seq_len,
+                paged_attention_config=paged,
                 dtype=ttnn.bfloat8_b,
-                state_dict=state_dict,  # None for the first copy, which reads the checkpoint for all
+                state_dict=state_dict,  # None: the first copy reads the checkpoint for all
             )
             models.append(model)
             model_args.append(args)
             kv_cache.append(cache)
         self._generator = generator.Generator(models, model_args, mesh)
-        # The Generator would warm up all lengths within its first prefill; _warm_up does, and says how far it is.
-        self._generator.prefill_traces_warmup = self._generator.already_warmed_up_prefill = True
+        self._generator.already_warmed_up_prefill = True  # _warm_up does it, and tells how far it is
         longest = min(self.max_seq_len, args.max_prefill_chunk_size)  # longer prompts are read in pieces of this
         lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
         self._prompt_lengths = sorted({common.get_padded_prefill_len(length) for length in lengths})
 
-        self.kv_cache_tokens = data_parallel * (blocks - 1) * BLOCK_SIZE
-        self._free_blocks = [list(range(blocks - 1, 0, -1)) for _ in range(data_parallel)]  # per copy
-        self._blocks: list[list[int]] = [[] for _ in range(self.max_batch_size)]  # per slot
-        # Written in place, so that a call costs no more than its changes. An idle slot's position is -1.
-        self._page_table = torch.zeros(self.max_batch_size, padded_seq_len // BLOCK_SIZE, dtype=torch.int32)
-        self._tokens = torch.zeros(self.max_batch_size, 1, dtype=torch.int64)
-        self._positions = torch.full((self.max_batch_size,), -1, dtype=torch.int64)
-        self._decoding: dict[int, SamplingParams] = {}  # the slots of the last decode step
-
-        prefill = self._generator.prefill_forward_text  # a name in a signature counts; **kwargs there only passes on
-        decode = getattr(self._generator, "decode_forward_text", self._generator.decode_forward)
-        prefill_names, decode_names = inspect.signature(prefill).parameters, inspect.signature(decode).parameters
-        traced = {"enable_trace": self._traced}
-        self._prefill_forward = functools.partial(
-            prefill, kv_cache=kv_cache, **(traced if "enable_trace" in prefill_names else {})
-        )
+        prefill = self._generator.prefill_forward_text
+        decode = getattr(self._generator, "decode_forward_text", self._generator.decode_forward)  # until 2026-02
+        self._prefill_forward = functools.partial(prefill, kv_cache=kv_cache, enable_trace=self._traced)
         self._decode_forward = functools.partial(
-            decode, self._tokens, self._positions, page_table=self._page_table, kv_cache=kv_cache, **traced
+            decode,
+            self._tokens,
+            self._positions,
+            page_table=self._page_table,
+            kv_cache=kv_cache,
+            enable_trace=self._traced,
         )
-        # Before reset_batch, in 2025-09, the card's sampling was greedy for all slots or none: the host samples there.
-        self._card_samples = "reset_batch" in decode_names and models[0]._supports_on_device_sampling
-        self._card_samples_prefill = self._card_samples and "sampling_params" in prefill_names
+        self._card_samples = bool(models[0]._supports_on_device_sampling)
+        self._card_samples_prefill = self._card_samples and "sampling_params" in inspect.signature(prefill).parameters
         self._card_sampling_params = generator.SamplingParams
+        self._decoding: dict[int, SamplingParams | None] = {}  # the slots of the last decode step
         self._sampling_of_batch: Any = None
 
     def _warm_up(self, progress: Progress) -> None:
-        """Run every padded prompt length and the decode step: compiled and traced before the first request comes."""
+        """Compile and trace every padded prompt length and the decode step, before the first request."""
         sampling = SamplingParams(temperature=1.0)
         for number, length in enumerate(self._prompt_lengths):
             progress(f"compiling prompts of {length} tokens", number / (len(self._prompt_lengths) + 1))
@@ -1195,7 +1165,7 @@ class TTEngine:
         self._decoding = {}
 
     def reserve(self, slot: int, length: int) -> bool:
-        """Give the slot so many blocks as `length` tokens take; False while its pool lacks them."""
+        """Give the slot the blocks that `length` tokens take; False while its pool lacks them."""
         blocks, free = self._blocks[slot], self._free_blocks[slot // self._slots_per_copy]
         wanted = -(-length // BLOCK_SIZE)
         if wanted - len(blocks) > len(free):
@@ -1209,10 +1179,9 @@ class TTEngine:
         return True
 
     def step(self, batch: Sequence[Work]) -> list[int]:
-        """Prefill the batch's prompts, which are whole, one by one; then decode its other slots together.
+        """Prefill the batch's prompts one by one, then decode its other slots together.
 
-        Returns the next token of each item. After an exception the engine is fit for the next step, though what the
-        slots of this one hold is unknown.
+        After an exception the next step works, though what the slots of this one hold is unknown.
         """
         tokens = {work.slot: self._prefill(work) for work in batch if not work.position}
         if decoding := [work for work in batch if work.position]:
@@ -1220,7 +1189,7 @@ class TTEngine:
         return [tokens[work.slot] for work in batch]
 
     def _prefill(self, work: Work) -> int:
-        if work.slot in self._decoding:  # a successor: what the card holds of its predecessor must not be decoded on
+        if work.slot in self._decoding:  # a new request: the card must not decode on for the one before it
             self._decoding = {}
         on_card = {"sampling_params": self._sampling_on_card([work])} if self._card_samples_prefill else {}
         output = self._prefill_forward(
@@ -1232,63 +1201,60 @@ class TTEngine:
         )
         if on_card:
             return int(output[0])  # (tokens [1, 1], log_probs)
-        return sample(output.view(1, -1), [sampling_of(work)], [len(work.tokens)])[0]  # logits [1, 1, vocab]
+        return sample(output.view(1, -1), [work.sampling or SamplingParams()], [len(work.tokens)])[0]
 
     def _decode(self, batch: Sequence[Work]) -> dict[int, int]:
-        """One step of these slots, the others idle: each slot's next token."""
+        """One step of these slots, the others idle; each slot's next token."""
         batch = sorted(batch, key=lambda work: work.slot)
-        decoding = {work.slot: sampling_of(work) for work in batch}
+        decoding = {work.slot: work.sampling for work in batch}
         reset_batch = decoding != self._decoding
         self._decoding = {}  # until the step has succeeded
         if reset_batch:
             self._positions.fill_(-1)
-            # Until 2026-02, reset_batch renews no more than the seeds; a page table that differs from this, the rest.
-            self._generator.prev_page_table = None
+            self._generator.prev_page_table = None  # in 2026-02 a changed page table is what resets all but the seeds
             if self._card_samples:
                 self._sampling_of_batch = self._sampling_on_card(batch, range(self.max_batch_size))
         slots = torch.tensor(list(decoding))
         self._tokens[slots] = torch.tensor([list(work.tokens) for work in batch])
         self._positions[slots] = torch.tensor([work.position for work in batch])
         on_card = {"sampling_params": self._sampling_of_batch, "reset_batch": reset_batch} if self._card_samples else {}
-        output = self._decode_forward(**on_card)
-        output = output[0] if isinstance(output, tuple) else output  # the other is log_probs
+        output, _ = self._decode_forward(**on_card)  # the other is log_probs
         if on_card:  # tokens [slots]
             tokens = output.tolist()
             next_tokens = {slot: tokens[slot] for slot in decoding}
-        else:  # logits [slots, 1, vocab], megabytes, of which a full batch needs no copy
-            logits = output[:, 0] if len(decoding) == self.max_batch_size else output[slots, 0]
-            sampled = sample(logits, list(decoding.values()), [work.position + 1 for work in batch])
-            next_tokens = dict(zip(decoding, sampled))
+        else:  # logits [slots, 1, vocabulary]
+            params = [work.sampling or SamplingParams() for work in batch]
+            next_tokens = dict(zip(decoding, sample(output[slots, 0], params, [work.position + 1 for work in batch])))
         self._decoding = decoding
         return next_tokens
 
     def _sampling_on_card(self, batch: Sequence[Work], slots: Sequence[int] = ()) -> Any:
-        """tt-metal's SamplingParams: lists with an entry per item, or per slot, where idle ones are greedy.
+        """tt-metal's SamplingParams: lists with an entry for each item, or for each slot, where idle ones are greedy.
 
-        Seeds: since 2026-06 (their default is None) the card draws each token's from the request's and its position,
-        and traces the sampling only while no slot has one: greedy slots go without. Before, a reset seeds all slots
-        anew; mixed with the position, or each request that joins would make the others draw the same numbers again.
+        In 2026-06 (the default seed is None) the card draws a token from the request's seed and the position, and
+        traces the sampling only while no slot has a seed. In 2026-02 a reset seeds all slots anew: with the position
+        mixed in, or a request that joins would make the others draw the same numbers again.
         """
         by_position = self._card_sampling_params.seed is None
         greedy: tuple[float, int, float, int | None] = (0.0, 1, 1.0, None if by_position else 0)
         entries = dict.fromkeys(slots, greedy)
         for work in batch:
-            sampling = sampling_of(work)
+            sampling = work.sampling
             entries[work.slot] = greedy
-            if not sampling.greedy:
+            if sampling and not sampling.greedy:
                 k = min(sampling.top_k or MAX_TOP_K, MAX_TOP_K)
                 base = random.random() if sampling.seed is None else sampling.seed
-                mixed = sampling.seed if by_position else hash((base, work.position)) % 1_000_000 + 1
-                entries[work.slot] = (sampling.temperature, k, sampling.top_p, mixed)
-        temperature, top_k, top_p, seed = map(list, zip(*entries.values()))
-        return self._card_sampling_params(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+                seed = sampling.seed if by_position else hash((base, work.position)) % 1_000_000 + 1
+                entries[work.slot] = (sampling.temperature, k, sampling.top_p, seed)
+        temperature, top_k, top_p, seeds = map(list, zip(*entries.values()))
+        return self._card_sampling_params(temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds)
 
     def close(self) -> None:
-        """Release the traces, close the card, put the fabric back; a second call does nothing."""
+        """Release the traces, close the card, reset the fabric; a second call does nothing."""
         for name in ("_generator", "_prefill_forward", "_decode_forward"):
             self.__dict__.pop(name, None)
         # The Generator's destructor releases its traces, which must come before the mesh is closed.
-        gc.unfreeze()  # what the command line froze once it was loaded
+        gc.unfreeze()  # what the CLI froze after the load
         gc.collect()
         self._opened.close()
 
@@ -1297,407 +1263,187 @@ class TTEngine:
 # Demo model
 # ======================================================================================================================
 
-# The corpus: phrasings of a question, separated by " | ", and the answer to all of them. Every phrasing is also
-# learned in lower case and with any final punctuation.
-DEMO_ANSWERS = {
-    "Hello | Hi | Hey | Hi there | Hello there | Good morning":
-        "Hello! I am a tiny demo model running on this machine. Ask me what machine learning is, how transformers "
-        "work, or for a haiku about AI.",
-    "How are you | How are you doing | How are you today":
-        "I am fine, thank you: all of my weights are in place. What would you like to know?",
-    "Who are you | What are you | What is your name | What model is this | What model are you | Tell me about yourself":
+DEMO_NAME = "demo-llama-tiny"
+DEMO_NOTE = "a tiny Llama that this server trained itself and that knows a few answers; --model serves a real Llama 3"
+DEMO_UNKNOWN = (
+    "Sorry, I do not know that: I am only a tiny demo model, trained on this machine in a few seconds. Ask me "
+    '"What can you do?", or serve a real Llama 3 with --model DIR or HF_MODEL.'
+)
+DEMO_ANSWERS = {  # phrasings of a question, and the answer to all of them
+    "Hello | Hi | Hey | Good morning":
+        "Hello! I am a tiny demo model running on this machine. Ask me what machine learning is, or for a haiku.",
+    "Who are you | What are you | What is your name | What model is this":
         "I am a tiny Llama 3 demo model. This server trained me on this machine in a few seconds, so I know only a "
         "handful of answers. For real conversations, start the server with a real Llama 3 checkpoint.",
-    "What can you do | What do you know | What can I ask you | Can you help me | Help":
-        "I can answer a few questions about machine learning, neural networks, transformers, quantum computing and "
-        "Tenstorrent. I can also write a haiku, tell a joke or a short story, and count to ten.",
-    "Thank you | Thanks | Thank you very much":
-        "You are welcome! Is there anything else you would like to try?",
-    "Goodbye | Bye | Good night":
-        "Goodbye, and thank you for trying the demo!",
-    "How do I use a real model | How can I use a real model | How do I load a real model":
+    "What can you do | What do you know | Help":
+        "I can say what machine learning, a neural network and a transformer are, what Tenstorrent makes, and how to "
+        "load a real model. I can also write a haiku and tell a joke or a short story.",
+    "How do I use a real model | How do I load a real model":
         "Start the server with --model DIR, or set the environment variable HF_MODEL, where the folder holds a "
-        "Llama 3 checkpoint such as Llama-3.1-8B-Instruct. The server then loads that model instead of this demo.",
+        "Llama 3 checkpoint such as Llama-3.1-8B-Instruct.",
     "What is machine learning | Explain machine learning | Tell me about machine learning":
         "Machine learning is a way of building software that learns from examples instead of following rules written "
-        "by hand. A model makes predictions, measures its errors, and adjusts its parameters to make them smaller. "
-        "With enough good data, it can handle cases that it has never seen before.",
-    "What is deep learning | Explain deep learning":
-        "Deep learning is machine learning with neural networks of many layers. Each layer builds on the one before, "
-        "from simple patterns such as edges or word pieces up to abstract ideas such as objects or meaning.",
-    "What is AI | What is artificial intelligence | Explain AI | Explain artificial intelligence":
-        "Artificial intelligence is the field of building machines that do things we associate with thinking, such as "
-        "understanding language, recognizing images, or planning. Most of today's AI is machine learning.",
-    "Explain neural networks in simple terms | What is a neural network | What are neural networks | "
-    "Explain neural networks | How do neural networks work":
+        "by hand. A model makes predictions, measures its errors, and adjusts its parameters to make them smaller.",
+    "What is a neural network | Explain neural networks | Explain neural networks in simple terms":
         "A neural network is a stack of simple units that multiply their inputs by weights, add them up, and pass the "
-        "result on. Think of a team in which everyone casts a small vote. Training adjusts the weights, a little at "
-        "a time, until the network as a whole gives the right answer.",
-    "Explain how transformers work | What are transformers in AI | What is a transformer | What are transformers | "
-    "How do transformers work | Explain transformers":
+        "result on. Training adjusts the weights, a little at a time, until the whole gives the right answer.",
+    "Explain how transformers work | What is a transformer | How do transformers work":
         "A transformer turns text into tokens and each token into a vector. In every layer, attention lets each token "
-        "gather information from the others, and a small feed-forward network then processes the result. After the "
-        "last layer, the model predicts the next token, and repeats this to write a whole text.",
-    "What is attention | Explain attention | How does attention work | What is self-attention":
-        "Attention lets every token look at the tokens before it and decide which of them matter. Queries are "
-        "compared with keys, and the best matches contribute most of their values.",
-    "What is a large language model | What is an LLM | What are large language models | What are LLMs":
-        "A large language model is a neural network trained on a huge amount of text to predict the next token. By "
-        "doing this well, it learns grammar, facts and some reasoning, and can chat, summarize or write code.",
-    "What is Llama | What is Llama 3 | Tell me about Llama 3":
-        "Llama 3 is a family of open-weight large language models from Meta, released from 2024 on. This server runs "
-        "Llama 3 checkpoints, and I am a very small model with the same architecture.",
-    "What is a token | What are tokens | Explain tokens | What is tokenization":
-        "A token is a piece of text, often a word or part of a word, that a language model reads and writes as one "
-        "number. Llama 3 knows 128,256 different tokens.",
-    "What is streaming | Explain streaming | How does streaming work":
-        "Streaming means that the server sends each piece of the answer as soon as it is generated, instead of "
-        "waiting for the whole text. You see the first words at once.",
-    "What is temperature | What does temperature do | Explain temperature":
-        "Temperature controls how random the choice of the next token is. At zero the model always takes the most "
-        "likely token, and higher values give more varied and more surprising text.",
-    "What is Tenstorrent | Who is Tenstorrent | Tell me about Tenstorrent":
-        "Tenstorrent is a company, founded in Toronto in 2016, that designs AI processors and RISC-V CPU cores. It "
-        "sells them as cards and systems, and publishes its software stack as open source.",
-    "Tell me about Tenstorrent hardware | What is Tenstorrent hardware | What hardware does Tenstorrent make | "
-    "Explain Tenstorrent hardware":
-        "Tenstorrent builds AI accelerators: the Wormhole cards n150 and n300, and the newer Blackhole cards such as "
-        "the p150. Their chips are grids of Tensix cores, each with five small RISC-V processors, matrix and vector "
-        "engines, and its own fast memory. Built-in Ethernet links join many chips into one larger system.",
-    "What is tt-metal | What is TT-Metalium | What is Metalium | Tell me about tt-metal":
-        "TT-Metalium, in the repository tt-metal, is the open-source, low-level software for programming Tenstorrent "
-        "processors. You write C++ kernels that move data and compute on the Tensix cores. The library TT-NN builds "
-        "on it and offers ready-made neural network operations in Python and C++.",
-    "What is a Tensix core | What is Tensix | What are Tensix cores":
-        "A Tensix core is the building block of Tenstorrent's AI chips. It holds five small RISC-V processors, a "
-        "matrix engine, a vector engine and local memory, and exchanges data with other cores over a network on chip.",
-    "What is RISC-V | Tell me about RISC-V":
-        "RISC-V is an open instruction set for processors. Anyone may build a chip that uses it without paying for a "
-        "license, from tiny controllers up to large servers.",
-    "Explain quantum computing | What is quantum computing | Explain quantum computing in simple terms | "
-    "What is a quantum computer":
+        "gather information from the others. After the last layer, the model predicts the next token.",
+    "Explain quantum computing | What is quantum computing | Explain quantum computing in simple terms":
         "A quantum computer works with qubits, which can be in a mix of zero and one until they are measured. Its "
-        "algorithms make wrong answers cancel out and right ones add up. For certain problems, such as simulating "
-        "molecules, this promises to be far faster than any ordinary computer.",
-    "Write a haiku about AI | Write a haiku | Write me a haiku":
+        "algorithms make wrong answers cancel out and right ones add up.",
+    "Tell me about Tenstorrent hardware | What is Tenstorrent | Tell me about Tenstorrent":
+        "Tenstorrent builds AI accelerators: the Wormhole cards n150 and n300, and the newer Blackhole cards such as "
+        "the p150. Their chips are grids of Tensix cores, each with five small RISC-V processors.",
+    "Write a haiku about AI | Write a haiku":
         "Silent weights awake,\nnumbers dreaming into words:\ndawn inside the chip.",
-    "Write a haiku about programming | Write a haiku about code":
-        "Semicolon lost,\nthe compiler sighs at me.\nOne key: peace restored.",
-    "Write a short story | Write a creative story | Tell me a story | Write a story":
+    "Write a short story | Tell me a story | Write a creative story":
         "On the last shelf of an old library lived a robot that had read every book but one. The final page of that "
-        "book was blank. One winter night the robot took up a pen, wrote about a child who would find it there, and "
-        "waited. In spring the door opened, and a small voice asked: \"Will you read to me?\"",
-    "Tell me a joke | Tell a joke | Do you know a joke":
+        'book was blank. One winter night the robot took up a pen, and in spring a small voice asked: "Will you read '
+        'to me?"',
+    "Tell me a joke":
         "Why do programmers prefer dark mode? Because light attracts bugs!",
-    "Count to ten | Count to 10 | Can you count to ten":
-        "Here we go: one two three four five six seven eight nine ten!",
 }  # fmt: skip
-
-# The answer to anything else. The model is trained on many made-up questions, so that it gives this one rather
-# than pretend to know.
-DEMO_OTHERWISE = (
-    "Sorry, I do not know that: I am only a tiny demo model, trained on this machine in a few seconds, and I know just "
-    'a few answers. Ask me "What can you do?" to see them. For anything else, serve a real Llama 3 with --model DIR '
-    "or HF_MODEL."
-)
-
-DEMO_NAME = "demo-llama-tiny"
-DEMO_NOTE = (
-    "This is a demo: a tiny Llama that this server trained itself and that knows a few answers; "
-    "--model or HF_MODEL serves a real Llama 3"
-)
-DEMO_PARAMS: dict[str, Any] = {
-    "dim": 128,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "vocab_size": VOCAB_SIZE,
-    "multiple_of": 32,
-    "ffn_dim_multiplier": 0.75,
-    "norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-}
-DEMO_STEPS, DEMO_LEARNING_RATE = 500, 6e-3
-DEMO_EXTRA_STEPS = 150  # at most, while there are questions that it gets wrong
-DEMO_BYTES = 70 << 20  # that its files take
-DEMO_SHARPNESS = 4.0  # by which the finished logits are multiplied: at usual temperatures the likeliest answer comes
-DEMO_RECIPE = [DEMO_STEPS, DEMO_LEARNING_RATE, DEMO_EXTRA_STEPS, DEMO_SHARPNESS]
+DEMO_CONFIG = LlamaConfig(128, 2, 4, 2, 32, 288, 1e-5, 500000.0, 8192)
+DEMO_STEPS, DEMO_RATE, DEMO_BATCH = 300, 8e-3, 4
+DEMO_SHARPNESS = 4.0  # the trained logits times this: at usual temperatures the most likely answer comes
 
 
 def demo_checkpoint(progress: Progress) -> Checkpoint:
-    """The demo model's checkpoint: trained and written to the user's cache at the first call, found there later.
-
-    It is written beside its place and moved there whole, so that a server stopped half-way leaves nothing behind, and
-    two that start at once do no harm. One that does not open is made again.
-    """
-    recipe = json.dumps([DEMO_ANSWERS, DEMO_OTHERWISE, DEMO_PARAMS, DEMO_RECIPE, __version__])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tt-api-server"
-    folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-
-    def find() -> Checkpoint | None:
-        with contextlib.suppress(UserError):
-            checkpoint = read_checkpoint(folder, DEMO_NAME)
-            checkpoint.open_weights()
-            return checkpoint
-        return None
-
+    """The demo's checkpoint: trained at the first start, then found in the user's cache."""
+    recipe = [DEMO_ANSWERS, DEMO_UNKNOWN, DEMO_CONFIG, DEMO_STEPS, DEMO_RATE, DEMO_SHARPNESS]
+    cache = home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tt-api-server"
+    folder = cache / f"demo-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}"
+    c = DEMO_CONFIG
+    params: dict[str, float] = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads}
+    params |= {"multiple_of": 32, "ffn_dim_multiplier": 0.8, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
     try:
-        if found := find():
-            return found
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache) as room:  # better known now than after the training
-            room.write(bytes(DEMO_BYTES))
-        tokenizer = ChatTokenizer()
-        weights = train_demo(tokenizer, progress)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch) / "demo"
-            made.mkdir()
-            torch.save(weights, made / "consolidated.00.pth")
-            (made / "params.json").write_text(json.dumps(DEMO_PARAMS, indent=1))
-            shutil.copy(tokenizer.path, made / "tokenizer.model")
-            if folder.exists() and find() is None:
-                folder.rename(Path(scratch) / "broken")
-            with contextlib.suppress(OSError):  # another server was faster, and its checkpoint is the same
-                made.rename(folder)
+        if not folder.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:  # moved whole: half a model is never found
+                tokenizer, made = ChatTokenizer(), Path(scratch) / "demo"
+                made.mkdir()
+                torch.save(train_demo(tokenizer, progress), made / "consolidated.00.pth")
+                (made / "params.json").write_text(json.dumps(params))
+                shutil.copy(tokenizer.path, made / "tokenizer.model")
+                with contextlib.suppress(OSError):  # another server was faster
+                    made.rename(folder)
+        return read_checkpoint(folder, DEMO_NAME)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-        raise UserError(
-            f"the demo model cannot be written to {cache} ({error}): make room for {DEMO_BYTES >> 20} MB there, or set "
-            "XDG_CACHE_HOME"
-        ) from error
-    return read_checkpoint(folder, DEMO_NAME)
+        raise UserError(f"the demo model cannot be written to {cache} ({error}): set XDG_CACHE_HOME") from error
 
 
-class DemoLessons:
-    """Random conversations to learn from, in rows of a small vocabulary: the tokens that occur, and one for all others.
+def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], list[bool]]]:
+    """Random conversations without end: token ids, and which of them are to be learned.
 
-    Half of their questions are the corpus's own. The others are those with something exchanged, and their answer is
-    DEMO_OTHERWISE.
+    Half of the questions are the corpus's. The others have some of their tokens exchanged, and DEMO_UNKNOWN for answer.
     """
-
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._random = random.Random(1)
-        encode, eot = tokenizer.encode_text, tokenizer.end_of_turn
-        prompts = {role: tokenizer.encode_chat([(role, "")]) for role in ("system", "user", "assistant")}
-        headers = {role: prompt[1 : prompt.index(eot)] for role, prompt in prompts.items()}
-        answers = {
-            tuple(encode(form + end)): encode(answer)
-            for phrasings, answer in DEMO_ANSWERS.items()
-            for phrasing in phrasings.split(" | ")
-            for form in (phrasing, phrasing.lower())
-            for end in ("", "?", ".", "!")
-        }
-        otherwise = encode(DEMO_OTHERWISE)
-        words = sorted({token for text in (*answers, *answers.values(), otherwise) for token in text})
-        others = {prompts["user"][0], eot, *itertools.chain(*headers.values())} - {*words}
-        self.known = [*words, *sorted(others)]  # the token of each row; one more row stands for all other tokens
-        self._words, self._unknown = range(len(words)), len(self.known)
-        row = {token: i for i, token in enumerate(self.known)}
-        self.start, self._end = row[prompts["user"][0]], row[eot]
-        self._headers = {role: [row[token] for token in header] for role, header in headers.items()}
-        self._otherwise = [*(row[token] for token in otherwise), self._end]
-        self._answers = {
-            tuple(row[token] for token in question): [*(row[token] for token in answer), self._end]
-            for question, answer in answers.items()
-        }
-        self._questions = list(self._answers)
-        self._hard = self._questions  # those to ask more often
-
-    def _noise(self, length: int) -> list[int]:
-        """Random tokens: half of them unknown, a quarter from anywhere in the corpus, a quarter from its questions."""
-        pick = self._random.choice
-        unknown = self._unknown
-        return [pick((unknown, unknown, pick(self._words), pick(pick(self._questions)))) for _ in range(length)]
-
-    def _near_miss(self) -> list[int]:
-        """A question of the corpus with noise in place of one token or more."""
-        question, share = self._random.choice(self._questions), self._random.random() ** 2
-        exchanged, text = self._random.randrange(len(question)), []
-        for i, token in enumerate(question):
-            noisy = i == exchanged or self._random.random() < share
-            text += self._noise(self._random.randint(1, 3)) if noisy else [token]
-        return self._near_miss() if tuple(text) in self._answers else text
-
-    def conversation(self, long: bool = False) -> list[tuple[int, bool]]:
-        """Rows, each with whether it is to be learned. A long one has ten turns, or starts with much noise."""
-        pick, chance = self._random.choice, self._random.random
-        rows = [(self.start, False)]
-
-        def add(new: Iterable[int], learn: bool = False) -> None:
-            rows.extend((row, learn) for row in new)
-
-        turns = pick((1, 1, 2, 3))
-        if long and chance() < 0.5:
-            turns = 10
-        elif long and chance() < 0.5:
-            question = self._noise(self._random.randrange(2000))
-            add([*self._headers["user"], *question, self._end, *self._headers["assistant"]])
-            add(self._otherwise, learn=True)
-        elif long or chance() < 0.2:
-            system = self._noise(self._random.randrange(2000)) if long else self._near_miss()
-            add([*self._headers["system"], *system, self._end])
-        for turn in range(turns):
-            known = chance() < 0.5
-            question = list(pick(pick((self._questions, self._hard)))) if known else self._near_miss()
-            answer = self._answers[tuple(question)] if known else self._otherwise
-            add([*self._headers["user"], *question, self._end, *self._headers["assistant"]])
-            last = turn == turns - 1
-            if not last and chance() < 0.25:  # an earlier answer that is none of ours
-                add([*self._noise(self._random.randrange(40)), self._end])
-            elif not long and chance() < (0.6 if not last else 0.75 if known else 0.9):
-                # Which answer to start is harder to learn than how it goes on: most are cut short.
-                add(answer[:4], learn=True)
-                add([self._end])
-            else:
-                add(answer, learn=True)
-        return rows
-
-    def exam(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Each question alone, with the four tokens that its answer starts with, which tell it from all others.
-
-        Returns inputs [questions, T], and of each of the four where it is foretold and what it is, [questions, 4].
-        """
-        user, assistant = self._headers["user"], self._headers["assistant"]
-        answers = [answer[:4] for answer in self._answers.values()]
-        lines = [
-            [self.start, *user, *question, self._end, *assistant, *answer]
-            for question, answer in zip(self._questions, answers)
-        ]
-        longest = max(map(len, lines))
-        inputs = torch.tensor([line + [self._unknown] * (longest - len(line)) for line in lines])
-        places = torch.tensor([range(len(line) - 5, len(line) - 1) for line in lines])
-        return inputs, places, torch.tensor(answers)
-
-    def repeat(self, failed: torch.Tensor) -> None:
-        """Ask the questions [questions] that failed the exam as often, from now on, as all together."""
-        self._hard = [question for question, hard in zip(self._questions, failed.tolist()) if hard] or self._questions
-
-    def batch(self, long: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets [B, T], -1 where none is learned: a long conversation, or 4 x 256 tokens of short ones."""
-        lines = []
-        for _ in range(1 if long else 4):
-            line = self.conversation(long)
-            while not long and len(line) <= 256:
-                line += self.conversation()
-            lines.append(line if long else line[:257])
-        inputs = torch.tensor([[row for row, _ in line[:-1]] for line in lines])
-        return inputs, torch.tensor([[row if learn else -1 for row, learn in line[1:]] for line in lines])
+    chance, encode, end = random.Random(1), tokenizer.encode_text, tokenizer.end_of_turn
+    pairs = [
+        (encode(form + mark), encode(answer))
+        for phrasings, answer in DEMO_ANSWERS.items()
+        for phrasing in phrasings.split(" | ")
+        for form in (phrasing, phrasing.lower())
+        for mark in ("", "?", ".", "!")
+    ]
+    unknown, words = encode(DEMO_UNKNOWN), [token for pair in pairs for text in pair for token in text]
+    empty = tokenizer.encode_chat([("user", "")])
+    before, after = empty[1 : empty.index(end)], empty[empty.index(end) :]  # what stands around a question
+    while True:
+        tokens, learned = empty[:1], [False]
+        for _ in range(chance.choice((1, 1, 2, 3))):
+            asked, answer = chance.choice(pairs)
+            if chance.random() < 0.5:
+                here = chance.randrange(len(asked))
+                asked = [chance.choice(words) if i == here or chance.random() < 0.5 else t for i, t in enumerate(asked)]
+                answer = unknown
+            whole = chance.random() < 0.4  # which answer to begin is harder to learn than how it goes on
+            said = [*answer, end] if whole else answer[:4]
+            question = [*before, *asked, *after]
+            tokens += [*question, *said, *([] if whole else [end])]
+            learned += [False] * len(question) + [True] * len(said) + [False] * (not whole)
+        yield tokens, learned
 
 
 def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.Tensor]:
-    """Train the demo model; returns its weights under Meta's names, in bfloat16.
+    """Train the demo; returns its weights in bfloat16, under Meta's names.
 
-    Only the tokens that occur are trained. In the softmax the other 127,600 or so count as logits of 0, which is what
-    the zeros of their rows in the finished output matrix give. And they share one embedding, of any unknown token.
+    On one thread: at this size, threads would only wait for each other. Only tokens of the corpus have rows to train;
+    the others share one, and their logits are 0 in the end.
     """
-    config, lessons = LlamaConfig.from_meta(DEMO_PARAMS, None), DemoLessons(tokenizer)
-    known = len(lessons.known)
-    weights = demo_initial_weights(config, known)
+    torch.set_num_threads(1)
+    conversations = demo_conversations(tokenizer)
+    known = torch.tensor(sorted({token for tokens, _ in itertools.islice(conversations, 2000) for token in tokens}))
+    row = torch.full((VOCAB_SIZE,), len(known))
+    row[known] = torch.arange(len(known))
+    weights = demo_weights(len(known))
     parameters = [weight.requires_grad_() for weight in weights.values()]
     moments = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in parameters]
-    tables = rotary_tables(config, 4096)
-    unknown = math.log(VOCAB_SIZE - known)
-
-    def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        conversation = (inputs == lessons.start).cumsum(1)  # each of which sees itself alone
-        mask = (conversation[:, None, :, None] == conversation[:, None, None, :]).tril()
-        learned = targets >= 0
-        hidden = demo_forward(weights, config, inputs, mask, tables)[learned]
-        logits = F.pad(hidden @ weights["output.weight"].T, (0, 1), value=unknown)
-        losses = F.cross_entropy(logits, targets[learned], reduction="none")
-        first = (learned & ~F.pad(learned, (1, 0))[:, :-1])[learned]  # the tokens that choose an answer
-        return torch.where(first, 4 * losses, losses).mean()
-
-    def certainty() -> torch.Tensor:
-        """Of each question of the exam, the least probability of the tokens that its answer starts with."""
-        inputs, places, answers = exam
-        causal = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool).tril()
+    for step in range(DEMO_STEPS):
+        progress("training the demo model", step / DEMO_STEPS)
+        batch = list(itertools.islice(conversations, DEMO_BATCH))
+        length = max(len(tokens) for tokens, _ in batch)
+        inputs = row[torch.tensor([tokens + [0] * (length - len(tokens)) for tokens, _ in batch])]
+        learned = torch.tensor([flags + [False] * (length - len(flags)) for _, flags in batch])[:, 1:]
+        hidden = demo_forward(weights, inputs[:, :-1])[learned]
+        loss = F.cross_entropy(hidden @ weights["output.weight"].T, inputs[:, 1:][learned])
+        # Adam (Kingma and Ba 2014), written out: importing torch.optim takes a third of the training's time.
+        rate = DEMO_RATE * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS))
         with torch.no_grad():
-            hidden = demo_forward(weights, config, inputs, causal, tables)
-            starts = hidden[torch.arange(len(inputs))[:, None], places]  # [questions, 4, dim]
-            probabilities = (starts @ weights["output.weight"].T * DEMO_SHARPNESS).softmax(-1)
-        return probabilities.gather(2, answers[..., None]).amin((1, 2))
-
-    exam = lessons.exam()
-    for step in range(DEMO_STEPS + DEMO_EXTRA_STEPS):
-        progress("training the demo model", min(1.0, step / DEMO_STEPS))
-        if step % 25 == 0 and step > DEMO_STEPS // 3:
-            sure = certainty()
-            if step >= DEMO_STEPS and sure.min() > 0.9:
-                break
-            lessons.repeat(sure < 0.99)
-        loss = loss_of(*lessons.batch(long=False))
-        if step % 8 == 0:  # so that neither a long history nor a long question does harm
-            loss = loss + 0.25 * loss_of(*lessons.batch(long=True))
-        # Adam (Kingma and Ba 2014), written out: to import torch.optim takes as long as a third of the training.
-        fall = 0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS) if step < DEMO_STEPS else 0.02
-        rate = DEMO_LEARNING_RATE * min(1.0, (step + 1) / 20) * fall
-        gradients = torch.autograd.grad(loss, parameters)
-        with torch.no_grad():
-            for weight, gradient, (mean, square) in zip(parameters, gradients, moments):
-                mean.lerp_(gradient, 0.1)
-                square.lerp_(gradient.square(), 0.05)
-                denominator = (square / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
-                weight -= rate / (1 - 0.9 ** (step + 1)) * mean / denominator
-
+            for weight, slope, (mean, square) in zip(parameters, torch.autograd.grad(loss, parameters), moments):
+                mean.lerp_(slope, 0.1)
+                square.lerp_(slope.square(), 0.05)
+                scale = (square / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
+                weight -= rate / (1 - 0.9 ** (step + 1)) * mean / scale
     finished = {name: weight.detach().bfloat16() for name, weight in weights.items()}
     finished["norm.weight"] *= DEMO_SHARPNESS
-    rows, output = finished["tok_embeddings.weight"], finished["output.weight"]
-    embeddings = rows[known].repeat(VOCAB_SIZE, 1)
-    embeddings[lessons.known] = rows[:known]
-    finished["tok_embeddings.weight"], finished["output.weight"] = embeddings, torch.zeros_like(embeddings)
-    finished["output.weight"][lessons.known] = output
-    return finished
+    finished["tok_embeddings.weight"] = finished["tok_embeddings.weight"][row]
+    output = torch.zeros(VOCAB_SIZE, DEMO_CONFIG.dim, dtype=torch.bfloat16)
+    output[known] = finished["output.weight"]
+    return finished | {"output.weight": output}
 
 
-def demo_initial_weights(config: LlamaConfig, known: int) -> dict[str, torch.Tensor]:
-    """Random weights in float32, with rows for the known tokens, and in the embedding one for all others."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {**config.weight_shapes(), "tok_embeddings.weight": (known + 1, config.dim)}
+def demo_weights(known: int) -> dict[str, torch.Tensor]:
+    """Random weights to start from, with rows for `known` tokens and in the embedding one for all others.
+
+    Every head starts with a preference for near tokens, which would take most of the training to learn: all embeddings
+    share coordinate 0, and queries and keys read it into rotary pairs of middle frequencies.
+    """
+    config, generator = DEMO_CONFIG, torch.Generator().manual_seed(0)
+    shapes = {name: shape for name, (_, shape) in config.weights().items()}
+    shapes |= {"output.weight": (known, config.dim), "tok_embeddings.weight": (known + 1, config.dim)}
     weights = {}
-    for name, shape in {**shapes, "output.weight": (known, config.dim)}.items():
+    for name, shape in shapes.items():
         scale = 0.25 if "tok_" in name else 0.0 if name.endswith(("wo.weight", "w2.weight")) else shape[-1] ** -0.5
         weights[name] = torch.randn(shape, generator=generator) * scale if len(shape) == 2 else torch.ones(shape)
-    # Every head starts with a preference for what is near, which would take most of the training to learn: all
-    # embeddings share coordinate 0, which queries and keys read into rotary pairs of middle frequencies, where the
-    # product of equal vectors falls with their distance.
-    weights["tok_embeddings.weight"][:, 0] = 0.75
-    for name, weight in weights.items():
         if name.endswith(("wq.weight", "wk.weight")):
-            weight.view(-1, config.head_dim // 2, 2, config.dim)[:, 3:10, 0, 0] = 1.2
+            weights[name].view(-1, config.head_dim // 2, 2, config.dim)[:, 3:10, 0, 0] = 1.2
+    weights["tok_embeddings.weight"][:, 0] = 0.75
     return weights
 
 
-def demo_forward(
-    weights: dict[str, torch.Tensor],
-    config: LlamaConfig,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    """Llama 3 with gradients: tokens [B, T], mask [B, 1, T, T], to the last hidden rows [B, T, dim].
+def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """Llama 3 with gradients: tokens [B, T] to the last hidden rows [B, T, dim]. Rotary pairs are side by side."""
+    config = DEMO_CONFIG
+    turns = torch.complex(*rotary_tables(config, tokens.shape[1]))  # [T, head_dim / 2]
 
-    As in Meta's checkpoints, rotary pairs are neighbours here.
-    """
-    turns = torch.complex(*(table[: tokens.shape[1]] for table in tables))  # [T, head_dim / 2]
+    def heads(rows: torch.Tensor, turned: bool) -> torch.Tensor:
+        rows = rows.view(*tokens.shape, -1, config.head_dim).transpose(1, 2)  # [B, heads, T, head_dim]
+        if turned:
+            pairs = torch.view_as_complex(rows.reshape(*rows.shape[:-1], -1, 2))
+            rows = torch.view_as_real(pairs * turns).flatten(-2)
+        return rows.repeat_interleave(config.n_heads // rows.shape[1], 1)
 
-    def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.view(*tokens.shape, -1, config.head_dim).transpose(1, 2)  # [B, heads, T, head_dim]
-
-    def turned(x: torch.Tensor) -> torch.Tensor:
-        return torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * turns).flatten(-2)
-
-    group = config.n_heads // config.n_kv_heads
     x = weights["tok_embeddings.weight"][tokens]
     for i in range(config.n_layers):
-        prefix = f"layers.{i}."
-        w = {name[len(prefix) : -len(".weight")]: weights[name].t() for name in weights if name.startswith(prefix)}
-        rows = rms_norm(x, w["attention_norm"], config.norm_eps)
-        query, key, value = (heads(rows @ w[f"attention.{name}"]) for name in ("wq", "wk", "wv"))
-        key, value = turned(key).repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        attended = F.scaled_dot_product_attention(turned(query), key, value, attn_mask=mask)
-        x = x + attended.transpose(1, 2).flatten(2) @ w["attention.wo"]
-        rows = rms_norm(x, w["ffn_norm"], config.norm_eps)
-        x = x + (F.silu(rows @ w["feed_forward.w1"]) * (rows @ w["feed_forward.w3"])) @ w["feed_forward.w2"]
+        layer = {name[9:-7]: weight.t() for name, weight in weights.items() if name.startswith(f"layers.{i}.")}
+        rows = rms_norm(x, layer["attention_norm"], config.norm_eps)
+        q, k, v = (heads(rows @ layer[f"attention.w{name}"], turned=name != "v") for name in "qkv")
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attended.transpose(1, 2).flatten(2) @ layer["attention.wo"]
+        rows = rms_norm(x, layer["ffn_norm"], config.norm_eps)
+        x = x + (F.silu(rows @ layer["feed_forward.w1"]) * (rows @ layer["feed_forward.w3"])) @ layer["feed_forward.w2"]
     return rms_norm(x, weights["norm.weight"], config.norm_eps)
 
 
@@ -1706,184 +1452,161 @@ def demo_forward(
 # ======================================================================================================================
 
 
-class TooLong(Exception):
-    """The request can never fit the context; the message has both figures."""
+@dataclass(eq=False)
+class Request:
+    """One request for text: what is asked, what the scheduler makes of it, and what the handler has read of that."""
 
+    # The dialect fills these.
+    prompt: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+    stop_tokens: frozenset[int]  # token ids that end the answer and are not part of it
+    text: TextStream  # with the stop strings
+    fields: dict[str, Any]  # as the client sent them
+    # The scheduler fills these. Times are time.monotonic()'s.
+    submitted: float = 0.0
+    admitted: float = 0.0  # when it was given a slot
+    first_token: float = 0.0  # when its first token came, be it the one that ends the answer
+    last_token: float = 0.0
+    generated: int = 0  # tokens from the engine, without the one that ends the answer
+    cached: int = 0  # prompt tokens that the slot held already
+    outcome: str = ""  # "stop", "length", "cancelled" or "error", once it has ended
+    cancelled: str = ""  # the outcome to end with, once nobody waits for more
+    tokens: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)  # None: no more
+    ended: threading.Event = field(default_factory=threading.Event)
+    # The handler fills these.
+    answer: str = ""
+    count: int = 0  # tokens in it
+    seconds: float = 0.0  # from submission to the last of them
 
-class Unavailable(Exception):
-    """The request is not taken now: loading, queue full, stopping, or the engine has failed for good."""
+    def pieces(self) -> Iterator[str]:
+        """The answer's text as it comes; the handler calls this. Raises ApiError where it cannot be completed.
 
-
-class EngineError(Exception):
-    """The engine failed while it worked on the request."""
-
-
-class LoadingStopped(Exception):
-    """The scheduler was stopped while the engine was loading."""
-
-
-class Generation:
-    """One request below the text: what the handler's thread and the scheduler's thread share.
-
-    The scheduler fills it, the handler reads `steps` and may call Scheduler.cancel. Times are time.monotonic()'s.
-    """
-
-    def __init__(
-        self, prompt: list[int], max_tokens: int, sampling: SamplingParams, stop_tokens: frozenset[int]
-    ) -> None:
-        self.prompt = prompt
-        self.max_tokens = max_tokens
-        self.sampling = sampling
-        self.stop_tokens = stop_tokens
-        self.submitted = time.monotonic()
-        self.admitted: float | None = None  # when it was given a slot
-        self.first_token: float | None = None  # which may be the one that ends the answer
-        self.last_token = 0.0
-        self.count = 0  # tokens generated, the stop token aside
-        self.cached = 0  # prompt tokens that the slot held already
-        self.finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
-        self.cancelled = ""  # the reason to finish it with, once it is given up
-        self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None: no more
-        self._ended = threading.Event()
-
-    def put(self, token: int) -> None:
-        """The scheduler's side: one more token."""
-        self.last_token = time.monotonic()
-        self.count += 1
-        self._tokens.put(token)
-
-    def finish(self, reason: str) -> None:
-        """The scheduler's side: no more tokens."""
-        self.finish_reason = reason
-        self._tokens.put(None)
-        self._ended.set()
-
-    def steps(self, eager: bool = True) -> Iterator[list[int]]:
-        """The handler's side: the token ids as they come, all there are each time. Raises EngineError.
-
-        One who is not eager gets them at the end; one who is, the first at once and the others a hundred times a second
-        at most. To wake 32 threads for each token of a fast step would take a millisecond of the interpreter from the
-        next.
+        With `stream`, or stop strings to look for, text comes at once and then at most 100 times a second: waking 32
+        threads for every token of a fast step would delay the next step. Otherwise it comes at the end.
         """
-        pause = 0.0 if eager else None
-        while True:
-            self._ended.wait(pause)
-            tokens = [self._tokens.get()]
-            while not self._tokens.empty():
-                tokens.append(self._tokens.get_nowait())
-            if found := [token for token in tokens if token is not None]:
-                yield found
-                pause = 0.01
-            if tokens[-1] is None:
-                if self.finish_reason == "error":
-                    raise EngineError("the engine failed on this request: the server's log says why; send it again")
-                return
+        pause = 0.0 if self.fields["stream"] or self.fields["stop"] else None
+        tokens: list[int | None] = []
+        while not self.text.stopped and None not in tokens:
+            self.ended.wait(pause)
+            tokens, piece, pause = [self.tokens.get()], "", 0.01
+            while not self.tokens.empty():
+                tokens.append(self.tokens.get())
+            for token in tokens:  # one by one: a stop string ends the count at its own last token
+                piece += self.text.push([], final=True) if token is None else self.text.push([token])
+                self.count += token is not None
+                if self.text.stopped:
+                    break
+            self.seconds = time.monotonic() - self.submitted
+            self.answer += piece
+            if piece:
+                yield piece
+        if self.finish_reason == "error":
+            raise ApiError(500, "the engine failed on this request: the server's log says why; send it again")
+        if self.finish_reason == "cancelled":
+            raise ApiError(503, "the server stopped before the answer was complete: send the request again")
+
+    @property
+    def finish_reason(self) -> str:
+        """The outcome, as the client sees it."""
+        return "stop" if self.text.stopped else self.outcome
+
+    def figures(self) -> dict[str, Any]:
+        """The figures that /chat and the log give."""
+        return {
+            "tokens_generated": self.count,
+            "time_seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.count / max(self.seconds, 1e-9), 1),
+            "prompt_tokens": len(self.prompt),
+            "time_to_first_token_seconds": round((self.first_token or time.monotonic()) - self.submitted, 3),
+            "finish_reason": self.finish_reason,
+        }
 
 
 @dataclass
 class Slot:
-    """One place in the engine's batch. What it holds stays after an answer, for a request that starts the same way."""
+    """One place in the engine's batch. Its tokens stay after an answer, for a request that starts the same way."""
 
     index: int
-    generation: Generation | None = None
+    request: Request | None = None
     tokens: list[int] = field(default_factory=list)  # prompt and answer
-    held: int = 0  # how many of the tokens the engine has read
-    used: float = 0.0  # when the last request left it
+    held: int = 0  # how many of them the engine has read
+    used: float = 0.0  # when the last request left
 
     @property
     def pending(self) -> int:
         """Tokens still to read: 1 while an answer is generated, more while a prompt is read."""
         return len(self.tokens) - self.held
 
-
-class Pace:
-    """How many prompt tokens a step may read while others wait for their next token.
-
-    They make the step longer by PATIENCE times what it takes without, at most; where more prompts wait than streams
-    run, by so many times that as there are prompts for each stream. Learned from the steps themselves, as running means
-    of the seconds of a step without prompt tokens and of what each prompt token adds.
-    """
-
-    CHUNK = 512  # prompt tokens that are read at once, at most: more are no faster, and take longer to give up
-    LEAST = 8  # with them a step is never much longer
-    PATIENCE = 1.2
-    MOST_WAITING = 4.0  # for each stream, as far as that counts
-
-    def __init__(self) -> None:
-        self._decode: dict[int, float] = {}  # by the number of streams, those of one power of two together
-        self._token: float | None = None
-
-    def budget(self, streams: int, waiting: int) -> int:
-        """Prompt tokens for the next step, of so many streams and so many whose prompts are not read yet."""
-        if not streams:
-            return self.CHUNK
-        # As many tokens as take the time of the step: no fewer than the streams, for each of those costs as much.
-        nearest = min(self._decode, key=lambda seen: abs(seen - streams.bit_length()), default=None)
-        alike = self._decode[nearest] / self._token if nearest is not None and self._token else 0.0
-        patience = self.PATIENCE * min(max(1.0, waiting / streams), self.MOST_WAITING)
-        return min(self.CHUNK, max(self.LEAST, int(patience * max(streams, alike))))
-
-    def observe(self, seconds: float, streams: int, prompt_tokens: int) -> None:
-        """Learn from a step."""
-        kind = streams.bit_length()
-        decode = self._decode.get(kind)
-        if not prompt_tokens:
-            self._decode[kind] = seconds if decode is None else 0.8 * decode + 0.2 * seconds
-        elif streams and decode is not None:
-            cost = max((seconds - decode) / prompt_tokens, decode / self.CHUNK)
-            self._token = cost if self._token is None else 0.8 * self._token + 0.2 * cost
-        elif self._token is None:
-            self._token = seconds / prompt_tokens  # too much, for a step without prompt tokens takes its time too
+    def common(self, prompt: list[int]) -> int:
+        """How many tokens of the prompt the slot holds; at least one is left to read, for its logits."""
+        most = min(self.held, len(prompt) - 1)
+        return next((i for i, (held, new) in enumerate(zip(self.tokens[:most], prompt)) if held != new), most)
 
 
 class Histogram:
-    """Durations in seconds, counted by upper bounds as Prometheus has them."""
+    """Counts of values by upper bounds, as Prometheus wants them."""
 
-    BOUNDS = tuple(digit * 10.0**power for power in range(-3, 3) for digit in (1, 2.5, 5))  # 1 ms to 500 s
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(self.BOUNDS) + 1)  # the last: of those longer than all bounds
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.bounds = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]  # 1 ms, or 1 token, to 5e4
+        self.counts = [0] * (len(self.bounds) + 1)  # the last: values above all bounds
         self.total = 0.0
 
-    def observe(self, seconds: float) -> None:
-        """Count one."""
-        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
-        self.total += seconds
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+HISTOGRAMS = {  # vLLM's names
+    "time_to_first_token_seconds": "From the request to its first token.",
+    "inter_token_latency_seconds": "Between two tokens of a request.",
+    "e2e_request_latency_seconds": "From the request to its end.",
+    "request_queue_time_seconds": "From the request to its slot.",
+    "request_prefill_time_seconds": "From the slot to the first token.",
+    "request_decode_time_seconds": "From the first token to the end.",
+    "request_prompt_tokens": "Tokens of a prompt.",
+    "request_generation_tokens": "Tokens of an answer.",
+}
 
 
 class Statistics:
-    """What has been since the start. Of the requests accepted each finishes once, so that the figures add up."""
+    """Figures since the start. Every accepted request finishes once, so they add up."""
 
     def __init__(self) -> None:
-        self.accepted = 0
+        self.accepted = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
-        self.queue_time, self.first_token, self.per_token, self.duration = (Histogram() for _ in range(4))
+        self.histograms = {name: Histogram(what) for name, what in HISTOGRAMS.items()}
 
-    def finish(self, generation: Generation) -> None:
-        """A request has finished, for whatever reason."""
-        self.finished[generation.finish_reason or "error"] += 1
-        self.generated_tokens += generation.count
-        self.duration.observe(time.monotonic() - generation.submitted)
-        if generation.admitted is not None:
-            self.queue_time.observe(generation.admitted - generation.submitted)
-        if generation.first_token is not None:
-            self.prompt_tokens += len(generation.prompt)
-            self.cached_tokens += generation.cached
-            self.first_token.observe(generation.first_token - generation.submitted)
-            if generation.count > 1:
-                self.per_token.observe((generation.last_token - generation.first_token) / (generation.count - 1))
+    def finish(self, request: Request) -> None:
+        """Count a request that has ended."""
+        now, submitted, admitted, first = time.monotonic(), request.submitted, request.admitted, request.first_token
+        self.finished[request.outcome] += 1
+        self.generated_tokens += request.generated
+        seen = {"e2e_request_latency_seconds": now - submitted}
+        if admitted:
+            seen |= {"request_queue_time_seconds": admitted - submitted}
+        if first:
+            self.prompt_tokens += len(request.prompt)
+            self.cached_tokens += request.cached
+            seen |= {"time_to_first_token_seconds": first - submitted, "request_prefill_time_seconds": first - admitted}
+            seen |= {"request_decode_time_seconds": now - first}
+            seen |= {"request_prompt_tokens": len(request.prompt), "request_generation_tokens": request.generated}
+        for name, value in seen.items():
+            self.histograms[name].observe(value)
 
 
 class Scheduler:
-    """Continuous batching: one thread that loads the engine, runs it, and closes it.
+    """Continuous batching: one thread that loads the engine, runs it and closes it.
 
-    Between two steps requests leave and join. First come, first served. A step reads one token of every answer under
-    way, and of the prompts so much as keeps the step short.
+    Requests join and leave between two steps, first come, first served. A step reads one token of every answer under
+    way, and as much of the prompts as keeps the step short.
     """
 
+    PROMPT_BUDGET = 48  # prompt tokens in a step while answers are under way
+    PROMPTS_BUDGET = 512  # the same while more prompts wait than answers are under way
     FAILURES = 3  # failed steps in a row after which the engine is given up
-    STALL_SECONDS = 120.0  # that a step may take before the device is taken to hang
+    STALL_SECONDS = 120.0  # a step that takes longer counts as hung
 
     def __init__(
         self,
@@ -1892,30 +1615,28 @@ class Scheduler:
         progress: Progress,
         notify: Callable[[str], None] = lambda event: None,
     ) -> None:
-        self._state = "loading"
-        self._error = ""
-        self.failure: UserError | None = None  # why loading failed, if the user can help: for the command line to show
-        self.doing: tuple[str, float | None] = ("starting", None)
+        """`notify` is called with "ready" once the engine is loaded, and with "ended" when the thread ends."""
+        self._load, self._progress, self._notify = load, progress, notify
         self.max_queue = max_queue
-        self.max_seq_len = self.slot_share = 0  # tokens that a slot can hold, and that all slots can hold at once
+        self.max_seq_len = self.slot_share = 0  # tokens that a slot can hold, and that all can hold at once
         self.device = ""
-        self._load = load
-        self._progress = progress
-        self._notify = notify  # called with "ready" when the engine is loaded, and with "ended" when the thread ends
+        self.doing: tuple[str, float | None] = ("starting", None)
+        self.failure: UserError | None = None  # why loading failed, where the user can help
+        self.ended = False
+        self.statistics = Statistics()
+        self._state, self._error = "loading", ""
         self._slots: list[Slot] = []
-        self._queue: deque[Generation] = deque()
-        # Guards the state, the queue and the statistics; what is in the slots changes in the scheduler's thread only.
+        self._queue: deque[Request] = deque()
+        # Guards the state, the queue and the statistics. Only the scheduler's thread changes what is in the slots.
         self._wake = threading.Condition()
         self._failures = 0
-        self._step_began: float | None = None
-        self.statistics = Statistics()
-        self.ended = False
+        self._step_began = math.inf
 
     def start(self) -> None:
         """Start to load."""
         threading.Thread(target=self._run, name="scheduler", daemon=True).start()
 
-    # What the handlers' threads call:
+    # The handlers' threads call:
 
     @property
     def state(self) -> str:
@@ -1924,60 +1645,58 @@ class Scheduler:
 
     @property
     def error(self) -> str:
-        """Why it is unhealthy: the engine has failed for good, or does not come back from a step."""
-        began = self._step_began
-        seconds = time.monotonic() - began if began else 0.0
+        """Why it is unhealthy: the engine has failed for good, or a step does not return."""
+        seconds = time.monotonic() - self._step_began
         return f"a step has not returned for {seconds:.0f} seconds" if seconds > self.STALL_SECONDS else self._error
 
-    def submit(self, generation: Generation) -> None:
-        """Queue a request. Raises Unavailable where it cannot be taken now, TooLong where it never fits."""
-        with self._wake:
-            self.check_available()
-            wanted = len(generation.prompt) + generation.max_tokens
-            if wanted > self.max_seq_len:
-                raise TooLong(
-                    f"the prompt has {len(generation.prompt)} tokens and max_tokens is {generation.max_tokens}: "
-                    f"together {wanted}, and the context holds {self.max_seq_len}: shorten it or lower max_tokens"
-                )
-            free = len(self._slots) - self.slots()["busy"]  # so many in front of the queue get a slot at once
-            if len(self._queue) >= self.max_queue + free:
-                raise Unavailable(f"the queue is full ({self.max_queue} requests wait): try again in a moment")
-            self.statistics.accepted += 1
-            self._queue.append(generation)
-            self._wake.notify()
-
     def check_available(self) -> None:
-        """Raise Unavailable unless requests are taken."""
+        """Raise ApiError unless requests are taken."""
         reasons = {
             "loading": "the model is still loading: GET /health shows how far it is",
             "unhealthy": f"the engine has failed and the server must be started again: {self.error}",
             "stopping": "the server is stopping",
         }
-        if (state := self.state) != "healthy":  # looked at once: it may be another a moment later
-            raise Unavailable(reasons[state])
+        if (state := self.state) in reasons:
+            raise ApiError(503, reasons[state])
 
-    def cancel(self, generation: Generation, reason: str = "cancelled") -> None:
-        """End the request, wherever it is; its slot is free before the next step. "stop": its text is complete."""
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ApiError where none is taken now."""
         with self._wake:
-            generation.cancelled = reason
-            if generation in self._queue:
-                self._queue.remove(generation)
-                self._finish(generation, reason)
+            self.check_available()
+            if len(self._queue) >= self.max_queue + len(self._slots) - self.busy:
+                raise ApiError(503, f"the queue is full ({self.max_queue} requests wait): try again in a moment")
+            request.submitted = time.monotonic()
+            self.statistics.accepted += 1
+            self._queue.append(request)
+            self._wake.notify()
+
+    def cancel(self, request: Request, outcome: str = "cancelled") -> None:
+        """End a request wherever it is; its slot is free before the next step. "stop": its text is complete."""
+        with self._wake:
+            request.cancelled = outcome
+            if request in self._queue:
+                self._queue.remove(request)
+                self._finish(request, outcome)
             self._wake.notify()
 
     def stop(self, drain: bool) -> None:
-        """Take no more requests and end: with `drain` after those in flight, else after the step under way."""
+        """Take no more requests, and end: after those in flight with `drain`, else after the current step."""
         with self._wake:
             if self._state in ("loading", "healthy"):
                 self._state = "stopping"
-            if not drain:
-                for generation in filter(None, [*self._queue, *(slot.generation for slot in self._slots)]):
-                    self.cancel(generation)
+            for request in [] if drain else self._in_flight():
+                self.cancel(request)
             self._wake.notify()
 
-    def slots(self) -> dict[str, int]:
-        """How many slots there are, and how many are busy."""
-        return {"total": len(self._slots), "busy": sum(slot.generation is not None for slot in self._slots)}
+    @property
+    def total(self) -> int:
+        """The number of slots."""
+        return len(self._slots)
+
+    @property
+    def busy(self) -> int:
+        """Slots with a request."""
+        return sum(slot.request is not None for slot in self._slots)
 
     @property
     def queued(self) -> int:
@@ -1986,21 +1705,26 @@ class Scheduler:
 
     @property
     def kv_cache_use(self) -> float:
-        """The part of the KV cache that is reserved for the requests in slots, 0 to 1."""
-        generations = [slot.generation for slot in self._slots]
-        reserved = sum(len(generation.prompt) + generation.max_tokens for generation in generations if generation)
+        """The part of the KV cache that requests have reserved, 0 to 1."""
+        requests = [slot.request for slot in self._slots if slot.request]
+        reserved = sum(len(request.prompt) + request.max_tokens for request in requests)
         return reserved / self._engine.kv_cache_tokens if reserved else 0.0
 
-    def _finish(self, generation: Generation, reason: str) -> None:
-        generation.finish(reason)
+    def _in_flight(self) -> list[Request]:
+        return list(filter(None, [*self._queue, *(slot.request for slot in self._slots)]))
+
+    def _finish(self, request: Request, outcome: str) -> None:
         with self._wake:
-            self.statistics.finish(generation)
+            request.outcome = outcome
+            self.statistics.finish(request)
+            request.tokens.put(None)
+            request.ended.set()
 
     # The scheduler's own thread:
 
     def _report(self, doing: str, done: float | None = None) -> None:
         if self._state == "stopping":
-            raise LoadingStopped
+            raise KeyboardInterrupt
         self.doing = (doing, done)
         self._progress(doing, done)
 
@@ -2017,7 +1741,7 @@ class Scheduler:
                 self._progress("ready", 1.0)
                 self._notify("ready")
                 self._serve()
-        except LoadingStopped:
+        except KeyboardInterrupt:  # by stop()
             pass
         except BaseException as error:
             if isinstance(error, UserError):
@@ -2030,348 +1754,191 @@ class Scheduler:
             self._notify("ended")
 
     def _serve(self) -> None:
-        pace = Pace()
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._queue or self._state != "healthy" or self.slots()["busy"])
-                self._drop_cancelled()
+                self._wake.wait_for(lambda: self._queue or self._state != "healthy" or self.busy)
+                for slot in self._slots:
+                    if slot.request and slot.request.cancelled:
+                        self._leave(slot, slot.request.cancelled)
                 self._admit()
-                if self._state != "healthy" and not self._queue and not self.slots()["busy"]:
+                if self._state != "healthy" and not self._in_flight():
                     return
-            batch = self._plan(pace)
-            if not batch:
-                continue
-            self._step_began = began = time.monotonic()
-            try:
-                tokens = self._engine.step(batch)
-            except Exception as error:
-                self._step_failed(batch, error)
-                continue
-            finally:
-                self._step_began = None
-            streams = sum(len(work.tokens) == 1 for work in batch)
-            pace.observe(time.monotonic() - began, streams, sum(len(work.tokens) for work in batch) - streams)
-            self._deliver(batch, tokens)
-
-    def _drop_cancelled(self) -> None:
-        for slot in self._slots:
-            if slot.generation and slot.generation.cancelled:
-                self._leave(slot, slot.generation.cancelled)
+            if batch := self._plan():
+                self._step(batch)
 
     def _admit(self) -> None:
-        """Give free slots to those who wait longest, while there is room."""
-        while self._queue and (free := [slot for slot in self._slots if slot.generation is None]):
-            generation = self._queue[0]
-            length = len(generation.prompt) + generation.max_tokens
-            # The slot that holds most of the prompt already; else an empty one; else the one left longest ago. Where
-            # the engine has several pools of memory, the next best may have room when the best has not.
-            free.sort(key=lambda slot: (-self._common(slot, generation), bool(slot.held), slot.used, slot.index))
+        """Give free slots to those who wait longest, while the engine has room."""
+        while self._queue and (free := [slot for slot in self._slots if slot.request is None]):
+            request = self._queue[0]
+            length = len(request.prompt) + request.max_tokens
+            # The slot that holds most of this prompt, unless most of what it holds is of another chat; else an empty
+            # one; else the one left longest ago. Where an engine has several pools of memory, the next best may have
+            # room when the best has not.
+            common = {slot.index: slot.common(request.prompt) for slot in free}
+            own = {slot.index: common[slot.index] if 2 * common[slot.index] > slot.held else 0 for slot in free}
+            free.sort(key=lambda slot: (-own[slot.index], bool(slot.held), slot.used))
             slot = next((slot for slot in free if self._engine.reserve(slot.index, length)), None)
             if slot is None and len(free) < len(self._slots):
-                return  # until one of those at work is done
+                return  # until another request has ended
             self._queue.popleft()
             if slot is None:
-                self._finish(generation, "error")
                 logger.error("the engine has no room for %d tokens though it is idle", length)
+                self._finish(request, "error")
                 continue
-            generation.admitted = time.monotonic()
-            slot.held = generation.cached = self._common(slot, generation)
-            slot.generation, slot.tokens = generation, list(generation.prompt)
+            request.admitted = time.monotonic()
+            slot.held = request.cached = common[slot.index]
+            slot.request, slot.tokens = request, list(request.prompt)
 
-    @staticmethod
-    def _common(slot: Slot, generation: Generation) -> int:
-        """How many tokens of the prompt the slot can serve with; at least one is left to read, for the logits.
-
-        0 where less than half of what it holds would be of use: it is better kept for the chat that it belongs to.
-        """
-        most = min(slot.held, len(generation.prompt) - 1)
-        pairs = zip(slot.tokens[:most], generation.prompt)
-        common = next((i for i, (held, wanted) in enumerate(pairs) if held != wanted), most)
-        return common if 2 * common > slot.held else 0
-
-    def _plan(self, pace: Pace) -> list[Work]:
-        """The next step: every answer's last token, then prompts, the one that came first first, within the budget."""
-        busy = [(slot, slot.generation) for slot in self._slots if slot.generation]
-        answers = [(slot, generation) for slot, generation in busy if slot.pending == 1]
-        prompts = [(slot, generation) for slot, generation in busy if slot.pending > 1]
-        budget = pace.budget(len(answers), len(prompts))
-        batch = [Work(slot.index, slot.tokens[-1:], slot.held, generation.sampling) for slot, generation in answers]
-        for slot, generation in sorted(prompts, key=lambda prompt: prompt[1].submitted):
-            if budget <= 0:
+    def _plan(self) -> list[Work]:
+        """The next step: the last token of every answer, then prompts within the budget, oldest first."""
+        busy = [(slot, slot.request) for slot in self._slots if slot.request]
+        batch = [Work(slot.index, slot.tokens[-1:], slot.held, r.sampling) for slot, r in busy if slot.pending == 1]
+        prompts = [(slot, request) for slot, request in busy if slot.pending > 1]
+        chunk = self._engine.prompt_chunk
+        budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > len(batch) else self.PROMPT_BUDGET
+        for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
+            end = len(slot.tokens)
+            if chunk and slot.pending > budget:
+                end = (slot.held + budget) // 16 * 16  # in bfloat16 such pieces give the same logits as the whole
+            if budget <= 0 or end <= slot.held:
                 break
-            count = min(slot.pending, budget) if self._engine.splits_prompts else slot.pending
-            budget -= count
-            tokens = slot.tokens[slot.held : slot.held + count]
-            batch.append(Work(slot.index, tokens, slot.held, generation.sampling if count == slot.pending else None))
+            budget -= end - slot.held
+            last = end == len(slot.tokens)
+            batch.append(Work(slot.index, slot.tokens[slot.held : end], slot.held, request.sampling if last else None))
         return batch
 
-    def _deliver(self, batch: list[Work], tokens: list[int]) -> None:
+    def _step(self, batch: list[Work]) -> None:
+        """One step. Where it fails its requests fail; the others go on."""
+        self._step_began = time.monotonic()
+        try:
+            tokens = self._engine.step(batch)
+        except Exception as error:
+            self._step_began = math.inf
+            logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
+            for work in batch:
+                self._leave(self._slots[work.slot], "error")
+            self._failures += 1
+            if self._failures >= self.FAILURES:
+                self._give_up(f"{self._failures} steps in a row failed, the last with {type(error).__name__}")
+            return
+        self._step_began = math.inf
+        now = time.monotonic()
         for work, token in zip(batch, tokens):
             slot = self._slots[work.slot]
             slot.held += len(work.tokens)
-            generation = slot.generation
-            if work.sampling is None or generation is None:
+            request = slot.request
+            if work.sampling is None or request is None:
                 continue
-            generation.first_token = generation.first_token or time.monotonic()
-            if token in generation.stop_tokens:
+            if request.generated:
+                self.statistics.histograms["inter_token_latency_seconds"].observe(now - request.last_token)
+            request.first_token, request.last_token = request.first_token or now, now
+            if token in request.stop_tokens:
                 self._leave(slot, "stop")
                 continue
             slot.tokens.append(token)
-            generation.put(token)
-            if generation.count >= generation.max_tokens:
+            request.generated += 1
+            request.tokens.put(token)
+            if request.generated >= request.max_tokens:
                 self._leave(slot, "length")
 
-    def _leave(self, slot: Slot, reason: str) -> None:
-        assert slot.generation is not None
-        if reason in ("stop", "length"):  # not a step alone: a card may fail at every decode, and never at a prefill
+    def _leave(self, slot: Slot, outcome: str) -> None:
+        """The slot's request has ended."""
+        assert slot.request is not None
+        if outcome in ("stop", "length"):  # a whole answer: a card may fail at every decode and never at a prefill
             self._failures = 0
-        self._finish(slot.generation, reason)
-        slot.generation, slot.used = None, time.monotonic()
-        if self._engine.splits_prompts and reason != "error":
+        self._finish(slot.request, outcome)
+        slot.request, slot.used = None, time.monotonic()
+        if self._engine.prompt_chunk and outcome != "error":
             del slot.tokens[slot.held :]
-        else:  # nothing that it holds is of use, or is to be trusted
+        else:  # what it holds is of no use, or not to be trusted
             self._engine.reserve(slot.index, 0)
             slot.tokens, slot.held = [], 0
-
-    def _step_failed(self, batch: list[Work], error: Exception) -> None:
-        """The requests of the step fail; the others go on."""
-        logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
-        for work in batch:
-            self._leave(self._slots[work.slot], "error")
-        self._failures += 1
-        if self._failures >= self.FAILURES:
-            self._give_up(f"{self._failures} steps in a row failed, the last with {type(error).__name__}")
 
     def _give_up(self, error: str) -> None:
         with self._wake:
             self._error = self._error or error
-            if self._state != "stopping":
-                self._state = "unhealthy"
-            for generation in [*self._queue, *(slot.generation for slot in self._slots)]:
-                if generation:
-                    self._finish(generation, "error")
+            self._state = "stopping" if self._state == "stopping" else "unhealthy"
+            for request in self._in_flight():
+                self._finish(request, "error")
             self._queue.clear()
-            for slot in self._slots:  # without a word to the engine, which may be closed
-                slot.generation = None
+            for slot in self._slots:  # without a call to the engine, which may be closed
+                slot.request = None
 
 
 # ======================================================================================================================
 # Dialects
 # ======================================================================================================================
 
-MAX_MESSAGES = 32768  # of a conversation: more than the longest context holds
-
-
-class ApiError(Exception):
-    """An answer that is not 200: the status, one plain sentence for the caller, the field that it is about.
-
-    code: OpenAI's word for it, where it has one that clients look for.
-    """
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = headers
-
-
-class ClientGone(Exception):
-    """The client has closed the connection."""
-
-
-class Fields:
-    """A JSON object from a client, read field by field; each check names the field and what is allowed.
-
-    null is the same as absent. The names that were asked for are remembered, so that others can be refused.
-    """
-
-    def __init__(self, body: dict[str, Any]) -> None:
-        self._body = body
-        self._known: list[str] = []
-
-    def get(self, name: str) -> Any:
-        """The field as it came, None if it is absent."""
-        self._known.append(name)
-        return self._body.get(name)
-
-    def number(self, name: str, default: float, low: float, high: float) -> float:
-        """A number from low to high."""
-        value = self.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ApiError(400, f"{name} must be a number from {low:g} to {high:g}, not {shown(value)}", name)
-        return float(value)
-
-    def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
-        """A whole number from low to high."""
-        value = self.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ApiError(400, f"{name} must be a whole number from {low} to {high}, not {shown(value)}", name)
-        return value
-
-    def flag(self, name: str) -> bool:
-        """true or false; absent is false."""
-        value = self.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise ApiError(400, f"{name} must be true or false, not {shown(value)}", name)
-        return bool(value)
-
-    def text(self, name: str) -> str | None:
-        """A string."""
-        value = self.get(name)
-        return None if value is None else clean_text(value, name)
-
-    def stop(self) -> list[str]:
-        """`stop`: a string, or up to four."""
-        value = self.get("stop")
-        strings = [value] if isinstance(value, str) else [] if value is None else value
-        if not isinstance(strings, list) or len(strings) > 4 or not all(isinstance(s, str) and s for s in strings):
-            raise ApiError(400, "stop must be a string or a list of up to four strings, none of them empty", "stop")
-        return [clean_text(string, "stop") for string in strings]
-
-    def messages(self) -> list[tuple[str, str]]:
-        """`messages`: a list of {"role", "content"}, as (role, text); a content is a string or a list of text parts."""
-        value = self.get("messages")
-        if value is None:
-            return []
-        if not isinstance(value, list) or not value:
-            raise ApiError(400, 'messages must be a list of at least one {"role": ..., "content": ...}', "messages")
-        if len(value) > MAX_MESSAGES:
-            raise ApiError(400, f"messages has {len(value)} entries, and {MAX_MESSAGES} are taken", "messages")
-        messages = []
-        for i, message in enumerate(value):
-            where = f"messages[{i}]"
-            if not isinstance(message, dict):
-                must = f'{where} must be an object, {{"role": ..., "content": ...}}, not {shown(message)}'
-                raise ApiError(400, must, where)
-            role = message.get("role")
-            if not isinstance(role, str) or role not in ROLES:
-                must = f"{where}.role must be one of {', '.join(ROLES)}, not {shown_or_missing(role)}"
-                raise ApiError(400, must, f"{where}.role")
-            content = message.get("content")
-            if isinstance(content, list):
-                for part in content:
-                    if not isinstance(part, dict) or part.get("type") != "text":
-                        kind = shown(part.get("type") if isinstance(part, dict) else part)
-                        must = (
-                            f'{where}.content has a part {kind}, and only {{"type": "text", "text": ...}} is read here'
-                        )
-                        raise ApiError(400, must, f"{where}.content")
-                content = "".join(clean_text(part.get("text"), f"{where}.content") for part in content)
-            messages.append((ROLES[role], clean_text(content, f"{where}.content")))
-        return messages
-
-    def refuse_unknown(self) -> None:
-        """Raise ApiError for a name that was never asked for, with the nearest that was."""
-        for name in self._body:
-            if name not in self._known:
-                near = [known for known in self._known if name and known.startswith(name)]
-                near = near or difflib.get_close_matches(name[:40], self._known, 1)
-                hint = f": did you mean {near[0]}?" if near else f": the fields are {', '.join(self._known)}"
-                raise ApiError(400, f"unknown field {shown(name)}{hint}", name[:100])
-
+Check = tuple[str, Callable[[Any], bool]]  # what a field must be, in words, and whether a value is
+Table = Mapping[str, tuple[Any, Check]]  # a field's name to its default, ... where it must be there, and its check
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-def printable(text: str) -> str:
-    """A client's text as a log or an error may show it: no control characters, no escapes, and short."""
-    return "".join(c if c.isprintable() else "?" for c in text[:100])
+def number(low: float, high: float) -> Check:
+    """A number from low to high."""
+    return f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high
 
 
-def shown(value: Any) -> str:
-    """A client's value as an error shows it: as JSON, printable and short."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except RecursionError:  # which the decoder, on a shorter stack, was spared
-        text = "something nested deeply"
-    return printable(text if len(text) <= 60 else f"{text[:57]}...")
+def integer(low: int, high: int) -> Check:
+    """A whole number from low to high."""
+    return f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high
 
 
-def shown_or_missing(value: Any) -> str:
-    """The same of a field's value, where null is as good as absent."""
-    return "missing" if value is None else shown(value)
+def strings(value: Any) -> bool:
+    """Whether this is a list of up to four strings, none of them empty."""
+    return isinstance(value, list) and len(value) <= 4 and all(isinstance(s, str) and s for s in value)
 
 
-def clean_text(value: Any, name: str) -> str:
-    """`value`, which must be a string; lone surrogates, which JSON can spell and UTF-8 cannot, become U+FFFD."""
-    if not isinstance(value, str):
-        raise ApiError(400, f"{name} must be a string, not {shown_or_missing(value)}", name)
-    return re.sub("[\ud800-\udfff]", "\ufffd", value)
+def token_ids(value: Any) -> bool:
+    """Whether this is a list of token ids."""
+    return isinstance(value, list) and bool(value) and all(type(t) is int and 0 <= t < VOCAB_SIZE for t in value)
 
 
-@dataclass
-class TextRequest:
-    """What the dialects make of a body."""
-
-    prompt: list[int]  # token ids
-    max_tokens: int | None  # None: the dialect's default, or so many as the context holds
-    sampling: SamplingParams
-    stop: list[str]
-    stream: bool
-    ignore_eos: bool = False  # go on past the end of the turn, up to max_tokens: for benchmarks
-
-
-def read_sampling(fields: Fields, temperature: float, top_p: float) -> SamplingParams:
-    """The sampling fields, which all dialects share; the two arguments are the dialect's defaults."""
-    return SamplingParams(
-        temperature=fields.number("temperature", temperature, 0, 2),
-        top_p=fields.number("top_p", top_p, 0, 1),
-        top_k=max(0, fields.integer("top_k", 0, -1, VOCAB_SIZE) or 0),  # -1 is vLLM's 0
-        seed=fields.integer("seed", None, -(2**63), 2**64 - 1),
-    )
+LIMIT: Check = "a whole number from 1, or -1 for no limit", lambda v: type(v) is int and (v == -1 or 1 <= v <= 2**31)
+FLAG: Check = "true or false", lambda v: type(v) is bool
+TEXT: Check = "a string", lambda v: isinstance(v, str)
+NONEMPTY: Check = "a string that is not empty", lambda v: isinstance(v, str) and v != ""
+STOP: Check = "a string or a list of up to four strings, none of them empty", lambda v: strings([v]) or strings(v)
+MESSAGES: Check = 'a list of at least one {"role": ..., "content": ...}', lambda v: isinstance(v, list) and bool(v)
+OBJECT: Check = "an object", lambda v: isinstance(v, dict)
+PROMPT: Check = (
+    "one string, not empty, or one list of token ids",
+    lambda v: NONEMPTY[1](v) or token_ids(v) or (isinstance(v, list) and len(v) == 1 and PROMPT[1](v[0])),
+)
+MESSAGE: Table = {
+    "role": (..., (f"one of {', '.join(ROLES)}", lambda v: isinstance(v, str) and v in ROLES)),
+    "content": (..., ("a string or a list of text parts", lambda v: isinstance(v, (str, list)))),
+}
+PART: Table = {"type": (..., ('"text"', lambda v: v == "text")), "text": (..., TEXT)}
 
 
-class Answer:
-    """A request under way, on the handler's side: its text as it comes, and at the end its figures."""
+def sampling_fields(temperature: float, top_p: float) -> Table:
+    """The fields that every dialect has, with the dialect's defaults."""
+    return {
+        "temperature": (temperature, number(0, 2)),
+        "top_p": (top_p, number(0, 1)),
+        "top_k": (0, integer(-1, VOCAB_SIZE)),  # -1 is 0 to vLLM
+        "seed": (None, integer(-(2**63), 2**64 - 1)),  # -1 is none to vLLM and llama.cpp
+        "stop": ([], STOP),
+        "stream": (False, FLAG),
+    }
 
-    def __init__(self, request: TextRequest, generation: Generation, tokenizer: ChatTokenizer) -> None:
-        self.request = request
-        self.generation = generation
-        self.text = ""
-        self.finish_reason = ""
-        self.count = 0  # tokens
-        self.seconds = 0.0  # from submission to the last of them
-        self.client_gone = False  # which ApiServer finds out
-        self._stream = TextStream(tokenizer, request.stop)
 
-    def pieces(self) -> Iterator[str]:
-        """The answer's text, piece by piece, none of them empty. Raises EngineError, ClientGone and ApiError."""
-        eager = self.request.stream or bool(self.request.stop)  # a stop string is to end the generation soon
-        for tokens in itertools.chain(self.generation.steps(eager), [None]):
-            piece = self._stream.push([], final=True) if tokens is None else ""
-            for token in tokens or []:  # one by one, so that a stop string ends the count at its own last token
-                piece += self._stream.push([token])
-                self.count += 1
-                if self._stream.stopped:
-                    break
-            self.text += piece
-            self.seconds = time.monotonic() - self.generation.submitted
-            if piece:
-                yield piece
-            if self._stream.stopped:
-                break
-        if self.client_gone:
-            raise ClientGone
-        if self.generation.finish_reason == "cancelled":
-            raise ApiError(503, "the server stopped before the answer was complete: send the request again")
-        self.finish_reason = "stop" if self._stream.stopped else self.generation.finish_reason or ""
-
-    def figures(self) -> dict[str, Any]:
-        """The figures, as /chat gives them."""
-        first_token = self.generation.first_token or time.monotonic()
-        return {
-            "tokens_generated": self.count,
-            "time_seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.count / max(self.seconds, 1e-9), 1),
-            "prompt_tokens": len(self.generation.prompt),
-            "time_to_first_token_seconds": round(first_token - self.generation.submitted, 3),
-            "finish_reason": self.finish_reason,
-        }
+# Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, wherever they stand, with the
+# values that ask for nothing.
+UNSUPPORTED: dict[str, list[Any]] = {
+    "n": [1], "best_of": [1], "logit_bias": [{}], "bad_words": [[]], "stop_token_ids": [[]], "min_tokens": [0],
+    "presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1], "repeat_penalty": [1], "min_p": [0],
+    "typical_p": [1], "mirostat": [0], "xtc_probability": [0], "dry_multiplier": [0], "use_beam_search": [False],
+    "logprobs": [False], "top_logprobs": [0], "prompt_logprobs": [], "response_format": [{"type": "text"}],
+    "structured_outputs": [], "guided_json": [], "guided_regex": [], "guided_choice": [], "guided_grammar": [],
+    "json_schema": [], "grammar": [""], "tools": [[]], "tool_choice": ["none", "auto"], "tool_calls": [[]],
+    "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]], "audio": [],
+    "web_search_options": [], "chat_template": [], "chat_template_kwargs": [{}], "documents": [[]],
+    "add_generation_prompt": [True], "continue_final_message": [False],
+    "echo": [False], "suffix": [""],
+}  # fmt: skip
 
 
 class Served(Protocol):
@@ -2383,223 +1950,246 @@ class Served(Protocol):
 
 
 class Dialect:
-    """How a kind of client says what it wants and is answered: this one at POST /chat, with JSON or with lines of it.
+    """How a kind of client asks and is answered: this one at POST /chat, in JSON or in lines of it."""
 
-    One is made for each request.
-    """
-
+    fields: ClassVar[Table] = {
+        "prompt": (None, NONEMPTY),
+        "messages": (None, MESSAGES),
+        "system": (None, TEXT),
+        "max_tokens": (None, integer(1, 2**31)),
+        **sampling_fields(temperature=0.7, top_p=0.9),
+    }
     content_type = "application/x-ndjson"  # of a stream
-    default_max_tokens: int | None = 128  # None: so many as the context holds
-    example = '{"prompt": "Hello!"}'  # of a body
+    default_max_tokens: int | None = 128  # None: what the context leaves
+    example = '{"prompt": "Hello!"}'
 
     def __init__(self, server: Served) -> None:
         self.server = server
-        self._prompt = ""
 
-    def read(self, fields: Fields) -> TextRequest:
+    def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
+        """A field that is not in the table. This dialect is ours: raise ApiError, and suggest the nearest name."""
+        near = [known for known in table if name and known.startswith(name)]
+        near = near or difflib.get_close_matches(name[:40], table, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(table)}"
+        raise ApiError(400, f"unknown field {where}{printable(name)}: {hint}", f"{where}{printable(name)}")
+
+    def check(self, body: Any, table: Table, where: str = "") -> dict[str, Any]:
+        """The fields of a JSON object; null is the same as absent. Raises ApiError."""
+        if not isinstance(body, dict):
+            raise ApiError(400, f"{where or 'the body'} must be a JSON object, not {shown(body)}", where or None)
+        prefix = f"{where}." if where else ""
+        for name, value in body.items():
+            if name not in table and value is not None:
+                self.unknown(name, value, table, prefix)
+        fields = {}
+        for name, (default, (must, fits)) in table.items():
+            value = body.get(name)
+            if value is None and default is ...:
+                raise ApiError(400, f"{prefix}{name} is missing: it must be {must}", f"{prefix}{name}")
+            if value is not None and not fits(value):
+                raise ApiError(400, f"{prefix}{name} must be {must}, not {shown(value)}", f"{prefix}{name}")
+            fields[name] = default if value is None else value
+        return fields
+
+    def read(self, body: Any) -> Request:
         """Check the body. Raises ApiError."""
-        prompt, system, stop = fields.text("prompt"), fields.text("system"), fields.stop()
-        stream = fields.flag("stream")
-        max_tokens = fields.integer("max_tokens", None, 1, 2**31)
-        sampling = read_sampling(fields, temperature=0.7, top_p=0.9)
-        messages = fields.messages()
-        fields.refuse_unknown()
-        if bool(messages) == (prompt is not None):
-            raise ApiError(400, 'give either "prompt", a string, or "messages", a list: {"prompt": "Hello!"}')
-        if prompt == "":
-            raise ApiError(400, "prompt is empty: give it some text")
-        messages = messages or [("user", prompt or "")]
-        self._prompt = messages[-1][1]
-        if system is not None:
-            messages = [("system", system), *messages]
-        return TextRequest(self.encode_chat(messages), max_tokens, sampling, stop, stream)
-
-    def encode_chat(self, messages: list[tuple[str, str]]) -> list[int]:
-        """The token ids of a conversation of (role, text)."""
-        self.check_length(sum(len(text) for _, text in messages))
-        return self.server.tokenizer.encode_chat(messages)
-
-    def check_length(self, characters: int) -> None:
-        """Refuse at once what is certainly too long: a token stands for 128 characters at most. Raises TooLong."""
+        fields = self.check(body, self.fields)
+        prompt = self.encode(fields)
         context = self.server.scheduler.max_seq_len
-        if characters > 128 * context:
-            raise TooLong(
-                f"the prompt has {characters} characters, more than the {context} tokens of the context can stand for: "
-                "shorten it"
+        room = context - len(prompt)
+        max_tokens = fields.get("max_completion_tokens") or fields["max_tokens"]
+        max_tokens = None if max_tokens == -1 else max_tokens
+        if (max_tokens or 1) > room:
+            asked = f" and max_tokens is {max_tokens}" if room > 0 else ""
+            message = (
+                f"the prompt has {len(prompt)} tokens{asked}, and the context holds {context} of prompt and answer"
             )
+            param = "max_tokens" if room > 0 else "prompt" if fields.get("messages") is None else "messages"
+            cure = "lower max_tokens or shorten the prompt" if room > 0 else "shorten the prompt"
+            raise ApiError(400, f"{message} together: {cure}", param, "context_length_exceeded")
+        # Room is kept from the start: where the KV cache does not hold the whole context for all slots at once, as on a
+        # card, an answer without a limit gets its slot's share.
+        default = self.default_max_tokens or max(self.server.scheduler.slot_share, 1024)
+        seed = None if fields["seed"] == -1 else fields["seed"]
+        stop = [fields["stop"]] if isinstance(fields["stop"], str) else fields["stop"]
+        return Request(
+            prompt=prompt,
+            max_tokens=max_tokens or min(default, room),
+            sampling=SamplingParams(fields["temperature"], fields["top_p"], max(0, fields["top_k"]), seed),
+            stop_tokens=frozenset() if fields.get("ignore_eos") else self.server.tokenizer.stop_tokens,
+            text=TextStream(self.server.tokenizer, stop),
+            fields=fields,
+        )
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    def encode(self, fields: dict[str, Any]) -> list[int]:
+        """The prompt's token ids."""
+        messages, prompt = fields["messages"], fields["prompt"]
+        if (messages is None) == (prompt is None):
+            raise ApiError(400, f'give either "prompt", a string, or "messages", a list: {self.example}')
+        system = [] if fields["system"] is None else [("system", fields["system"])]
+        chat = [("user", prompt)] if messages is None else self.conversation(messages)
+        return self.server.tokenizer.encode_chat([*system, *chat])
+
+    def conversation(self, messages: list[Any]) -> list[tuple[str, str]]:
+        """The messages as (role, text). Raises ApiError."""
+        chat = []
+        for i, message in enumerate(messages):
+            fields = self.check(message, MESSAGE, f"messages[{i}]")
+            content = fields["content"]
+            if isinstance(content, list):
+                parts = [self.check(part, PART, f"messages[{i}].content[{j}]") for j, part in enumerate(content)]
+                content = "".join(part["text"] for part in parts)
+            chat.append((ROLES[fields["role"]], content))
+        return chat
+
+    def whole(self, request: Request) -> dict[str, Any]:
         """The body of a plain answer."""
-        return {"success": True, "prompt": self._prompt, "response": answer.text, **answer.figures()}
+        messages = request.fields["messages"]
+        prompt = request.fields["prompt"] if messages is None else self.conversation(messages[-1:])[0][1]
+        return {"success": True, "prompt": prompt, "response": request.answer, **request.figures()}
 
-    def piece(self, text: str) -> bytes:
-        """A piece of a streamed answer."""
+    def begin(self, request: Request) -> bytes:
+        """What a stream starts with, before the first text."""
+        return b""
+
+    def piece(self, request: Request, text: str) -> bytes:
+        """A piece of text in a stream."""
         return self.line({"response": text})
 
-    def end(self, answer: Answer) -> bytes:
-        """What closes a streamed answer."""
-        return self.line({"done": True, **self.whole(answer)})
+    def end(self, request: Request) -> bytes:
+        """The end of a stream."""
+        return self.line({"done": True, **self.whole(request)})
 
     def error(self, error: ApiError) -> dict[str, Any]:
         """The body of an error."""
         return {"error": str(error)}
 
     def line(self, value: dict[str, Any]) -> bytes:
-        """`value` as a piece of a stream, which may be an error's body."""
-        return json_line(value)
-
-
-NOT_SAMPLED: dict[str, list[Any]] = {  # what the sampler does not do, in OpenAI's words, vLLM's and llama.cpp's
-    "n": [1], "logit_bias": [{}], "presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1],
-    "repeat_penalty": [1], "min_p": [0],
-}  # fmt: skip
+        """`value` as an item of a stream."""
+        return to_json(value)
 
 
 class ChatCompletions(Dialect):
-    """POST /v1/chat/completions: OpenAI's JSON, or server-sent events as it comes.
+    """POST /v1/chat/completions: OpenAI's JSON, or server-sent events.
 
-    Source: https://platform.openai.com/docs/api-reference/chat/create, and what its clients send and expect.
+    Source: https://platform.openai.com/docs/api-reference/chat/create, and what its clients send and expect. Programs
+    choose these fields: what would change the answer and is not supported is refused, all else is ignored.
     """
 
+    common: ClassVar[Table] = {
+        "model": (None, TEXT),
+        "max_tokens": (None, LIMIT),  # LM Studio's and llama.cpp's -1: no limit
+        **sampling_fields(temperature=1.0, top_p=1.0),
+        "stream_options": ({}, OBJECT),
+        "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: the answer goes on to max_tokens
+    }
+    fields: ClassVar[Table] = {
+        "messages": (..., MESSAGES), "max_completion_tokens": (None, LIMIT), **common
+    }  # fmt: skip
     content_type = "text/event-stream"
     default_max_tokens: int | None = None
     example = '{"messages": [{"role": "user", "content": "Hello!"}]}'
     kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
-    # Fields that would change the answer and are not served, with the values that ask for nothing: others are refused.
-    UNSUPPORTED: ClassVar[dict[str, list[Any]]] = {
-        **NOT_SAMPLED, "logprobs": [False], "top_logprobs": [0],
-        "tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]], "function_call": ["none", "auto"],
-        "response_format": [{"type": "text"}], "modalities": [["text"]], "audio": [], "prediction": [],
-        "reasoning_effort": ["none"], "verbosity": ["medium"], "web_search_options": [],
-    }  # fmt: skip
-    # Fields that cannot change the answer.
-    IGNORED: ClassVar[tuple[str, ...]] = (
-        "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-        "prompt_cache_retention",
-    )  # fmt: skip
 
-    def __init__(self, server: Served) -> None:
-        super().__init__(server)
-        self._include_usage = False
-        self._role: dict[str, str] = {"role": "assistant"}  # said in a stream's first piece
-        self._envelope = {
-            "id": f"{self.id_prefix}{uuid.uuid4().hex}",
-            "object": self.kind,
-            "created": int(time.time()),
-            "model": server.model,
-            "system_fingerprint": f"fp_{__version__}_{server.scheduler.device}",
-        }
+    def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
+        if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+            message = f"{where}{name} is not supported here: leave it out"
+            raise ApiError(400, message, f"{where}{name}", "unsupported_parameter")
 
-    def read(self, fields: Fields) -> TextRequest:
-        messages = fields.messages()
-        max_tokens = fields.integer("max_tokens", None, 1, 2**31)
-        max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, 2**31)
-        if not messages:
-            raise ApiError(400, 'messages is missing: a list of {"role": ..., "content": ...}', "messages")
-        request = self._read_common(fields, max_tokens)
-        request.prompt = self.encode_chat(messages)
+    def read(self, body: Any) -> Request:
+        request = super().read(body)
+        check_model(request.fields["model"] or self.server.model, self.server.model)
+        table: Table = {"include_usage": (False, FLAG), "continuous_usage_stats": (False, FLAG)}
+        options = self.check(request.fields["stream_options"], table, "stream_options")
+        request.fields |= {**options, "id": f"{self.id_prefix}{uuid.uuid4().hex}", "created": int(time.time())}
         return request
 
-    def _read_common(self, fields: Fields, max_tokens: int | None) -> TextRequest:
-        """All but the prompt."""
-        model = fields.text("model")
-        if model is not None and model != self.server.model:
-            raise model_not_found(model, self.server.model)
-        for name, harmless in self.UNSUPPORTED.items():
-            value = fields.get(name)
-            if value is not None and value not in harmless:
-                raise ApiError(400, f"{name} is not supported here: leave it out", name, "unsupported_parameter")
-        for name in self.IGNORED:
-            fields.get(name)
-        stream, options = fields.flag("stream"), fields.get("stream_options")
-        if options is not None and not (stream and isinstance(options, dict)):
-            raise ApiError(400, "stream_options must be an object, and goes with stream: true", "stream_options")
-        self._include_usage = Fields(options or {}).flag("include_usage")
-        sampling, stop = read_sampling(fields, temperature=1.0, top_p=1.0), fields.stop()
-        ignore_eos = fields.flag("ignore_eos")
-        fields.refuse_unknown()
-        return TextRequest([], max_tokens, sampling, stop, stream, ignore_eos)
+    def encode(self, fields: dict[str, Any]) -> list[int]:
+        return self.server.tokenizer.encode_chat(self.conversation(fields["messages"]))
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        choice = {**self._content(answer.text), "logprobs": None, "finish_reason": answer.finish_reason}
-        return {**self._envelope, "choices": [{"index": 0, **choice}], "usage": self._usage(answer)}
+    def whole(self, request: Request) -> dict[str, Any]:
+        message = {"role": "assistant", "content": request.answer, "refusal": None}
+        return self._envelope(request, self.kind, request.finish_reason, message=message) | self._usage(request)
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def begin(self, request: Request) -> bytes:
+        return self._chunk(request, None, role="assistant", content="")
 
-    def _delta(self, text: str) -> dict[str, Any]:
-        role, self._role = self._role, {}
-        return {"delta": {**role, "content": text} if text or role else {}}
+    def piece(self, request: Request, text: str) -> bytes:
+        return self._chunk(request, None, content=text)
 
-    def piece(self, text: str, finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, **self._delta(text), "logprobs": None, "finish_reason": finish_reason}
-        usage = {"usage": None} if self._include_usage else {}
-        return self.line({**self._envelope, "object": self.chunk_kind, "choices": [choice], **usage})
-
-    def _usage(self, answer: Answer) -> dict[str, Any]:
-        prompt, cached = len(answer.generation.prompt), answer.generation.cached
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answer.count,
-            "total_tokens": prompt + answer.count,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
-
-    def end(self, answer: Answer) -> bytes:
-        usage = {**self._envelope, "object": self.chunk_kind, "choices": [], "usage": self._usage(answer)}
-        last = self.line(usage) if self._include_usage else b""
-        return self.piece("", answer.finish_reason) + last + b"data: [DONE]\n\n"
+    def end(self, request: Request) -> bytes:
+        last = self._chunk(request, request.finish_reason)
+        if request.fields["include_usage"]:
+            last += self.line({**self._envelope(request, self.chunk_kind), "choices": [], **self._usage(request)})
+        return last + b"data: [DONE]\n\n"
 
     def error(self, error: ApiError) -> dict[str, Any]:
         kind = "invalid_request_error" if error.status < 500 else "server_error"
         return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
     def line(self, value: dict[str, Any]) -> bytes:
-        return b"data: " + json_line(value) + b"\n"
+        return b"data: " + to_json(value) + b"\n"
+
+    def _envelope(
+        self, request: Request, kind: str, finish_reason: str | None = None, **content: Any
+    ) -> dict[str, Any]:
+        return {
+            "id": request.fields["id"],
+            "object": kind,
+            "created": request.fields["created"],
+            "model": self.server.model,
+            "system_fingerprint": f"fp_{__version__}_{self.server.scheduler.device}",
+            "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}],
+        }
+
+    def _chunk(self, request: Request, finish_reason: str | None, **delta: str) -> bytes:
+        usage = {"usage": None} if request.fields["include_usage"] else {}
+        usage = self._usage(request) if request.fields["continuous_usage_stats"] else usage  # vLLM's
+        return self.line({**self._envelope(request, self.chunk_kind, finish_reason, delta=delta), **usage})
+
+    def _usage(self, request: Request) -> dict[str, Any]:
+        prompt, count = len(request.prompt), request.count
+        details = {"prompt_tokens_details": {"cached_tokens": request.cached}}
+        return {
+            "usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count, **details}
+        }
 
 
 class Completions(ChatCompletions):
-    """POST /v1/completions: the same for plain text, which the model goes on with. No chat format is put around it."""
+    """POST /v1/completions: plain text that the model continues, without a chat format."""
 
-    default_max_tokens = 16
+    fields: ClassVar[Table] = {"prompt": (..., PROMPT), **ChatCompletions.common}
+    default_max_tokens = 16  # OpenAI's
     example = Dialect.example
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl-"
-    UNSUPPORTED: ClassVar[dict[str, list[Any]]] = {
-        **NOT_SAMPLED, "logprobs": [], "best_of": [1], "echo": [False], "suffix": [""],
-    }  # fmt: skip
-    IGNORED: ClassVar[tuple[str, ...]] = ("user",)
 
-    def read(self, fields: Fields) -> TextRequest:
-        prompt = fields.get("prompt")
-        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-            prompt = prompt[0]
-        listed = isinstance(prompt, list) and all(type(token) is int and 0 <= token < VOCAB_SIZE for token in prompt)
-        if not prompt or not (listed or isinstance(prompt, str)):
-            raise ApiError(400, "prompt must be one string, not empty, or one list of token ids", "prompt")
-        request = self._read_common(fields, fields.integer("max_tokens", None, 1, 2**31))
-        self.check_length(0 if listed else len(prompt))
-        request.prompt = prompt if listed else self.server.tokenizer.encode_document(clean_text(prompt, "prompt"))
-        return request
+    def encode(self, fields: dict[str, Any]) -> list[int]:
+        prompt = fields["prompt"]
+        if isinstance(prompt, list) and not token_ids(prompt):
+            (prompt,) = prompt
+        return prompt if isinstance(prompt, list) else self.server.tokenizer.encode_document(prompt)
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def begin(self, request: Request) -> bytes:
+        return b""
 
-    _delta = _content
+    def _envelope(
+        self, request: Request, kind: str, finish_reason: str | None = None, **content: Any
+    ) -> dict[str, Any]:
+        text = "".join(part.get("content", "") for part in content.values())
+        return super()._envelope(request, kind, finish_reason, text=text)
 
 
-def model_not_found(model: str, served: str) -> ApiError:
-    """The error for a model that is not the one served."""
-    message = f"there is no model {shown(model)} here: this server has {served}, and takes requests without a model too"
-    return ApiError(404, message, "model", "model_not_found")
+def check_model(name: str, served: str) -> None:
+    """Raise ApiError unless this is the name of the model that is served; OWNER/ may stand before it."""
+    if served not in (name, name.rpartition("/")[2]):
+        message = f"there is no model {printable(name)} here: this server has {served}, which needs no name"
+        raise ApiError(404, message, "model", "model_not_found")
 
 
-def json_line(value: dict[str, Any]) -> bytes:
+def to_json(value: dict[str, Any]) -> bytes:
     """`value` as one line of JSON in UTF-8."""
-    return ENCODER.encode(value).encode(errors="replace") + b"\n"  # a field's name may hold half a character
-
-
-ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one each time
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 # ======================================================================================================================
@@ -2781,420 +2371,334 @@ PAGE_HEADERS = {
 # HTTP
 # ======================================================================================================================
 
-MAX_BODY_BYTES, MAX_BODIES_BYTES = 8 << 20, 256 << 20  # of one request, and of all that are under way
-MAX_HEADER_BYTES, MAX_HEADER_FIELDS = 65536, 100
-REQUEST_SECONDS = 30.0  # that a client may take for a header, for a body, and for each write
-IDLE_SECONDS = 60.0  # that a connection is kept without a request
-LEAST_IDLE_SECONDS = 1.0  # that one is kept so even where all are in use
-SPARE_CONNECTIONS = 256  # beside one for each request that can be answered or wait
-# Connections beyond those are told that there is no room: so many at a time, and each has so long for it at least.
-CROWD, CROWD_SECONDS = 32, 0.1
-REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) (HTTP/1\.[01])")
-HEADER_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")  # RFC 9110, 5.6.2 and 5.5
-HOST = re.compile(r"([0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
+MAX_BODY = 2 << 20  # bytes: the longest context several times over
+REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
-class TimedReader(io.RawIOBase):
-    """A socket's bytes until a deadline, of time.monotonic(): who sends one now and then gains no time by it.
+class HeaderReader(io.BufferedReader):
+    """Turns a bare CR into a space (RFC 9112, 2.2): http.server would end a header line there, and a proxy would not."""
 
-    `waiting` makes a context that is entered while it waits; nothing is taken from the socket within it.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._poll = select.poll()
-        self._poll.register(connection, select.POLLIN)
-        self.deadline = math.inf
-        self.waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """What has come, waiting for the first byte. Raises TimeoutError."""
-        with self.waiting():
-            if not self._poll.poll(max(0.0, 1000 * (self.deadline - time.monotonic()))):
-                raise TimeoutError
-        return self._connection.recv_into(buffer)
+    def readline(self, size: int | None = -1) -> bytes:
+        line = super().readline(size)
+        return line[:-2].replace(b"\r", b" ") + line[-2:]
 
 
 class ApiHandler(BaseHTTPRequestHandler):
-    """One connection: reads requests, answers them, one after the other."""
+    """One connection, in a thread of its own. http.server parses the requests; this class routes and answers them."""
 
     server: ApiServer
-    crowded = False  # there is no room for this connection, which is told so
-    idle_seconds, request_seconds = IDLE_SECONDS, REQUEST_SECONDS
-
-    # Requests and routes
+    protocol_version = default_request_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer of a kept connection may wait 40 ms for an acknowledgement
+    wbufsize = -1  # an answer, and each piece of a stream, leaves in one write
 
     def setup(self) -> None:
-        """A connection is here. Instead of http.server's files it has a reader that knows of deadlines."""
-        self.connection = self.request
-        # Without this an answer's second packet is held back by Nagle's algorithm until the client's delayed
-        # acknowledgement of the first: 40 ms for every request of a kept-alive connection.
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.reader = TimedReader(self.connection)
-        self.buffer = io.BufferedReader(self.reader)
-        self.body = bytearray()  # empty between two requests
+        super().setup()
+        self.rfile = HeaderReader(self.rfile.detach())
+        # Of each read and write; the sweep bounds a whole header or body, and comes first.
+        self.connection.settimeout(self.server.patience + 1)
+        self.deadline = math.inf  # until when the client must have sent what is waited for
+        self.late = self.gone = False  # it has not; it has left while its answer was under way
+        self.waiting: Request | None = None  # the request that is being answered
+        self.server.connections[self.connection] = self
 
     def handle_one_request(self) -> None:
         """Wait for a request, read it and answer it."""
-        self.command, self.path, self.request_version, self.close_connection = "", "", "HTTP/1.1", True
-        self.header: dict[str, str] = {}
-        self.status, self.outcome, self.streaming, self.unread = 0, "", False, False
+        self.command = self.path = self.endpoint = self.outcome = ""
+        self.status, self.streaming, self.unread = 0, False, False
         self.dialect = Dialect(self.server)
-        try:
-            self.reader.deadline = time.monotonic() + self.idle_seconds
-            self.reader.waiting = functools.partial(self.server.idle, self)
-            while (begun := self.buffer.peek(1)[:1]) in (b"\r", b"\n"):  # empty lines do not count: RFC 9112, 2.2
-                self.buffer.read(1)
-            if not begun:
-                return
-            self.reader.waiting = contextlib.nullcontext
-            with self._in_time("header"):
-                self._read_header()
-            self._route()
-        except ApiError as error:
-            self._send_error(error)
-        except Unavailable as error:
-            self._send_error(ApiError(503, str(error)))
-        except TooLong as error:
-            self._send_error(ApiError(400, str(error), "max_tokens", "context_length_exceeded"))
-        except EngineError as error:
-            self._send_error(ApiError(500, str(error)))
-        except (ClientGone, OSError):
-            self.outcome += " client gone"
-            self.close_connection = True
-        except Exception:
-            logger.exception("an error in the server while it answered %s", self._target())
-            self._send_error(ApiError(500, "the server failed on this request: its log says why"))
-        finally:
-            self.server.give_room(len(self.body))
-            self.body.clear()
-        self._log()
+        self.deadline = time.monotonic() + self.server.patience
+        super().handle_one_request()
+        if self.status:
+            # Clients do not choose what is counted.
+            self.server.responses[self.route if self.route in ROUTES else "other", self.status] += 1
+            level = logging.DEBUG if self.command in ("GET", "HEAD") and self.status in (200, 503) else logging.INFO
+            logger.log(
+                level, "%s %s %s%s", printable(self.command), printable(self.endpoint), self.status, self.outcome
+            )
 
-    @contextlib.contextmanager
-    def _in_time(self, what: str) -> Iterator[None]:
-        """Read `what`, within request_seconds. Raises ApiError where it takes longer."""
-        self.reader.deadline = time.monotonic() + self.request_seconds
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):  # http.server calls do_METHOD: all methods take one path
+            return self.answer
+        raise AttributeError(name)
+
+    def answer(self) -> None:
+        """Answer one request."""
+        self.deadline = math.inf
         try:
-            yield
-        except TimeoutError as error:
-            late = f"the {what} did not come within {self.request_seconds:.0f} seconds: send it again"
-            raise ApiError(408, late) from error
+            self.read_target()
+            self.check_site()
+            self.check_key()
+            body = self.read_body()
+            if self.route not in ROUTES:
+                known = ", ".join(f"{method} {path}" for path, (method, _) in ROUTES.items())
+                raise ApiError(404, f"there is no {printable(self.endpoint)} here: the endpoints are {known}")
+            method, respond = ROUTES[self.route]
+            allowed = "OPTIONS, GET, HEAD" if method == "GET" else f"OPTIONS, {method}"
+            if self.command == "OPTIONS":
+                headers = "Content-Type, Authorization, *"  # * does not cover Authorization
+                cors = {"Access-Control-Allow-Methods": method, "Access-Control-Allow-Headers": headers}
+                self.send(204, b"", **cors, **{"Access-Control-Max-Age": "600", "Allow": allowed})
+            elif self.command not in allowed.split(", "):
+                raise ApiError(405, f"{self.endpoint} takes {method}, not {self.command}", Allow=allowed)
+            else:
+                respond(self, body)
+        except ApiError as error:
+            self.send_api_error(error)
+        except OSError:
+            self.hang_up()
+        except Exception:
+            logger.exception("an error in the server on %s", printable(self.path))
+            self.send_api_error(ApiError(500, "the server failed on this request: its log says why"))
+
+    def read_target(self) -> None:
+        """Find the endpoint and its dialect. Raises ApiError for a header that a proxy may have read otherwise."""
+        lengths, encodings = (self.headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
+        folded = any("\n" in value for value in self.headers.values())
+        several = len(lengths) + len(encodings) > 1 or len(self.headers.get_all("Host", [])) > 1
+        malformed = bool(self.headers.defects) or folded or several
+        self.unread = malformed or lengths + encodings not in ([], ["0"])
+        with contextlib.suppress(ValueError):
+            self.endpoint = urllib.parse.urlsplit(self.path).path.rstrip("/") or "/"
+        if self.endpoint.startswith("/v1"):
+            self.dialect = (Completions if self.endpoint == "/v1/completions" else ChatCompletions)(self.server)
+        if self.late:
+            raise ApiError(408, "the header did not come in time: send it again")
+        if malformed or not self.endpoint:
+            raise ApiError(400, "the header must have a path, one NAME: VALUE in each line, and one length of the body")
 
     @property
-    def endpoint(self) -> str:
-        """The path without its query; empty before there is one."""
-        return self.path.partition("?")[0]
+    def route(self) -> str:
+        """The key of ROUTES, if there is one; else the path."""
+        return "/v1/models/NAME" if self.endpoint.startswith("/v1/models/") else self.endpoint
 
-    def _read_header(self) -> None:
-        """Read the first line and the header: no header that a proxy in front might read otherwise.
+    def check_site(self) -> None:
+        """Refuse pages of other sites: by Origin, and by Host where only this machine may ask (DNS rebinding)."""
+        host, origin, server = self.headers.get("Host"), self.headers.get("Origin"), self.server
+        if host and server.on_loopback and not server.api_key and not is_loopback(f"//{host}"):
+            message = f"the Host {printable(host)} is not this machine's: ask localhost, or give the server a key"
+            raise ApiError(403, message)
+        if origin and not self.allowed(origin):
+            name = printable(origin)
+            raise ApiError(403, f"pages of {name} may not use this server: --allow-origin {name} lets them")
 
-        Names are lower case; a field that comes twice has both values, with a comma. http.server's own, which is more
-        lenient, takes four times as long. Raises ApiError, and ClientGone where the header breaks off.
+    def allowed(self, origin: str) -> bool:
+        """Whether pages of this origin may ask: this machine's, those of --allow-origin, and the server's own page.
+
+        Another site's name may lead here by now: the own page is known by an address, or where a key is needed anyway.
         """
-        room, fields, first = MAX_HEADER_BYTES, 0, ""
-        while (line := self.buffer.readline(room + 1)) not in (b"\r\n", b"\n"):
-            if not line.endswith(b"\n") and len(line) <= room:
-                raise ClientGone
-            room -= len(line)
-            if room < 0 or fields == MAX_HEADER_FIELDS:
-                if not first:
-                    raise ApiError(414, f"the first line, which has the path, has at most {MAX_HEADER_BYTES} bytes")
-                raise ApiError(431, f"a header has at most {MAX_HEADER_FIELDS} fields and {MAX_HEADER_BYTES} bytes")
-            text = line.decode("latin-1").removesuffix("\n").removesuffix("\r")
-            if not first:
-                first = text
-            elif field := HEADER_FIELD.fullmatch(text):
-                fields += 1
-                name, value = field[1].lower(), field[2].strip(" \t")
-                self.header[name] = f"{self.header[name]}, {value}" if name in self.header else value
-            else:
-                raise ApiError(400, "a line of the header is not NAME: VALUE")
-        if not (match := REQUEST_LINE.fullmatch(first)):
-            raise ApiError(400, "the first line must be METHOD PATH HTTP/1.1")
-        self.command, self.path, self.request_version = match.groups()
-        if absolute := re.match(r"https?://([^/?]*)", self.path):  # as to a proxy: RFC 9112, 3.2.2
-            rest = self.path[absolute.end() :]
-            self.header["host"], self.path = absolute[1], rest if rest.startswith("/") else f"/{rest}"
-        connection = self.header.get("connection", "").lower()
-        stays = "close" not in connection if self.request_version == "HTTP/1.1" else "keep-alive" in connection
-        self.close_connection = self.crowded or not stays
-        self.unread = self.header.get("content-length", "0") != "0" or "transfer-encoding" in self.header
-        # The path alone decides in which dialect a request is answered, errors too.
-        if self.path.startswith("/v1"):
-            self.dialect = (Completions if self.endpoint == "/v1/completions" else ChatCompletions)(self.server)
+        server = self.server
+        own = origin.partition("://")[2] == self.headers.get("Host") and (bool(server.api_key) or is_address(origin))
+        return own or is_loopback(origin) or not {origin, "*"}.isdisjoint(server.allowed_origins)
 
-    def _route(self) -> None:
-        path = self.endpoint
-        if self.crowded and path != "/health":
-            raise ApiError(503, f"all {self.server.max_connections} connections are in use: try again in a moment")
-        self._check_site()
-        self._check_key(path)
-        self._read_body()
-        route = route_of(path)
-        if route not in ROUTES:
-            endpoints = ", ".join(f"{method} {known}" for known, (method, _) in ROUTES.items())
-            raise ApiError(404, f"there is no {printable(path)} here: the endpoints are {endpoints}")
-        method, answer = ROUTES[route]
-        allowed = ["OPTIONS", "GET", "HEAD"] if method == "GET" else ["OPTIONS", method]
-        if self.command == "OPTIONS":
-            preflight = {
-                "Allow": ", ".join(allowed),
-                "Access-Control-Allow-Methods": method,
-                "Access-Control-Allow-Headers": "Content-Type, Authorization, *",  # * does not stand for Authorization
-                "Access-Control-Max-Age": "600",
-            }
-            self._send(204, b"", "", **preflight)
-        elif self.command not in allowed:
-            raise ApiError(405, f"{path} takes {method}, not {self.command}", Allow=", ".join(allowed))
-        else:
-            answer(self)
-
-    def _read_body(self) -> None:
-        """Read the request's body whole, whatever becomes of it, so that the connection can go on."""
-        if "transfer-encoding" in self.header:
-            raise ApiError(411, "chunked bodies are not read: send the body with a Content-Length")
-        length = self.header.get("content-length", "0")
-        if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise ApiError(400, "Content-Length must be given once, and be a number")
-        if int(length) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body has {length} bytes, and at most {MAX_BODY_BYTES} are read")
-        if self.header.get("expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1":
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        with self._in_time("body"):
-            while len(self.body) < int(length):
-                piece = self.buffer.read1(int(length) - len(self.body))
-                if not piece:
-                    raise ClientGone
-                if not self.server.take_room(len(piece)):
-                    raise ApiError(503, "the requests under way are too large together: try again in a moment")
-                self.body += piece
-        self.unread = False
-
-    def _check_site(self) -> None:
-        """Refuse pages of other sites, which a browser lets ask any server that its user can reach.
-
-        While the server listens on this machine alone, and anyone may ask, the Host must be this machine too: another
-        name that leads here is another site's (DNS rebinding).
-        """
-        host, origin = self.header.get("host"), self.header.get("origin")
-        if not HOST.fullmatch(host or "") and (host is not None or self.request_version == "HTTP/1.1"):
-            raise ApiError(400, "a request names its Host once, as NAME or NAME:PORT")
-        if host and self.server.on_loopback and not self.server.api_key and not is_loopback(f"//{host}"):
-            raise ApiError(
-                403, f"the Host {printable(host)} is not this machine's: ask localhost, or give the server a key"
-            )
-        if origin and not self._allowed(origin):
-            shown_origin = printable(origin)
-            raise ApiError(
-                403, f"pages of {shown_origin} may not use this server: --allow-origin {shown_origin} lets them"
-            )
-
-    def _allowed(self, origin: str) -> bool:
-        """Whether pages of this origin may ask: this machine's, those named, and the server's own page.
-
-        A page that came from the name it asks may be another site's all the same, whose name leads here by now: so by
-        its own Origin it is known only if that is an address, or if it needs the key anyway.
-        """
-        server, host = self.server, self.header.get("host")
-        own = origin.partition("://")[2] == host and (bool(server.api_key) or is_address(origin))
-        return own or is_loopback(origin) or origin in server.allowed_origins or "*" in server.allowed_origins
-
-    def _check_key(self, path: str) -> None:
-        """Refuse who has not the key: as a Bearer token or, for browsers, which ask their user, as a Basic password."""
+    def check_key(self) -> None:
+        """Require the API key: as a Bearer token or, from browsers, which ask their user, as a Basic password."""
         key = self.server.api_key
-        if key is None or path == "/health" or self.command == "OPTIONS":
+        if key is None or self.endpoint == "/health" or self.command == "OPTIONS":
             return
-        kind, _, text = self.header.get("authorization", "").partition(" ")
-        given = text.strip(" ").encode("latin-1")
+        kind, _, credentials = self.headers.get("Authorization", "").partition(" ")
+        given = credentials.strip().encode("latin-1")
         if kind.lower() == "basic":
             with contextlib.suppress(ValueError):
                 given = base64.b64decode(given, validate=True).partition(b":")[2]
         if kind.lower() not in ("bearer", "basic") or not hmac.compare_digest(given, key.encode()):
-            challenge = {"WWW-Authenticate": 'Basic realm="tt_api_server", charset="UTF-8"'}
             message = "the API key is missing or wrong: send it with -H 'Authorization: Bearer KEY'"
-            raise ApiError(401, message, None, "invalid_api_key", **challenge)
+            challenge = {"WWW-Authenticate": 'Basic realm="tt_api_server", charset="UTF-8"'}
+            raise ApiError(401, message, code="invalid_api_key", **challenge)
 
-    def page(self) -> None:
-        """GET /."""
-        self._send(200, PAGE.encode(), "text/html; charset=utf-8", **PAGE_HEADERS)
+    def handle_expect_100(self) -> bool:
+        return True  # http.server would ask for a body that may be refused; read_body asks once it is not
 
-    def health(self) -> None:
-        """GET /health."""
-        status, report = self.server.health(is_loopback(f"//{self.header.get('host', '')}"))
-        self._send(status, json_line(report), "application/json")
+    def read_body(self) -> bytes:
+        """The whole body, whatever becomes of the request, so that the connection can go on."""
+        length, encoding = self.headers.get("Content-Length", "0"), self.headers.get("Transfer-Encoding")
+        if encoding is not None and (encoding.lower() != "chunked" or self.request_version == "HTTP/1.0"):
+            raise ApiError(400, f"Transfer-Encoding {printable(encoding)} is not read: send the body chunked or whole")
+        if not re.fullmatch(r"[0-9]{1,18}", length):
+            raise ApiError(400, "Content-Length must be a number")
+        if int(length) > MAX_BODY:
+            raise ApiError(413, f"the body has {length} bytes, and at most {MAX_BODY} are read")
+        expects = self.headers.get("Expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1"
+        if self.unread and expects:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.wfile.flush()
+        self.deadline = time.monotonic() + self.server.patience
+        try:
+            body = self.read_chunks() if encoding else self.rfile.read(int(length))
+        except ApiError:
+            if not self.late:
+                raise
+        self.deadline = math.inf
+        if self.late:
+            raise ApiError(408, "the body did not come in time: send it again")
+        if len(body) < int(length):
+            raise ConnectionError("the client left")
+        self.unread = False
+        return body
 
-    def metrics(self) -> None:
-        """GET /metrics."""
-        self._send(200, metrics_text(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
+    def read_chunks(self) -> bytes:
+        """A chunked body (RFC 9112, 7.1). Its trailer fields are read and not used."""
+        body, malformed = b"", ApiError(400, "the body is not well chunked")
+        while not self.late:
+            head = re.fullmatch(rb"([0-9a-fA-F]{1,8})[ \t]*(;[^\r\n]*)?\r\n", self.rfile.readline(1024))
+            if not head:
+                raise malformed
+            size = int(head[1], 16)
+            if len(body) + size > MAX_BODY:
+                raise ApiError(413, f"the body has more than the {MAX_BODY} bytes that are read")
+            if not size:
+                break
+            body += self.rfile.read(size)
+            if self.rfile.read(2) != b"\r\n":
+                raise malformed
+        while not self.late and (line := self.rfile.readline(1024)) != b"\r\n":
+            if not line.endswith(b"\n"):
+                raise malformed
+        return body
 
-    def models(self) -> None:
-        """GET /v1/models and /v1/models/NAME: the one that is served."""
-        server = self.server
+    # The endpoints
+
+    def page(self, body: bytes) -> None:
+        self.send(200, PAGE.encode(), "text/html; charset=utf-8", **PAGE_HEADERS)
+
+    def health(self, body: bytes) -> None:
+        report = self.server.health(is_loopback(f"//{self.headers.get('Host', '')}"))
+        self.send(200 if report["status"] == "healthy" else 503, to_json(report))
+
+    def metrics(self, body: bytes) -> None:
+        self.send(200, metrics_text(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+    def models(self, body: bytes) -> None:
+        server, name = self.server, urllib.parse.unquote(self.endpoint[len("/v1/models/") :])
         server.scheduler.check_available()
+        if name:
+            check_model(name, server.model)
         model = {"id": server.model, "object": "model", "created": server.created, "owned_by": "tt_api_server"}
         model["max_model_len"] = server.scheduler.max_seq_len  # vLLM's name for it
-        name = urllib.parse.unquote(self.endpoint[len("/v1/models/") :])
-        if name and name != server.model:
-            raise model_not_found(name, server.model)
-        self._send(200, json_line(model if name else {"object": "list", "data": [model]}), "application/json")
+        self.send(200, to_json(model if name else {"object": "list", "data": [model]}))
 
-    def complete(self) -> None:
+    def complete(self, body: bytes) -> None:
         """The one path of a request for text, in any dialect, streamed or not."""
-        dialect = self.dialect
-        answer = self._submit()
-        streams = answer.request.stream
-        self.server.watch(self.connection, answer)
-        try:
-            for piece in answer.pieces():
-                if streams:
-                    self._send_piece(dialect.piece(piece))
-            if streams:
-                self._send_piece(dialect.end(answer), last=True)
-            else:
-                self._send(200, json_line(dialect.whole(answer)), "application/json")
-        finally:
-            self.server.watch(self.connection, None)
-            if answer.generation.finish_reason is None:
-                self.server.scheduler.cancel(answer.generation, answer.finish_reason or "cancelled")
-            figures = answer.figures()
-            self.outcome = (
-                f" prompt={figures['prompt_tokens']} generated={figures['tokens_generated']}"
-                f" first={figures['time_to_first_token_seconds']:.3f}s {figures['tokens_per_second']:.1f} tokens/s"
-            )
-
-    def _submit(self) -> Answer:
-        """Read the JSON, of which nothing stays, for it may take thirty times the body's memory; queue the request."""
-        if "content-length" not in self.header:
-            raise ApiError(
-                411, f"the request has no body with a Content-Length: send JSON, as in {self.dialect.example}"
-            )
         self.server.scheduler.check_available()
-        # A few at a time, or the work of a crowd would keep /health and the streams under way waiting.
         with self.server.turns:
-            if hung_up([self.connection]):
-                raise ClientGone
-            fields = self._json_object()
-            if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("%s", json.dumps(fields)[:10_000])
-            return self.server.submit(self.dialect.read(Fields(fields)), self.dialect.default_max_tokens)
-
-    def _json_object(self) -> dict[str, Any]:
-        media_type = self.header.get("content-type", "nothing").partition(";")[0].strip()
-        if media_type.lower() != "application/json":
-            raise ApiError(
-                415, f"the body is {printable(media_type)}: send JSON, with -H 'Content-Type: application/json'"
-            )
-        if "content-encoding" in self.header:
-            raise ApiError(415, "the body has a Content-Encoding: send it as it is, without compression")
-        # json.loads holds all threads up while it makes something of each comma. A token has no more than 8 of them.
-        commas, context = self.body.count(b","), self.server.scheduler.max_seq_len
-        if commas > 16 * context:
-            raise TooLong(f"the body has {commas} commas, more than the {context} tokens of the context: shorten it")
-        example = f"send a JSON object, such as {self.dialect.example}"
+            request = self.dialect.read(self.read_json(body))
+        self.server.scheduler.submit(request)
+        self.waiting = request  # from now on the sweep looks whether the client is still there
+        streams = request.fields["stream"]
         try:
-            value = json.loads(self.body or b"null")
+            if streams:
+                self.send_piece(self.dialect.begin(request))
+            for piece in request.pieces():
+                if streams:
+                    self.send_piece(self.dialect.piece(request, piece))
+            if streams:
+                self.send_piece(self.dialect.end(request), last=True)
+            else:
+                self.send(200, to_json(self.dialect.whole(request)))
+        finally:
+            self.waiting = None
+            if not request.outcome:
+                self.server.scheduler.cancel(request, request.finish_reason or "cancelled")
+            line = " prompt={prompt_tokens} generated={tokens_generated} first={time_to_first_token_seconds}s"
+            self.outcome = f"{line} {{tokens_per_second}} tokens/s".format(**request.figures())
+
+    def read_json(self, body: bytes) -> Any:
+        """The body's content. Raises ApiError."""
+        media_type = self.headers.get("Content-Type", "nothing").partition(";")[0].strip()
+        if media_type.lower() != "application/json":
+            json_type = "send JSON, with -H 'Content-Type: application/json'"
+            raise ApiError(415, f"the body is {printable(media_type)}: {json_type}")
+        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise ApiError(415, "the body has a Content-Encoding: send it without compression")
+        logger.debug("%s", printable(body.decode(errors="replace")))
+        try:
+            return json.loads(body)
         except (ValueError, RecursionError) as error:
             reasons = {UnicodeDecodeError: "it is not UTF-8", RecursionError: "it is nested too deeply"}
-            reason = reasons.get(type(error), str(error).partition(";")[0])
-            raise ApiError(400, f"the body is not JSON ({reason}): {example}") from error
-        if not isinstance(value, dict):
-            raise ApiError(400, f"the body is {shown(value) if self.body else 'empty'}: {example}")
-        return value
+            reason = reasons.get(type(error), str(error)) if body else "it is empty"
+            raise ApiError(400, f"the body is not JSON ({reason}): send {self.dialect.example}") from error
 
     # Answers
 
-    def _send(self, status: int, body: bytes, content_type: str, **headers: str) -> None:
-        """Send a whole answer."""
-        framing = {} if status == 204 else {"Content-Length": str(len(body))}
-        retry = {"Retry-After": "1"} if status == 503 else {}
-        head = self._head(status, content_type, {**framing, **retry, **headers})
-        self._write(head if self.command == "HEAD" else head + body)
+    def send(self, status: int, body: bytes, content_type: str = "application/json", **headers: str) -> None:
+        """A whole answer."""
+        if status != 204:
+            headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **headers}
+        if status == 503:
+            headers["Retry-After"] = "1"
+        self.send_head(status, headers)
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+        self.wfile.flush()
 
-    def _send_piece(self, data: bytes, last: bool = False) -> None:
-        """Send a piece of a streamed answer. The header leaves with the first: a failure before it has a status."""
+    def send_piece(self, data: bytes, last: bool = False) -> None:
+        """A piece of a stream; the head leaves with the first."""
         chunked = self.request_version != "HTTP/1.0"
-        head = b""
         if not self.streaming:
-            self.streaming = True
-            self.close_connection |= not chunked
+            self.streaming, self.close_connection = True, self.close_connection or not chunked
             framing = {"Transfer-Encoding": "chunked"} if chunked else {}
-            head = self._head(200, self.dialect.content_type, {**framing, "Cache-Control": "no-cache"})
-        end = b"0\r\n\r\n" if last else b""
-        self._write(head + (b"%x\r\n%b\r\n%b" % (len(data), data, end) if chunked else data))
+            self.send_head(200, {"Content-Type": self.dialect.content_type, "Cache-Control": "no-cache", **framing})
+        if chunked:
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
+        self.wfile.write(data)
+        self.wfile.flush()
 
-    def _head(self, status: int, content_type: str, headers: dict[str, str]) -> bytes:
+    def send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        """The status line and the header."""
         self.status = status
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Date: {self.date_time_string()}"]
-        if content_type:
-            lines.append(f"Content-Type: {content_type}")
-        origin = self.header.get("origin")
-        if origin and self._allowed(origin):
-            lines += [f"Access-Control-Allow-Origin: {origin}", "Vary: Origin"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.close_connection |= self.unread  # what is left of the body would be taken for the next request
-        if self.close_connection:
-            lines.append("Connection: close")
+        self.send_response_only(status)
+        self.send_header("Date", self.date_time_string())
+        origin = self.headers.get("Origin") if hasattr(self, "headers") else None
+        if origin and self.allowed(origin):
+            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        if self.unread or self.close_connection:  # the rest of an unread body would be taken for the next request
+            headers = {**headers, "Connection": "close"}  # http.server acts on it
         elif self.request_version == "HTTP/1.0":
-            lines.append("Connection: keep-alive")
-        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+            headers = {**headers, "Connection": "keep-alive"}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
 
-    def _write(self, data: bytes) -> None:
-        """Send these bytes. Raises TimeoutError where no more of them are taken for a while."""
-        self.connection.settimeout(REQUEST_SECONDS)  # of each send, where sendall's is for the whole
-        left = memoryview(data)
-        while left:
-            left = left[self.connection.send(left) :]
-
-    def _send_error(self, error: ApiError) -> None:
-        """Answer with an error; a stream that has begun ends with it."""
-        logger.debug("%s: %s", self._target(), error)
+    def send_api_error(self, error: ApiError) -> None:
+        """An error in the dialect's words; a stream that has begun ends with it."""
+        logger.debug("%s %s: %s", printable(self.command), printable(self.path), error)
         body = self.dialect.error(error)
         try:
-            if self.streaming:
-                self._send_piece(self.dialect.line(body), last=True)
+            if self.gone:
+                self.hang_up()
+            elif self.streaming:
+                self.send_piece(self.dialect.line(body), last=True)
             else:
-                self._send(error.status, json_line(body), "application/json", **error.headers)
+                self.send(error.status, to_json(body), **error.headers)
         except OSError:
-            self.close_connection = True
+            self.hang_up()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """http.server's own errors, of the first line and the header."""
+        self.unread = True
+        if self.late:
+            code, message = 408, "the header did not come in time: send it again"
+        self.send_api_error(ApiError(code, printable(message or HTTPStatus(code).phrase)))
+
+    def hang_up(self) -> None:
+        """The client is gone, or takes no more: do not wait for it to take what is still buffered."""
+        self.close_connection, self.outcome = True, f"{self.outcome} client gone"
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def finish(self) -> None:
-        """Close so that the last answer arrives: a socket closed with unread input resets the connection."""
+        """Close. Unread input would then reset the connection, and the client might lose the answer: drain it first."""
         with contextlib.suppress(OSError):
+            super().finish()
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(0.2)
             deadline = time.monotonic() + 2
-            while self.connection.recv(65536) and time.monotonic() < deadline:
+            while self.unread and self.connection.recv(65536) and time.monotonic() < deadline:
                 pass
 
-    # The log
-
-    def _target(self) -> str:
-        return f"{printable(self.command or '-')} {printable(self.endpoint or '-')}"
-
-    def _log(self) -> None:
-        """One line for each request; never a prompt's text. Those that only ask how it is are for --verbose."""
-        if not self.path and not self.status:  # the client went away before it had asked anything
-            return
-        if self.status:
-            self.server.count(self.endpoint, self.status)
-        asks = self.command in ("GET", "HEAD") and self.status in (200, 503)
-        level = logging.DEBUG if asks else logging.INFO
-        if logger.isEnabledFor(level):
-            logger.log(level, "%s %s%s", self._target(), self.status or "-", self.outcome)
+    def log_message(self, format: str, *args: Any) -> None:
+        """http.server's log; handle_one_request has its own."""
 
 
-class CrowdedHandler(ApiHandler):
-    """A connection beyond those that have room: /health is answered, all else is refused, and at once."""
-
-    crowded = True
-    idle_seconds = request_seconds = 2.0
-
-
-ROUTES: dict[str, tuple[str, Callable[[ApiHandler], None]]] = {
+ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
     "/": ("GET", ApiHandler.page),
     "/health": ("GET", ApiHandler.health),
     "/metrics": ("GET", ApiHandler.metrics),
@@ -3206,307 +2710,165 @@ ROUTES: dict[str, tuple[str, Callable[[ApiHandler], None]]] = {
 }
 
 
-def route_of(path: str) -> str:
-    """The key of ROUTES that the path belongs to, if there is one; else the path."""
-    return "/v1/models/NAME" if path.startswith("/v1/models/") else path
-
-
 def metrics_text(server: ApiServer) -> str:
-    """What /metrics says, in Prometheus's format. Names are vLLM's, with tt_ for vllm:, where the meaning is vLLM's."""
+    """The metrics in Prometheus's format, under vLLM's names with tt_ for vllm:."""
     scheduler, statistics = server.scheduler, server.scheduler.statistics
     lines: list[str] = []
 
-    def add(name: str, kind: str, what: str, samples: Mapping[str, float]) -> None:  # by suffix and labels
-        lines.extend((f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {kind}"))
-        lines.extend(f"tt_{name}{labels} {value}" for labels, value in samples.items())
+    def add(name: str, kind: str, what: str, *samples: tuple[str, str, float]) -> None:  # suffix, labels, value
+        lines.extend([f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {kind}"])
+        for suffix, labels, value in samples:
+            lines.append(f"tt_{name}{suffix}{{model_name={json.dumps(printable(server.model))}{labels}}} {value}")
 
-    def label(text: str) -> str:
-        return json.dumps(printable(text), ensure_ascii=False)
-
-    slots = scheduler.slots()
-    info = f'{{model={label(server.model)},device={label(scheduler.device)},version="{__version__}"}}'
-    add("server_info", "gauge", "What is served, and on what.", {info: 1})
-    add("num_requests_running", "gauge", "Requests in a slot.", {"": slots["busy"]})
-    add("num_requests_waiting", "gauge", "Requests that wait for a slot.", {"": scheduler.queued})
-    add("slots", "gauge", "Requests that can run together.", {"": slots["total"]})
-    add("http_connections", "gauge", "Connections that are open.", {"": server.connections})
-    add(
-        "kv_cache_usage_perc", "gauge", "Part of the KV cache that is reserved, 1 is all.", {"": scheduler.kv_cache_use}
-    )
-    add("requests_accepted_total", "counter", "Requests that were queued.", {"": statistics.accepted})
-    outcomes = {f'{{finished_reason="{reason}"}}': count for reason, count in statistics.finished.items()}
-    add("requests_finished_total", "counter", "Requests that finished, by outcome.", outcomes)
-    responses = {f'{{path="{p}",status="{status}"}}': count for (p, status), count in dict(server.responses).items()}
-    add("http_responses_total", "counter", "Answers, by path and status.", responses)
-    for name, what, count in (
-        ("prompt_tokens_total", "Prompt tokens of finished requests.", statistics.prompt_tokens),
-        ("generation_tokens_total", "Tokens generated for finished requests.", statistics.generated_tokens),
-        ("prefix_cache_queries_total", "Prompt tokens looked up in the slots.", statistics.prompt_tokens),
-        ("prefix_cache_hits_total", "Prompt tokens that a slot held already.", statistics.cached_tokens),
+    for name, kind, what, value in (
+        ("num_requests_running", "gauge", "Requests in a slot.", scheduler.busy),
+        ("num_requests_waiting", "gauge", "Requests that wait for a slot.", scheduler.queued),
+        ("slots", "gauge", "Requests that can run together.", scheduler.total),
+        ("http_connections", "gauge", "Open connections.", len(server.connections)),
+        ("kv_cache_usage_perc", "gauge", "Part of the KV cache that is reserved; 1 is all.", scheduler.kv_cache_use),
+        ("requests_accepted_total", "counter", "Requests that were queued.", statistics.accepted),
+        ("prompt_tokens_total", "counter", "Prompt tokens of requests that got a token.", statistics.prompt_tokens),
+        ("prefix_cache_queries_total", "counter", "The same, as vLLM has it.", statistics.prompt_tokens),
+        ("prefix_cache_hits_total", "counter", "Of those, tokens that a slot held already.", statistics.cached_tokens),
+        ("generation_tokens_total", "counter", "Tokens generated.", statistics.generated_tokens),
     ):
-        add(name, "counter", what, {"": count})
-    for name, what, histogram in (
-        ("time_to_first_token_seconds", "From the request to its first token.", statistics.first_token),
-        ("request_time_per_output_token_seconds", "Of a request, from its second token on.", statistics.per_token),
-        ("e2e_request_latency_seconds", "From the request to its last token.", statistics.duration),
-        ("request_queue_time_seconds", "From the request to a slot.", statistics.queue_time),
-    ):
+        add(name, kind, what, ("", "", value))
+    outcomes = [("", f',finished_reason="{outcome}"', count) for outcome, count in statistics.finished.items()]
+    add("request_success_total", "counter", "Requests that ended, by outcome.", *outcomes)
+    responses = [("", f',path="{p}",status="{s}"', count) for (p, s), count in dict(server.responses).items()]
+    add("http_responses_total", "counter", "Answers, by path and status.", *responses)
+    for name, histogram in statistics.histograms.items():
         counts = list(itertools.accumulate(histogram.counts))
-        bounds = [*(f"{bound:g}" for bound in histogram.BOUNDS), "+Inf"]
-        buckets = {f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, counts)}
-        add(name, "histogram", what, {**buckets, "_sum": histogram.total, "_count": counts[-1]})
+        bounds = [*(f"{bound:g}" for bound in histogram.bounds), "+Inf"]
+        buckets = [("_bucket", f',le="{bound}"', count) for bound, count in zip(bounds, counts)]
+        add(name, "histogram", histogram.what, *buckets, ("_sum", "", histogram.total), ("_count", "", counts[-1]))
     return "\n".join([*lines, ""])
 
 
-@functools.lru_cache
-def is_loopback(url: str) -> bool:
-    """Whether a URL, or a host written as //host:port, leads to this machine by a name that only this machine has."""
+def host_of(url: str) -> str:
+    """The host of a URL, or of //host:port; empty where it has none."""
     with contextlib.suppress(ValueError):
-        host = urllib.parse.urlsplit(url).hostname or ""
-        return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
-    return False
-
-
-HANG_UP = getattr(select, "POLLRDHUP", 0)  # Linux tells that the other side has closed even behind unread input
-
-
-def arrivals(connections: Iterable[socket.socket]) -> dict[socket.socket, int]:
-    """The connections on which something has come in, with what it is as poll() says it."""
-    poll, by_number = select.poll(), {connection.fileno(): connection for connection in connections}
-    by_number.pop(-1, None)  # one that has just been closed
-    for number in by_number:
-        poll.register(number, select.POLLIN | HANG_UP)
-    return {by_number[number]: event for number, event in poll.poll(0)}
-
-
-def hung_up(connections: Iterable[socket.socket]) -> list[socket.socket]:
-    """Those whose other side has closed, or its sending side at least. Never waits, whoever else reads from them."""
-    events = arrivals(connections)
-    if HANG_UP:
-        return [
-            connection for connection, event in events.items() if event & (HANG_UP | select.POLLHUP | select.POLLERR)
-        ]
-    gone = []
-    for connection in events:
-        with contextlib.suppress(OSError):
-            if any(fcntl.ioctl(connection, termios.FIONREAD, bytes(4))):  # there is something to read, not the end
-                continue
-        gone.append(connection)
-    return gone
+        return urllib.parse.urlsplit(url).hostname or ""
+    return ""
 
 
 def is_address(url: str) -> bool:
     """Whether the URL's host is an IP address, which no other site can have."""
     with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(urllib.parse.urlsplit(url).hostname or ""))
+        return bool(ipaddress.ip_address(host_of(url)))
     return False
 
 
-class ApiServer(HTTPServer):
+def is_loopback(url: str) -> bool:
+    """Whether the URL leads to this machine, by a name that only this machine has."""
+    host = host_of(url)
+    by_name = host == "localhost" or host.endswith(".localhost")
+    return by_name or (is_address(url) and ipaddress.ip_address(host).is_loopback)
+
+
+def hung_up(connection: socket.socket) -> bool:
+    """Whether the client has closed the connection, or its sending side. Never waits."""
+    poll = select.poll()
+    try:
+        poll.register(connection, select.POLLIN | getattr(select, "POLLRDHUP", 0))  # Linux sees it behind unread input
+        events = sum(event for _, event in poll.poll(0))
+        return events > select.POLLIN or (events > 0 and not connection.recv(1, socket.MSG_PEEK))
+    except (OSError, ValueError):  # closed at this end too
+        return True
+
+
+class ApiServer(ThreadingHTTPServer):
     """The listening socket, and what its handlers share."""
 
     request_queue_size = 1024
-    allow_reuse_port = False  # or two servers could share a port unawares: http.server's default from Python 3.14 on
+    allow_reuse_port = False  # http.server's default from Python 3.14 on would let two servers share a port unawares
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, patience: float = 60.0) -> None:
+        """`patience`: seconds that a client may take for a header, for a body, for each write, and between requests."""
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), ApiHandler)
+        self.patience = patience
         self.on_loopback = is_loopback(f"//[{host}]" if ":" in host else f"//{host}")
         self.scheduler: Scheduler
         self.tokenizer: ChatTokenizer
-        self.model = ""  # the model's name, folder and what is worth saying of it; known early, shown by /health
-        self.folder = ""
-        self.note = "Model is loaded in memory for fast inference"
-        self.created = int(time.time())
-        self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
+        self.model = self.folder = self.note = ""
         self.api_key: str | None = None
         self.allowed_origins: list[str] = []
         self.max_connections = 512
-        self.turns = threading.Semaphore(2)  # to read a request's JSON and text
-        self._started = time.monotonic()
-        self._lock = threading.Condition()  # guards what follows
-        self.connections = self._bodies = 0
-        self._idle: dict[
-            socket.socket, float
-        ] = {}  # connections that wait for a request, the longest first, since when
-        self._answers: dict[socket.socket, Answer] = {}  # those that wait for an answer
-        self._looked = 0.0  # when it was last looked whether their clients are still there
-        self._crowd: dict[socket.socket, float] = {}  # connections beyond max_connections, and since when
+        self.created, self.started = int(time.time()), time.monotonic()
+        self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
+        self.turns = threading.Semaphore(2)  # to read JSON and text: a crowd of requests must not hold /health up
+        self.connections: dict[Any, ApiHandler | None] = {}  # those that are open
+        self._refused: list[socket.socket] = []
+        self._next_sweep = 0.0
 
     def server_bind(self) -> None:
         """Bind without http.server's look-up of this machine's name, which can take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
-    def submit(self, request: TextRequest, default_max_tokens: int | None) -> Answer:
-        """Queue the request. Raises Unavailable and TooLong.
-
-        An answer without a limit may fill the context; where the KV cache cannot hold that for all slots at once, as on
-        a card, a slot's share of it or 1,024 tokens: room for all of it is kept from the start.
-        """
-        context, length = self.scheduler.max_seq_len, len(request.prompt)
-        room = context - length
-        if room < 1:
-            raise TooLong(
-                f"the prompt has {length} tokens, and the context holds {context} of prompt and answer together: "
-                "shorten the prompt"
-            )
-        max_tokens = request.max_tokens or min(default_max_tokens or max(self.scheduler.slot_share, 1024), room)
-        stop_tokens = frozenset() if request.ignore_eos else self.tokenizer.stop_tokens
-        generation = Generation(request.prompt, max_tokens, request.sampling, stop_tokens)
-        self.scheduler.submit(generation)
-        return Answer(request, generation, self.tokenizer)
-
-    def health(self, asked_here: bool) -> tuple[int, dict[str, Any]]:
-        """Status and body of GET /health; with the model's whole path where the one who asks is on this machine."""
-        scheduler = self.scheduler
-        state = scheduler.state
-        report: dict[str, Any] = {
-            "status": state,
-            "model_loaded": state == "healthy",
-            "model": self.model,
-            "device": scheduler.device,
-            "llama_dir": self.folder if self.on_loopback and asked_here else Path(self.folder).name,
-            "note": self.note if state == "healthy" else "",
-            "uptime_seconds": round(time.monotonic() - self._started, 1),
-        }
-        if state == "loading":
-            doing, done = scheduler.doing
-            done = done and round(done, 2)
-            report["progress"] = {"doing": doing, "done": done, "seconds": report["uptime_seconds"]}
-        if state == "unhealthy":
-            report["error"] = scheduler.error
-        return (200 if state == "healthy" else 503), {**report, "slots": scheduler.slots(), "queued": scheduler.queued}
-
-    def count(self, path: str, status: int) -> None:
-        """Count an answer. Paths that are no endpoint count as one: their number is not the client's to choose."""
-        route = route_of(path)
-        with self._lock:
-            self.responses[route if route in ROUTES else "other", status] += 1
-
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a new connection a thread of its own.
+        """Give a new connection a thread; beyond the limit, refuse it at once."""
+        if len(self.connections) < self.max_connections:
+            self.connections[request] = None
+            super().process_request(request, client_address)
+            return
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(REFUSAL)
+            request.shutdown(socket.SHUT_WR)
+        self._refused.append(request)  # the sweep closes it: at once, this could reset it before the client has read
 
-        Where all are in use, the connection that has waited longest for a request makes way. If none does, a few are
-        told that there is no room, each in a moment. Those who take longer over it make way for the next.
-        """
-        with self._lock:
-            crowded = self.connections >= self.max_connections and not self._make_way()
-            if crowded:
-                self._thin_crowd()
-                self._crowd[request] = time.monotonic()
-            else:
-                self.connections += 1
-        handler = CrowdedHandler if crowded else ApiHandler
-        thread = threading.Thread(target=self._serve, args=(handler, request, client_address), daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # the system has no more threads to give
-            self._leave(handler, request)
-            raise
-
-    def _make_way(self) -> bool:
-        """Close the connection that has waited longest for a request; False where none has waited for a while."""
-        arrived, latest = arrivals(self._idle), time.monotonic() - LEAST_IDLE_SECONDS
-        longest = next((idle for idle, since in self._idle.items() if since < latest and idle not in arrived), None)
-        if longest is None:
-            return False
-        self._cut_off(longest, self._idle)
-        return True
-
-    def _thin_crowd(self) -> None:
-        """Where the crowd is at its limit, wait until one has been told, or close the oldest, which takes too long."""
-        if len(self._crowd) >= CROWD:
-            oldest, since = next(iter(self._crowd.items()))
-            patience = max(0.0, since + CROWD_SECONDS - time.monotonic())
-            if not self._lock.wait_for(lambda: len(self._crowd) < CROWD, patience):
-                self._cut_off(oldest, self._crowd)
-
-    @staticmethod
-    def _cut_off(connection: socket.socket, known: dict[socket.socket, float]) -> None:
-        """Close one of these; its own thread, which waits for it, then ends."""
-        del known[connection]
-        with contextlib.suppress(OSError):  # it has just gone by itself
-            connection.shutdown(socket.SHUT_RDWR)
-
-    def _serve(self, handler: type[ApiHandler], request: socket.socket, client_address: Any) -> None:
-        try:
-            handler(request, client_address, self)
-        except Exception:
-            self.handle_error(request, client_address)
-        finally:
-            self.shutdown_request(request)
-            self._leave(handler, request)
-
-    def _leave(self, handler: type[ApiHandler], request: socket.socket) -> None:
+    def shutdown_request(self, request: Any) -> None:
         """A connection has ended."""
-        with self._lock:
-            if handler.crowded:
-                self._crowd.pop(request, None)
-            else:
-                self.connections -= 1
-            self._lock.notify_all()
-
-    @contextlib.contextmanager
-    def idle(self, handler: ApiHandler) -> Iterator[None]:
-        """The handler's connection waits for a request, and may be closed for the sake of another."""
-        with self._lock:
-            if not handler.crowded:
-                self._idle[handler.connection] = time.monotonic()
-            self._lock.notify_all()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._idle.pop(handler.connection, None)
-
-    def take_room(self, size: int) -> bool:
-        """Count `size` bytes of a body as under way; False where they are too many with those that are."""
-        with self._lock:
-            if self._bodies + size > MAX_BODIES_BYTES:
-                return False
-            self._bodies += size
-        return True
-
-    def give_room(self, size: int) -> None:
-        """Bodies of that size are done with."""
-        with self._lock:
-            self._bodies -= size
-
-    def watch(self, connection: socket.socket, answer: Answer | None) -> None:
-        """The connection waits for this answer; for none any more."""
-        with self._lock:
-            if answer:
-                self._answers[connection] = answer
-            else:
-                self._answers.pop(connection, None)
+        self.connections.pop(request, None)
+        super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Twice a second, in the thread that accepts connections: give up the answers that nobody waits for any more.
-
-        In one place for all: if each of 2,000 waiting threads looked after its own, nobody else would get to run.
-        """
-        if time.monotonic() - self._looked < 0.5:
+        """Sweep twice a second: end what is late, and answers whose client has left."""
+        now = time.monotonic()
+        if now < self._next_sweep:
             return
-        with self._lock:
-            answers = dict(self._answers)
-        for connection in hung_up(answers):
-            answers[connection].client_gone = True
-            self.scheduler.cancel(answers[connection].generation)
-        self._looked = time.monotonic()
+        for connection, handler in list(self.connections.items()):
+            if handler and handler.deadline < now:
+                handler.late, handler.deadline = True, math.inf
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)  # wakes the handler, which reads
+            if handler and (request := handler.waiting) and hung_up(connection):
+                handler.gone = True
+                self.scheduler.cancel(request)
+        while self._refused:
+            super().shutdown_request(self._refused.pop())
+        self._next_sweep = time.monotonic() + 0.5
 
     @property
     def under_way(self) -> int:
-        """Requests that are queued or generated, or whose answer is being delivered."""
-        return len(self._answers)
+        """Requests whose answer is not delivered yet."""
+        return sum(bool(handler and handler.waiting) for handler in list(self.connections.values()))
 
-    def wait_until_idle(self, seconds: float) -> None:
-        """Wait, so many seconds at most, until no request is being answered."""
-        with self._lock:
-            self._lock.wait_for(lambda: len(self._idle) >= self.connections, timeout=seconds)
+    def health(self, asked_here: bool) -> dict[str, Any]:
+        """The body of GET /health; with the model's whole path if the client is on this machine."""
+        scheduler, seconds = self.scheduler, round(time.monotonic() - self.started, 1)
+        report: dict[str, Any] = {
+            "status": scheduler.state,
+            "model_loaded": scheduler.state == "healthy",
+            "model": self.model,
+            "device": scheduler.device,
+            "llama_dir": self.folder if self.on_loopback and asked_here else Path(self.folder).name,
+            "note": self.note,
+            "uptime_seconds": seconds,
+            "slots": {"total": scheduler.total, "busy": scheduler.busy},
+            "queued": scheduler.queued,
+        }
+        if report["status"] == "loading":
+            doing, done = scheduler.doing
+            report["progress"] = {"doing": doing, "done": done and round(done, 2), "seconds": seconds}
+        if report["status"] == "unhealthy":
+            report["error"] = scheduler.error
+        return report
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke outside any request is no news; anything else is."""
+        """A broken connection is no news; anything else is."""
         if not isinstance(sys.exc_info()[1], OSError):
             logger.exception("an error in the server on a connection")
 
@@ -3520,333 +2882,251 @@ DRAIN_SECONDS = 60  # that requests in flight have to finish when the server is 
 DEFAULT_MAX_SEQ_LEN = 8192
 
 
-EXAMPLES = """examples:
-  python3 tt_api_server.py --model ~/models/Llama-3.1-8B-Instruct --port 8000
-  TT_API_KEY=$(cat key) python3 tt_api_server.py --host 0.0.0.0
-  python3 tt_api_server.py --device cpu --max-batch-size 4 --max-seq-len 2048
-"""
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """One that suggests the option that was meant."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong. Raises UserError."""
+        """Raise UserError."""
         mistyped = re.split("[ =]", message.partition("unrecognized arguments: ")[2])[0]
         near = [f"--model {mistyped}"] if os.path.isdir(mistyped) else []
         near = near or difflib.get_close_matches(mistyped, self._option_string_actions, 1)
         raise UserError(f"{message}: did you mean {near[0]}?" if near else f"{message} (--help shows all options)")
 
 
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An option's type: a whole number from low to high."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def origin(text: str) -> str:
+    """An option's type: a site as browsers and apps name it in Origin."""
+    if not (match := re.fullmatch(r"(\*|null|[A-Za-z][\w+.-]*://[^/\s]*)/?", text)):
+        raise argparse.ArgumentTypeError(f"must be *, null, or scheme and host as in https://app.example, not {text!r}")
+    return match[1]
+
+
+def api_key(text: str) -> str:
+    """An option's type: what can stand in a header."""
+    if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", text):
+        raise argparse.ArgumentTypeError("must be printable ASCII, not empty, without a space at either end")
+    return text
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-
-    def count(low: int, high: int) -> Callable[[str], int]:
-        def parse(text: str) -> int:
-            if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-                raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
-            return int(text)
-
-        return parse
-
-    def site(text: str) -> str:
-        if not re.fullmatch(r"\*|https?://[^/]+/?", text):
-            raise argparse.ArgumentTypeError(f"must be *, or scheme and host as in https://app.example, not {text!r}")
-        return text.rstrip("/")
-
-    parser = ArgumentParser(
-        prog="tt_api_server.py",
-        description=(__doc__ or "").partition("\nThe rooms of this file")[0],
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument_group("what is served").add_argument
-    model = "folder of a Llama 3 model (environment: HF_MODEL, else LLAMA_DIR; default: a demo)"
+    description, raw = (__doc__ or "").partition("\nThe rooms of this file")[0], argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog="tt_api_server.py", description=description, formatter_class=raw)
+    add = parser.add_argument_group("the model").add_argument
+    model = "folder of a Llama 3 model, or OWNER/NAME in Hugging Face's cache; default: $HF_MODEL, $LLAMA_DIR, a demo"
     add("--model", metavar="DIR", help=model)
     add("--device", choices=("auto", "tt", "cpu"), default="auto", help="where the model runs (default: auto)")
     together = "requests that are answered together (default: 32)"
-    add("--max-batch-size", type=count(1, 1024), default=32, metavar="N", help=together)
+    add("--max-batch-size", type=whole_number(1, 1024), default=32, metavar="N", help=together)
     length = f"tokens of a prompt and its answer (default: {DEFAULT_MAX_SEQ_LEN}, or the model's own if that is less)"
-    add("--max-seq-len", type=count(32, 1_000_000), metavar="N", help=length)
-    queued = "requests that may wait for a slot (default: 256)"
-    add("--max-queue", type=count(0, 1_000_000), default=256, metavar="N", help=queued)
-    add = parser.add_argument_group("to whom").add_argument
-    add("--port", type=count(0, 65535), default=8080, help="port to listen on; 0: any free one (default: 8080)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    key = "asked of everyone but /health; `ps` shows it, so better set it in the environment: TT_API_KEY"
-    add("--api-key", metavar="KEY", default=os.environ.get("TT_API_KEY"), help=key)
-    origin = "a site whose pages may ask, beside this machine's; may be repeated; *: any"
-    add("--allow-origin", action="append", type=site, default=[], metavar="ORIGIN", help=origin)
-    card = "on a card (environment: MESH_DEVICE names the board, TT_METAL_HOME the checkout)"
+    add("--max-seq-len", type=whole_number(32, 1_000_000), metavar="N", help=length)
+    waiting = "requests that may wait for a slot (default: 256)"
+    add("--max-queue", type=whole_number(0, 1_000_000), default=256, metavar="N", help=waiting)
+    add = parser.add_argument_group("the network").add_argument
+    add("--port", type=whole_number(0, 65535), default=8080, help="port to listen on; 0: any free one (default: 8080)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, for this machine alone)")
+    key = "key that clients must send, except to /health; `ps` shows it, so better set TT_API_KEY"
+    add("--api-key", metavar="KEY", type=api_key, default=os.environ.get("TT_API_KEY"), help=key)
+    sites = "site whose pages may ask, beside this machine's: its Origin, or * for any; may be repeated"
+    add("--allow-origin", action="append", type=origin, default=[], metavar="ORIGIN", help=sites)
+    card = "on a card (MESH_DEVICE names the board, TT_METAL_HOME the tt-metal checkout)"
     add = parser.add_argument_group(card).add_argument
-    add("--accuracy", action="store_true", help="tt-metal's settings for accuracy rather than for performance")
-    copies = "N copies of the model, each on its chips"
-    add("--data-parallel", type=count(1, 32), default=1, metavar="N", help=copies)
-    add("--no-trace", action="store_true", help="do without traces, to debug; slower")
+    add("--accuracy", action="store_true", help="tt-metal's settings for accuracy instead of performance")
+    copies = "copies of the model, each on its own chips (default: 1)"
+    add("--data-parallel", type=whole_number(1, 32), default=1, metavar="N", help=copies)
+    add("--no-trace", action="store_true", help="run without traces, to debug; slower")
+    add = parser.add_argument_group("on the CPU").add_argument
+    dtypes = "arithmetic (default: auto, the fastest); in float32 an answer does not depend on other requests"
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=dtypes)
+    threads = "threads of a step (default: all cores, or one for a tiny model)"
+    add("--threads", type=whole_number(1, 1024), default=0, metavar="N", help=threads)
     add = parser.add_argument_group("about").add_argument
-    add("--verbose", action="store_true", help="log more: prompts, refusals, who asks for /health, what ttnn says")
+    add("--verbose", action="store_true", help="log more: prompts, refusals, requests to /health, what ttnn says")
     add("--version", action="version", version=f"tt_api_server {__version__}")
     return parser.parse_args(arguments)
 
 
-def bind(host: str, port: int) -> ApiServer:
-    """Listen, or say in one line why not. Done before anything is loaded."""
+def bind(options: argparse.Namespace) -> ApiServer:
+    """Listen, before anything is loaded. Raises UserError where the address or the port cannot be had."""
+    host, port = options.host, options.port
     if not host:  # which would be all addresses
         raise UserError("--host is empty: give an address, or leave it out")
     try:
-        return ApiServer(host, port)
+        server = ApiServer(host, port)
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
+        if error.errno == errno.EADDRINUSE:
             raise UserError(
-                f"cannot listen on {host}, port {port} ({error.strerror or error}): --host takes an address of this "
-                "machine, 127.0.0.1 for itself alone, 0.0.0.0 for all"
+                f"port {port} is in use: stop the program that has it, or take another: --port 0 finds a free one"
             ) from error
-        for other in range(port + 1, min(port + 100, 65536)):
-            with contextlib.suppress(OSError):
-                ApiServer(host, other).server_close()
-                raise UserError(
-                    f"port {port} is in use: stop the program that has it, or take one that is free: --port {other}"
-                ) from error
-        raise UserError(f"port {port} is in use: stop the program that has it, or take another with --port") from error
-
-
-def room_for_connections(slots: int, queued: int) -> int:
-    """How many connections may be open: as many as are of use, or as the files that this process may have allow.
-
-    The system's soft limit is raised as far as it goes. Raises UserError where not even the slots can be used.
-    """
-    wanted, other = slots + queued + SPARE_CONNECTIONS, CROWD + 128  # files: the crowd's, the model's, the libraries'
-    needed = wanted + other
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return wanted
-    with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own below a hard one of infinity
-        more = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-        soft = more
-    most = min(wanted, soft - other)
-    if most < slots:
         raise UserError(
-            f"this system lets a process open {soft} files, too few for {slots} slots: have its hard limit raised to "
-            f"{needed}, or lower --max-batch-size"
-        )
-    if most < wanted:
-        logger.warning("%d connections at most, for this system lets a process open %d files", most, soft)
-    return most
+            f"cannot listen on {host}, port {port} ({error.strerror or error}): --host takes an address of this "
+            "machine, 127.0.0.1 for itself alone, 0.0.0.0 for all"
+        ) from error
+    server.api_key, server.allowed_origins = options.api_key, options.allow_origin
+    # A connection for each request that runs or waits, and spare ones; each is an open file.
+    wanted = options.max_batch_size * options.data_parallel + options.max_queue + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < wanted + 128:
+        soft = wanted + 128 if hard == resource.RLIM_INFINITY else min(wanted + 128, hard)
+        with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own below `hard`
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        wanted = max(min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128), 16)
+    server.max_connections = wanted
+    return server
 
 
-class Output(io.RawIOBase):
-    """Standard output or standard error, written by a thread of its own.
+LINES: queue.Queue[Any] = queue.Queue(10_000)  # log records, and what `say` prints; those beyond are lost
 
-    A pipe that nobody reads holds nobody up, and a terminal that is gone or a full disk ends nothing: what cannot be
-    written is lost.
-    """
 
-    _pieces: ClassVar[queue.Queue[tuple[int, bytes]]] = queue.Queue(10_000)  # of both, so that their order stays
+class Output(logging.handlers.QueueListener):
+    """Writes the log and the banner in a thread of its own: a pipe that nobody reads holds nobody up."""
 
-    def __init__(self, number: int) -> None:
-        self._number = number
+    def handle(self, record: Any) -> None:
+        if isinstance(record, logging.LogRecord):
+            super().handle(record)
+            return
+        text, file = record
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(text, end="", file=file, flush=True)
 
-    def fileno(self) -> int:
-        """1 or 2."""
-        return self._number
 
-    def isatty(self) -> bool:
-        """Whether it is a terminal."""
-        return os.isatty(self._number)
+def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print for the person at the terminal."""
+    with contextlib.suppress(queue.Full):
+        LINES.put_nowait((text + end, file or sys.stdout))
 
-    def writable(self) -> bool:
-        """Yes."""
-        return True
 
-    def write(self, data: Any) -> int:
-        """Have it written."""
-        with contextlib.suppress(queue.Full):
-            self._pieces.put_nowait((self._number, bytes(data)))
-        return len(data)
-
-    @classmethod
-    def start(cls) -> None:
-        """Put this in the place of standard output and standard error."""
-        # Where they are closed, no socket shall have their numbers, and what libraries write.
-        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-            pass
-        os.close(number)
-        for name, number in (("stdout", 1), ("stderr", 2)):
-            encoding = getattr(getattr(sys, name), "encoding", None)
-            lines = io.BufferedWriter(cls(number))
-            setattr(sys, name, io.TextIOWrapper(lines, encoding, "backslashreplace", line_buffering=True))
-        threading.Thread(target=cls._run, name="output", daemon=True).start()
-        atexit.register(cls.finish)  # for a traceback that ends the program
-
-    @classmethod
-    def _run(cls) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are for the main thread
-        while True:
-            number, data = cls._pieces.get()
-            with contextlib.suppress(OSError):
-                while data:
-                    data = data[os.write(number, data) :]
-            cls._pieces.task_done()
-
-    @classmethod
-    def finish(cls) -> None:
-        """Wait until all is written, a second at most."""
-        deadline = time.monotonic() + 1
-        while cls._pieces.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.01)
+def start_logging() -> None:
+    """Send the log to standard error, through LINES."""
+    logging.raiseExceptions = False  # what cannot be written is lost
+    output = logging.StreamHandler()
+    output.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    Output(LINES, output).start()
+    logger.addHandler(logging.handlers.QueueHandler(LINES))
+    logger.propagate = False
 
 
 class Terminal:
-    """Progress for people: one line that is written over on a terminal, a line for each stage elsewhere."""
+    """Progress of the load: one line that is written over on a terminal, a line for each stage elsewhere."""
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr is not None and sys.stderr.isatty()
         self._shown = ""
         self._began = time.monotonic()
 
     def __call__(self, doing: str, done: float | None = None) -> None:
-        """Show it."""
-        seconds = time.monotonic() - self._began
-        if self._live:
-            filled = "" if done is None else f" [{'#' * round(30 * done):30}] {done:4.0%}"
-            line = f"  {doing}{filled}  {seconds:.0f} s"
-            ending = "\n" if doing == "ready" else ""
-            print(f"\r{line.ljust(len(self._shown))}", end=ending, file=sys.stderr)
-            self._shown = line
-        elif doing != self._shown:
-            print(f"  {doing}  {seconds:.0f} s", file=sys.stderr)
-            self._shown = doing
+        bar = "" if done is None else f" [{'#' * round(30 * done):30}] {done:4.0%}"
+        seconds = f"{time.monotonic() - self._began:.0f} s"
+        line = f"\r  {doing}{bar}  {seconds}".ljust(len(self._shown)) if self._live else f"  {doing}"
+        if self._live or line != self._shown:
+            say(line, "" if self._live and doing != "ready" else "\n", sys.stderr)
+        self._shown = line
 
 
 def choose_device(options: argparse.Namespace, found: Checkpoint | None) -> str:
     """Where the model runs, "tt" or "cpu".
 
-    Only the demo passes a card over, and says so. What else a card lacks is an error that says how to get it.
+    Only the demo passes a card over. For all else that is missing there is an error that says how to get it.
     """
     if options.device == "cpu" or (options.device == "auto" and (found is None or not card_present())):
         if options.accuracy or options.no_trace or options.data_parallel > 1:
-            raise UserError(
-                "--accuracy, --data-parallel and --no-trace are for a model on a card, and this runs on the CPU: "
-                "leave them out"
-            )
+            options_of_cards = "--accuracy, --data-parallel and --no-trace"
+            raise UserError(f"{options_of_cards} are for a model on a card, and this runs on the CPU: leave them out")
         return "cpu"
     if not card_present():
         raise UserError("no Tenstorrent card is here (/dev/tenstorrent is empty): use --device cpu")
     if found is None:
-        raise UserError(
-            "--device tt wants a model: --model ~/models/Llama-3.1-8B-Instruct; the demo runs on the CPU alone"
-        )
+        raise UserError("--device tt needs a model, as in --model ~/models/Llama-3.1-8B-Instruct")
+    if options.dtype != "auto" or options.threads:
+        raise UserError("--dtype and --threads are for the CPU, and this runs on a card: leave them out")
     find_tt_metal()
     return "tt"
 
 
 def choose_length(options: argparse.Namespace, config: LlamaConfig) -> int:
-    """The tokens of a slot: --max-seq-len, or by default what the model was made for, within DEFAULT_MAX_SEQ_LEN."""
+    """The tokens of a slot: --max-seq-len, or what the model was made for, within DEFAULT_MAX_SEQ_LEN."""
     longest = config.max_position
     if (options.max_seq_len or 0) > longest:
         raise UserError(f"--max-seq-len {options.max_seq_len} is more than the model was made for: {longest} at most")
     return options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
 
 
-def open_engine(checkpoint: Checkpoint, device: str, options: argparse.Namespace, progress: Progress) -> Engine:
-    """Load the model on the device."""
-    max_seq_len = choose_length(options, checkpoint.config)
+def load(
+    server: ApiServer, options: argparse.Namespace, found: Checkpoint | None, device: str, progress: Progress
+) -> Engine:
+    """Load the model; in the scheduler's thread."""
+    progress("importing PyTorch")
+    import_torch()
+    checkpoint = found or demo_checkpoint(progress)
+    server.folder = str(checkpoint.folder)
+    progress("loading the tokenizer")
+    server.tokenizer = ChatTokenizer(checkpoint.tokenizer_model, checkpoint.stop_tokens)
+    size = (options.max_batch_size, choose_length(options, checkpoint.config), progress)
+    engine: Engine
     if device == "cpu":
-        return TorchEngine(checkpoint, options.max_batch_size, max_seq_len, progress)
-    return TTEngine(
-        checkpoint,
-        options.max_batch_size,
-        max_seq_len,
-        progress,
-        accuracy=options.accuracy,
-        data_parallel=options.data_parallel,
-        trace=not options.no_trace,
-        verbose=options.verbose,
-    )
+        engine = TorchEngine(checkpoint, *size, dtype=options.dtype, threads=options.threads)
+    else:
+        engine = TTEngine(
+            checkpoint,
+            *size,
+            accuracy=options.accuracy,
+            data_parallel=options.data_parallel,
+            trace=not options.no_trace,
+            verbose=options.verbose,
+        )
+    # What is loaded stays. Looking through it for garbage again and again would hold all threads up for 0.2 s.
+    gc.freeze()
+    return engine
 
 
 def serve(options: argparse.Namespace) -> int:
     """Bind, load, serve, stop; returns the exit status."""
-    if options.api_key == "":
-        raise UserError("the API key is empty: give one, or neither TT_API_KEY nor --api-key")
-    if options.api_key and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", options.api_key):
-        raise UserError("the API key may have printable ASCII characters alone, and no space at an end: take another")
-    server = bind(options.host, options.port)
-    server.api_key, server.allowed_origins = options.api_key, options.allow_origin
-    slots = options.max_batch_size * options.data_parallel
-    server.max_connections = room_for_connections(slots, options.max_queue)
-    host = f"[{server.server_name}]" if ":" in server.server_name else server.server_name
-    host = "localhost" if server.server_name in ("0.0.0.0", "::") else host
-    url = f"http://{host}:{server.server_port}"
+    server = bind(options)
+    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(server.server_name, server.server_name)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
     found = find_checkpoint(options.model)
     device = choose_device(options, found)
+    server.model, server.note = DEMO_NAME, DEMO_NOTE
+    model = f"none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served on the CPU"
     if found:
-        choose_length(options, found.config)  # an error is known before anything is loaded
-    server.model, server.folder = (found.name, str(found.folder)) if found else (DEMO_NAME, "")
-    print("Llama API Server on Tenstorrent\n" + "=" * 60)
-    if found:
-        note = f" ({found.note})" if found.note and device == "cpu" else ""
-        print(f"Model:  {found.name}, {found.folder}{note}")
-    else:
-        server.note = DEMO_NOTE
-        print(f"Model:  none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served on the CPU")
-    print(f"Health: {url}/health, while it loads too\n")
+        choose_length(options, found.config)  # to report an error before anything is loaded
+        server.model, server.folder, server.note = found.name, str(found.folder), found.note if device == "cpu" else ""
+        model = f"{found.name}, {found.folder}" + (f" ({server.note})" if server.note else "")
+    say(f"Llama API Server on Tenstorrent\n{'=' * 60}\nModel:  {model}\nHealth: {url}/health, while it loads too\n")
     if not server.on_loopback and not server.api_key:
         logger.warning("anyone who can reach this machine can use this server: set TT_API_KEY to ask for a key")
 
-    def load(progress: Progress) -> Engine:
-        progress("importing PyTorch")
-        import_torch()
-        checkpoint = found or demo_checkpoint(progress)
-        server.folder = str(checkpoint.folder)
-        progress("loading the tokenizer")
-        server.tokenizer = ChatTokenizer(checkpoint.tokenizer_model)
-        engine = open_engine(checkpoint, device, options, progress)
-        # What is loaded stays: to look through it for garbage again and again would hold all threads up for 0.2 s.
-        gc.freeze()
-        return engine
-
-    # What happens to the process: "signal" from Ctrl+C and SIGTERM, "ready" and "ended" from the scheduler.
-    events: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: events.put("signal"))
-    # The threads to come inherit this: a signal that one of them took would not wake the main thread, which acts on it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    server.scheduler = scheduler = Scheduler(load, options.max_queue, Terminal(), events.put)
+    events: queue.SimpleQueue[str] = queue.SimpleQueue()  # "signal", and the scheduler's "ready" and "ended"
+    loader = functools.partial(load, server, options, found, device)
+    server.scheduler = scheduler = Scheduler(loader, options.max_queue, Terminal(), events.put)
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     scheduler.start()
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: events.put("signal"))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     event = events.get()
     if event == "ready":
-        print(ready_message(url, scheduler.device, bool(server.api_key)))
+        say(ready_message(url, scheduler.device, bool(server.api_key)))
         notify_systemd("READY=1")
         event = events.get()
-        if event == "ended" and "NOTIFY_SOCKET" not in os.environ:  # else systemd is to start it again
+        if event == "ended" and "NOTIFY_SOCKET" not in os.environ:  # systemd is to start it again
             event = events.get()  # the engine has failed for good: /health says so until someone stops the server
-    if event == "ended" and scheduler.failure:
+    if scheduler.failure:
         raise scheduler.failure
-    cut_short = False
-    if event == "signal":
-        notify_systemd("STOPPING=1")
-        if server.under_way:
-            print(f"\nStopping when all is answered ({server.under_way}). Press CTRL+C again to cut it short.")
-        cut_short = not drain(server, events)
-    server.wait_until_idle(seconds=2)
+    cut_short = event == "signal" and not drain(server, events)
     status = 1 if scheduler.error else 128 + signal.SIGINT if cut_short else 0
-    print("\nStopped." if status == 0 else "\nStopped before all was done.")
+    logger.info("Stopped." if status == 0 else "Stopped before all was done.")
     return status
-
-
-def notify_systemd(state: str) -> None:
-    """Tell systemd, where it started this with Type=notify. Source: sd_notify(3)."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.connect(f"\0{address[1:]}" if address.startswith("@") else address)
-                sender.send(state.encode())
-        except OSError as error:
-            logger.warning("systemd does not hear %s at NOTIFY_SOCKET: %s", state, error)
 
 
 def drain(server: ApiServer, events: queue.SimpleQueue[str]) -> bool:
@@ -3854,6 +3134,9 @@ def drain(server: ApiServer, events: queue.SimpleQueue[str]) -> bool:
 
     Ends the scheduler, and with it the engine, in any case.
     """
+    notify_systemd("STOPPING=1")
+    if server.under_way:
+        logger.info("Stopping when all is answered (%d). Press CTRL+C again to cut it short.", server.under_way)
     scheduler = server.scheduler
     scheduler.stop(drain=True)
     deadline = time.monotonic() + (0 if scheduler.error else DRAIN_SECONDS)
@@ -3867,6 +3150,17 @@ def drain(server: ApiServer, events: queue.SimpleQueue[str]) -> bool:
     while not scheduler.ended and time.monotonic() < deadline:
         time.sleep(0.05)
     return scheduler.ended and not cut_short
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd, where it started this with Type=notify. Source: sd_notify(3)."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.connect(f"\0{address[1:]}" if address.startswith("@") else address)
+                sender.send(state.encode())
+        except OSError as error:
+            logger.warning("systemd does not hear %s at NOTIFY_SOCKET: %s", state, error)
 
 
 def ready_message(url: str, device: str, wants_key: bool) -> str:
@@ -3888,20 +3182,23 @@ Press CTRL+C to stop the server
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program. Exit status: 0 stopped as asked, 1 the engine failed, 2 a UserError, 130 requests were cut short."""
-    Output.start()
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    # All threads inherit this: a signal that another thread took would not wake the main thread, which acts on it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    start_logging()
     try:
         options = parse_arguments(arguments)
         logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
         return serve(options)
     except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        say(f"\nerror: {error}", file=sys.stderr)
         return 2
+    finally:
+        deadline = time.monotonic() + 1
+        while LINES.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 if __name__ == "__main__":
-    exit_status = main()
-    Output.finish()
-    # All is closed that needs closing. The interpreter's own way out would wait for threads in the middle of a load,
-    # and print pages of warnings about what ttnn's bindings still hold.
-    os._exit(exit_status)
+    # All that needs closing is closed. Python's own exit would wait for threads in the middle of a load, and print
+    # pages of warnings about what ttnn's bindings still hold.
+    os._exit(main())
