@@ -1373,11 +1373,9 @@ MODULES = {
     "ttnn": "import sys, test_server; sys.modules[__name__] = test_server.Card(*{card})",
     "loguru": "class logger: remove = add = staticmethod(lambda *args, **options: None)",
     "tqdm": "class tqdm: pass",
-    "models/tt_transformers/tt/common": (
-        "from test_server import PagedAttentionConfig, create_tt_model, get_padded_prefill_len"
-    ),
-    "models/tt_transformers/tt/model_config": "from test_server import DecodersPrecision",
-    "models/tt_transformers/tt/generator": """
+    "tt/common": ("from test_server import create_tt_model, get_padded_prefill_len, PagedAttentionConfig"),
+    "tt/model_config": "from test_server import DecodersPrecision",
+    "tt/generator": """
 from dataclasses import dataclass
 from types import SimpleNamespace
 from test_server import GeneratorBase, create_submeshes
@@ -1409,7 +1407,7 @@ def write_stand_in(folder: Path, release: str, chips: int) -> Path:
     new = {"seed": "None", "sampling": "sampling_params=None, ", "decode": "decode_forward"}
     card = f"({release!r}, {chips}, True, test_server.Path({str(folder)!r}))"
     for name, text in MODULES.items():
-        path = folder / f"{name}.py"
+        path = folder / f"{name}.py".replace("tt/", "models/tt_transformers/tt/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.format(card=card, **(new if release == "2026-06" else old)))
     return folder
@@ -1603,13 +1601,18 @@ class TTEngineTest(unittest.TestCase):
         for release, samples in self.CARDS:
             card = stand_in(release, samples=samples)
             with self.subTest(release, samples=samples), card, scheduling(tt_engine(4)) as scheduler:
-                texts = []
+                texts, warm = [], functools.partial(server.SamplingParams, temperature=1.5, top_p=1.0)
                 for seed in (1, 1, 2, None, None):
                     asked = request(cpu_texts()[4][0], 12)
-                    asked.sampling = server.SamplingParams(temperature=1.5, top_p=1.0, seed=seed)
+                    asked.sampling = warm(seed=seed)
                     scheduler.submit(asked)
                     texts.append(received(asked))
                 self.assertEqual([texts.index(text) for text in texts], [0, 0, 2, 3, 4])
+                if not samples:  # the host draws as for the CPU engine
+                    cpu = HandDriven(float32_engine(tt_model(), 1))
+                    cpu.join(0, cpu_texts()[4][0])
+                    cpu.steps(*[[0]] * 12, sampling=warm(seed=1))
+                    self.assertEqual(texts[0], cpu.answers[0])
 
     def test_a_failed_load_closes_the_card(self) -> None:
         expected = TWO_CHIPS.replace("close", "close 1x1\nclose 1x1\nclose")

@@ -1205,7 +1205,6 @@ class TTEngine:
 
     def _decode(self, batch: Sequence[Work]) -> dict[int, int]:
         """One step of these slots, the others idle; each slot's next token."""
-        batch = sorted(batch, key=lambda work: work.slot)
         decoding = {work.slot: work.sampling for work in batch}
         reset_batch = decoding != self._decoding
         self._decoding = {}  # until the step has succeeded
@@ -2376,7 +2375,7 @@ REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length
 
 
 class HeaderReader(io.BufferedReader):
-    """Turns a bare CR into a space (RFC 9112, 2.2): http.server would end a header line there, and a proxy would not."""
+    """Turns a bare CR into a space (RFC 9112, 2.2). http.server ends a header line there, and a proxy does not."""
 
     def readline(self, size: int | None = -1) -> bytes:
         line = super().readline(size)
