@@ -625,7 +625,7 @@ class Engine(Protocol):
     max_seq_len: int  # tokens that a slot can hold, prompt and answer
     kv_cache_tokens: int  # that all slots together can hold
     # Prompt tokens that a step may read. A prompt may then be read in pieces, and go on from what an earlier request
-    # left in its slot. 0: prompts are read whole, from the start.
+    # left in its slot, which takes no room from other slots. 0: prompts are read whole, from the start.
     prompt_chunk: int
 
     def reserve(self, slot: int, length: int) -> bool:
@@ -1317,17 +1317,22 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
     c = DEMO_CONFIG
     params: dict[str, float] = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads}
     params |= {"multiple_of": 32, "ffn_dim_multiplier": 0.8, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
+    if folder.is_dir():
+        with contextlib.suppress(UserError):  # it is damaged, and trained again
+            found = read_checkpoint(folder, DEMO_NAME)
+            found.open_weights()
+            return found
     try:
-        if not folder.is_dir():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:  # moved whole: half a model is never found
-                tokenizer, made = ChatTokenizer(), Path(scratch) / "demo"
-                made.mkdir()
-                torch.save(train_demo(tokenizer, progress), made / "consolidated.00.pth")
-                (made / "params.json").write_text(json.dumps(params))
-                shutil.copy(tokenizer.path, made / "tokenizer.model")
-                with contextlib.suppress(OSError):  # another server was faster
-                    made.rename(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:  # moved whole: half a model is never found
+            tokenizer, made = ChatTokenizer(), Path(scratch) / "demo"
+            made.mkdir()
+            torch.save(train_demo(tokenizer, progress), made / "consolidated.00.pth")
+            (made / "params.json").write_text(json.dumps(params))
+            shutil.copy(tokenizer.path, made / "tokenizer.model")
+            with contextlib.suppress(OSError):  # another server was faster
+                made.rename(folder)
         return read_checkpoint(folder, DEMO_NAME)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         raise UserError(f"the demo model cannot be written to {cache} ({error}): set XDG_CACHE_HOME") from error
