@@ -1607,7 +1607,7 @@ class Scheduler:
     way, and as much of the prompts as keeps the step short.
     """
 
-    PROMPT_BUDGET = 48  # prompt tokens in a step while answers are under way
+    PROMPT_BUDGET = 16  # prompt tokens in a step while answers are under way, and one more for each of them
     PROMPTS_BUDGET = 512  # the same while more prompts wait than answers are under way
     FAILURES = 3  # failed steps in a row after which the engine is given up
     STALL_SECONDS = 120.0  # a step that takes longer counts as hung
@@ -1799,7 +1799,7 @@ class Scheduler:
         batch = [Work(slot.index, slot.tokens[-1:], slot.held, r.sampling) for slot, r in busy if slot.pending == 1]
         prompts = [(slot, request) for slot, request in busy if slot.pending > 1]
         chunk = self._engine.prompt_chunk
-        budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > len(batch) else self.PROMPT_BUDGET
+        budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > len(batch) else self.PROMPT_BUDGET + len(batch)
         for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
             end = len(slot.tokens)
             if chunk and slot.pending > budget:
