@@ -2411,7 +2411,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.status, self.streaming, self.unread = 0, False, False
         self.dialect = Dialect(self.server)
         self.deadline = time.monotonic() + self.server.patience
-        super().handle_one_request()
+        try:
+            super().handle_one_request()
+        except OSError:  # its last flush, to a client that is gone
+            self.close_connection = True
         if self.status:
             # Clients do not choose what is counted.
             self.server.responses[self.route if self.route in ROUTES else "other", self.status] += 1
@@ -2803,7 +2806,7 @@ class ApiServer(ThreadingHTTPServer):
         self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
         self.turns = threading.Semaphore(2)  # to read JSON and text: a crowd of requests must not hold /health up
         self.connections: dict[Any, ApiHandler | None] = {}  # those that are open
-        self._refused: list[socket.socket] = []
+        self._refused: deque[tuple[float, socket.socket]] = deque()  # and when they are closed
         self._next_sweep = 0.0
 
     def server_bind(self) -> None:
@@ -2821,7 +2824,8 @@ class ApiServer(ThreadingHTTPServer):
             request.setblocking(False)
             request.send(REFUSAL)
             request.shutdown(socket.SHUT_WR)
-        self._refused.append(request)  # the sweep closes it: at once, this could reset it before the client has read
+        # The sweep closes it: at once, this could reset it before the client has read.
+        self._refused.append((time.monotonic() + 0.5, request))
 
     def shutdown_request(self, request: Any) -> None:
         """A connection has ended."""
@@ -2841,8 +2845,8 @@ class ApiServer(ThreadingHTTPServer):
             if handler and (request := handler.waiting) and hung_up(connection):
                 handler.gone = True
                 self.scheduler.cancel(request)
-        while self._refused:
-            super().shutdown_request(self._refused.pop())
+        while self._refused and self._refused[0][0] < now:
+            super().shutdown_request(self._refused.popleft()[1])
         self._next_sweep = time.monotonic() + 0.5
 
     @property
