@@ -2418,10 +2418,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         if self.status:
             # Clients do not choose what is counted.
             self.server.responses[self.route if self.route in ROUTES else "other", self.status] += 1
+        if self.status or self.outcome:
             level = logging.DEBUG if self.command in ("GET", "HEAD") and self.status in (200, 503) else logging.INFO
-            logger.log(
-                level, "%s %s %s%s", printable(self.command), printable(self.endpoint), self.status, self.outcome
-            )
+            target = f"{printable(self.command)} {printable(self.endpoint)}"
+            logger.log(level, "%s %s%s", target, self.status or "-", self.outcome)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("do_"):  # http.server calls do_METHOD: all methods take one path
