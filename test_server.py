@@ -2344,6 +2344,13 @@ class HttpErrorTest(unittest.TestCase):
                 status, expected = (413, str(limit)) if body in large else (400, "chunked")
                 check_error(first_answer(self.port, chunked + body + b"\r\n"), status, expected)
 
+    def test_what_is_nested_as_deeply_as_the_parser_takes(self) -> None:
+        """Each depth is refused, also where the parser is spared and what shows the value in an error is not."""
+        for path, name in (("/chat", b"prompt"), ("/v1/completions", b"prompt"), ("/v1/chat/completions", b"messages")):
+            for depth in range(900, 1000):
+                body = b'{"%b": %b1%b}' % (name, b"[" * depth, b"]" * depth)
+                self.assertEqual(ask(self.port, path, body).status, 400, (path, depth))
+
     def test_no_request_is_smuggled(self) -> None:
         """Where two programs could disagree on where a body ends, this one reads no further."""
         for lines in (
@@ -2583,7 +2590,7 @@ class OpenAITest(unittest.TestCase):
         unsupported, too_long = "unsupported_parameter", "context_length_exceeded"
         refused = {"n": 2, "tools": [{}], "logprobs": True, "logit_bias": {"1": 5}, "presence_penalty": 0.5, "min_p": 1}
         refused |= {"response_format": {"type": "json_object"}, "tool_choice": "required", "echo": True}
-        wrong: list[Any] = [None, "", [], ["a", "b"], [128256], [-1]]
+        wrong: list[Any] = [None, "", [], ["a", "b"], [["a"]], [[[1]]], [128256], [-1]]
         cases: list[tuple[Any, ...]] = [
             *((name, unsupported, {name: value}) for name, value in refused.items()),
             ("messages[0].audio", unsupported, {"messages": [{**message, "audio": {}}]}),

@@ -131,7 +131,10 @@ def printable(text: str | None) -> str:
 
 def shown(value: Any) -> str:
     """A JSON value as an error shows it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:  # which json.loads, on a shorter stack, was spared
+        text = "something nested deeply"
     return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
@@ -1900,16 +1903,21 @@ def token_ids(value: Any) -> bool:
 
 
 LIMIT: Check = "a whole number from 1, or -1 for no limit", lambda v: type(v) is int and (v == -1 or 1 <= v <= 2**31)
+
+
+def one_prompt(value: Any) -> str | list[int] | None:
+    """The prompt, text or token ids, which may be the one item of a list; None where it is neither."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 and type(value[0]) is not int else value
+    return value if token_ids(value) or (isinstance(value, str) and value) else None
+
+
 FLAG: Check = "true or false", lambda v: type(v) is bool
 TEXT: Check = "a string", lambda v: isinstance(v, str)
 NONEMPTY: Check = "a string that is not empty", lambda v: isinstance(v, str) and v != ""
 STOP: Check = "a string or a list of up to four strings, none of them empty", lambda v: strings([v]) or strings(v)
 MESSAGES: Check = 'a list of at least one {"role": ..., "content": ...}', lambda v: isinstance(v, list) and bool(v)
 OBJECT: Check = "an object", lambda v: isinstance(v, dict)
-PROMPT: Check = (
-    "one string, not empty, or one list of token ids",
-    lambda v: NONEMPTY[1](v) or token_ids(v) or (isinstance(v, list) and len(v) == 1 and PROMPT[1](v[0])),
-)
+PROMPT: Check = "one string, not empty, or one list of token ids", lambda v: bool(one_prompt(v))
 MESSAGE: Table = {
     "role": (..., (f"one of {', '.join(ROLES)}", lambda v: isinstance(v, str) and v in ROLES)),
     "content": (..., ("a string or a list of text parts", lambda v: isinstance(v, (str, list)))),
@@ -2169,9 +2177,7 @@ class Completions(ChatCompletions):
     id_prefix = "cmpl-"
 
     def encode(self, fields: dict[str, Any]) -> list[int]:
-        prompt = fields["prompt"]
-        if isinstance(prompt, list) and not token_ids(prompt):
-            (prompt,) = prompt
+        prompt = one_prompt(fields["prompt"]) or ""
         return prompt if isinstance(prompt, list) else self.server.tokenizer.encode_document(prompt)
 
     def begin(self, request: Request) -> bytes:
@@ -2544,8 +2550,8 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def read_chunks(self) -> bytes:
         """A chunked body (RFC 9112, 7.1). Its trailer fields are read and not used."""
-        body, malformed = b"", ApiError(400, "the body is not well chunked")
-        while not self.late:
+        body, malformed = bytearray(), ApiError(400, "the body is not well chunked")
+        while True:
             head = re.fullmatch(rb"([0-9a-fA-F]{1,8})[ \t]*(;[^\r\n]*)?\r\n", self.rfile.readline(1024))
             if not head:
                 raise malformed
@@ -2557,10 +2563,10 @@ class ApiHandler(BaseHTTPRequestHandler):
             body += self.rfile.read(size)
             if self.rfile.read(2) != b"\r\n":
                 raise malformed
-        while not self.late and (line := self.rfile.readline(1024)) != b"\r\n":
+        while (line := self.rfile.readline(1024)) != b"\r\n":
             if not line.endswith(b"\n"):
                 raise malformed
-        return body
+        return bytes(body)
 
     # The endpoints
 
@@ -2857,9 +2863,10 @@ class ApiServer(ThreadingHTTPServer):
     def health(self, asked_here: bool) -> dict[str, Any]:
         """The body of GET /health; with the model's whole path if the client is on this machine."""
         scheduler, seconds = self.scheduler, round(time.monotonic() - self.started, 1)
+        state = scheduler.state  # looked at once: it may be another a moment later
         report: dict[str, Any] = {
-            "status": scheduler.state,
-            "model_loaded": scheduler.state == "healthy",
+            "status": state,
+            "model_loaded": state == "healthy",
             "model": self.model,
             "device": scheduler.device,
             "llama_dir": self.folder if self.on_loopback and asked_here else Path(self.folder).name,
@@ -2868,10 +2875,10 @@ class ApiServer(ThreadingHTTPServer):
             "slots": {"total": scheduler.total, "busy": scheduler.busy},
             "queued": scheduler.queued,
         }
-        if report["status"] == "loading":
+        if state == "loading":
             doing, done = scheduler.doing
             report["progress"] = {"doing": doing, "done": done and round(done, 2), "seconds": seconds}
-        if report["status"] == "unhealthy":
+        if state == "unhealthy":
             report["error"] = scheduler.error
         return report
 
