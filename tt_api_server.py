@@ -309,10 +309,11 @@ class Checkpoint:
             load, shapes = open_file(path)
             found |= shapes
             loads |= dict.fromkeys(shapes, load)
-        expected = {(name if meta else hf): shape for name, (hf, shape) in self.config.weights().items()}
-        tied = self.config.tied and list(expected)[-1] not in found
-        if tied:
-            expected.popitem()
+        weights = self.config.weights()
+        own_names = {name: name if meta else hf for name, (hf, _) in weights.items()}
+        if self.config.tied and own_names["output.weight"] not in found:
+            own_names["output.weight"] = own_names["tok_embeddings.weight"]
+        expected = {own_names[name]: shape for name, (_, shape) in weights.items()}
         for name, shape in expected.items():
             if found.get(name) != shape:
                 has = f"has the shape {list(found[name])}, not {list(shape)}" if name in found else "is missing"
@@ -320,11 +321,9 @@ class Checkpoint:
         for name in found.keys() - expected.keys():
             if not name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # tables, which are computed here
                 raise UserError(f"{self.folder}: the tensor {name} is not computed here: {NAME_ANOTHER}")
-        names = self.config.weights()
 
         def read(name: str) -> torch.Tensor:
-            name = "tok_embeddings.weight" if tied and name == "output.weight" else name
-            own_name = name if meta else names[name][0]
+            own_name = own_names[name]
             tensor = loads[own_name](own_name)
             if meta and name.endswith(("wq.weight", "wk.weight")):  # pairs i, i + 1 to i, i + head_dim / 2
                 pairs = tensor.view(-1, self.config.head_dim // 2, 2, self.config.dim)
@@ -584,19 +583,17 @@ def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
     probability. So draw from all tokens. If the drawn one is outside, draw again from the more likely ones: the nucleus
     is among them.
     """
+    if not logits.amax().isfinite():  # a NaN or an infinity counts as the largest
+        raise ArithmeticError("the logits are not finite numbers")
     if params.greedy:
-        likeliest = int(logits.argmax())
-        if not logits[likeliest].isfinite():
-            raise ArithmeticError("the logits are not finite numbers")
-        return likeliest
+        return int(logits.argmax())
     kept = logits.topk(params.top_k) if 0 < params.top_k < len(logits) else None
     weights = ((kept.values if kept else logits).float() / params.temperature).softmax(0)
     chance = random.Random(None if params.seed is None else f"{params.seed} {position}")
     while True:
         cumulative = weights.cumsum(0)
-        if not math.isfinite(total := float(cumulative[-1])):
-            raise ArithmeticError("the logits are not finite numbers")
-        drawn = min(int(torch.searchsorted(cumulative, chance.random() * total, right=True)), len(weights) - 1)
+        point = chance.random() * float(cumulative[-1])
+        drawn = min(int(torch.searchsorted(cumulative, point, right=True)), len(weights) - 1)
         weights = F.threshold(weights, float(weights[drawn]), 0.0)  # the more likely ones
         mass = float(weights.sum())
         if mass == 0 or mass < params.top_p:
@@ -1307,19 +1304,17 @@ DEMO_ANSWERS = {  # phrasings of a question, and the answer to all of them
     "Tell me a joke":
         "Why do programmers prefer dark mode? Because light attracts bugs!",
 }  # fmt: skip
-DEMO_CONFIG = LlamaConfig(128, 2, 4, 2, 32, 288, 1e-5, 500000.0, 8192)
+DEMO_PARAMS = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "ffn_dim_multiplier": 0.8}
+DEMO_CONFIG = LlamaConfig.read(config_of_params(dict(DEMO_PARAMS)))
 DEMO_STEPS, DEMO_RATE, DEMO_BATCH = 300, 8e-3, 4
 DEMO_SHARPNESS = 4.0  # the trained logits times this: at usual temperatures the most likely answer comes
 
 
 def demo_checkpoint(progress: Progress) -> Checkpoint:
     """The demo's checkpoint: trained at the first start, then found in the user's cache."""
-    recipe = [DEMO_ANSWERS, DEMO_UNKNOWN, DEMO_CONFIG, DEMO_STEPS, DEMO_RATE, DEMO_SHARPNESS]
+    recipe = [DEMO_ANSWERS, DEMO_UNKNOWN, DEMO_PARAMS, DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_SHARPNESS]
     cache = home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tt-api-server"
     folder = cache / f"demo-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}"
-    c = DEMO_CONFIG
-    params: dict[str, float] = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads}
-    params |= {"multiple_of": 32, "ffn_dim_multiplier": 0.8, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
     if folder.is_dir():
         with contextlib.suppress(UserError):  # it is damaged, and trained again
             found = read_checkpoint(folder, DEMO_NAME)
@@ -1332,7 +1327,7 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
             tokenizer, made = ChatTokenizer(), Path(scratch) / "demo"
             made.mkdir()
             torch.save(train_demo(tokenizer, progress), made / "consolidated.00.pth")
-            (made / "params.json").write_text(json.dumps(params))
+            (made / "params.json").write_text(json.dumps(DEMO_PARAMS))
             shutil.copy(tokenizer.path, made / "tokenizer.model")
             with contextlib.suppress(OSError):  # another server was faster
                 made.rename(folder)
@@ -1820,7 +1815,6 @@ class Scheduler:
         try:
             tokens = self._engine.step(batch)
         except Exception as error:
-            self._step_began = math.inf
             logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
             for work in batch:
                 self._leave(self._slots[work.slot], "error")
@@ -1828,7 +1822,8 @@ class Scheduler:
             if self._failures >= self.FAILURES:
                 self._give_up(f"{self._failures} steps in a row failed, the last with {type(error).__name__}")
             return
-        self._step_began = math.inf
+        finally:
+            self._step_began = math.inf
         now = time.monotonic()
         for work, token in zip(batch, tokens):
             slot = self._slots[work.slot]
@@ -1995,11 +1990,11 @@ class Dialect:
                 self.unknown(name, value, table, prefix)
         fields = {}
         for name, (default, (must, fits)) in table.items():
-            value = body.get(name)
+            value, path = body.get(name), f"{prefix}{name}"
             if value is None and default is ...:
-                raise ApiError(400, f"{prefix}{name} is missing: it must be {must}", f"{prefix}{name}")
+                raise ApiError(400, f"{path} is missing: it must be {must}", path)
             if value is not None and not fits(value):
-                raise ApiError(400, f"{prefix}{name} must be {must}, not {shown(value)}", f"{prefix}{name}")
+                raise ApiError(400, f"{path} must be {must}, not {shown(value)}", path)
             fields[name] = default if value is None else value
         return fields
 
@@ -2040,6 +2035,7 @@ class Dialect:
             raise ApiError(400, f'give either "prompt", a string, or "messages", a list: {self.example}')
         system = [] if fields["system"] is None else [("system", fields["system"])]
         chat = [("user", prompt)] if messages is None else self.conversation(messages)
+        fields["prompt"] = chat[-1][1]  # which the answer repeats
         return self.server.tokenizer.encode_chat([*system, *chat])
 
     def conversation(self, messages: list[Any]) -> list[tuple[str, str]]:
@@ -2056,9 +2052,8 @@ class Dialect:
 
     def whole(self, request: Request) -> dict[str, Any]:
         """The body of a plain answer."""
-        messages = request.fields["messages"]
-        prompt = request.fields["prompt"] if messages is None else self.conversation(messages[-1:])[0][1]
-        return {"success": True, "prompt": prompt, "response": request.answer, **request.figures()}
+        prompt, answer = request.fields["prompt"], request.answer
+        return {"success": True, "prompt": prompt, "response": answer, **request.figures()}
 
     def begin(self, request: Request) -> bytes:
         """What a stream starts with, before the first text."""
@@ -2611,8 +2606,11 @@ class ApiHandler(BaseHTTPRequestHandler):
             self.waiting = None
             if not request.outcome:
                 self.server.scheduler.cancel(request, request.finish_reason or "cancelled")
-            line = " prompt={prompt_tokens} generated={tokens_generated} first={time_to_first_token_seconds}s"
-            self.outcome = f"{line} {{tokens_per_second}} tokens/s".format(**request.figures())
+            line = (
+                " prompt={prompt_tokens} generated={tokens_generated} first={time_to_first_token_seconds}s "
+                "{tokens_per_second} tokens/s"
+            )
+            self.outcome = line.format(**request.figures())
 
     def read_json(self, body: bytes) -> Any:
         """The body's content. Raises ApiError."""
@@ -2726,12 +2724,13 @@ ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
 def metrics_text(server: ApiServer) -> str:
     """The metrics in Prometheus's format, under vLLM's names with tt_ for vllm:."""
     scheduler, statistics = server.scheduler, server.scheduler.statistics
+    model = f"model_name={json.dumps(printable(server.model))}"
     lines: list[str] = []
 
     def add(name: str, kind: str, what: str, *samples: tuple[str, str, float]) -> None:  # suffix, labels, value
         lines.extend([f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {kind}"])
         for suffix, labels, value in samples:
-            lines.append(f"tt_{name}{suffix}{{model_name={json.dumps(printable(server.model))}{labels}}} {value}")
+            lines.append(f"tt_{name}{suffix}{{{model}{labels}}} {value}")
 
     for name, kind, what, value in (
         ("num_requests_running", "gauge", "Requests in a slot.", scheduler.busy),
