@@ -583,7 +583,7 @@ def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
     probability. So draw from all tokens. If the drawn one is outside, draw again from the more likely ones: the nucleus
     is among them.
     """
-    if not logits.amax().isfinite():  # a NaN or an infinity counts as the largest
+    if not logits.max().isfinite():  # a NaN or an infinity counts as the largest
         raise ArithmeticError("the logits are not finite numbers")
     if params.greedy:
         return int(logits.argmax())
