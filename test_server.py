@@ -539,17 +539,24 @@ def collect(asked: server.Request) -> list[int]:
     return tokens
 
 
+def run_scheduler(scheduler: server.Scheduler, load: Callable[[server.Progress], server.Engine]) -> threading.Thread:
+    """The thread that runs it."""
+    thread = threading.Thread(target=scheduler.run, args=(load, no_progress, lambda: None), daemon=True)
+    thread.start()
+    return thread
+
+
 @contextlib.contextmanager
 def scheduling(engine: server.Engine, max_queue: int = 1000) -> Iterator[server.Scheduler]:
     """A scheduler on this engine, started and, at the end, stopped; a fake engine must have no breach to show."""
-    scheduler = server.Scheduler(lambda progress: engine, max_queue, no_progress)
-    scheduler.start()
+    scheduler = server.Scheduler(max_queue)
+    thread = run_scheduler(scheduler, lambda progress: engine)
     wait_until(lambda: scheduler.state != "loading")
     try:
         yield scheduler
     finally:
         scheduler.stop(drain=False)
-        wait_until(lambda: scheduler.ended)
+        thread.join(PATIENCE)
     if isinstance(engine, FakeEngine):
         assert not engine.breaches, f"the engine's contract was broken: {set(engine.breaches)}"
         assert engine.closed, "the engine was not closed"
@@ -569,16 +576,16 @@ def serving(
     """
     with server.ApiServer("127.0.0.1", 0, patience) as api:
         api.model, api.tokenizer, api.max_connections = "fake-llama", tokenizer(), connections
-        api.scheduler = server.Scheduler(load or (lambda progress: engine), max_queue, no_progress)
+        api.scheduler = server.Scheduler(max_queue)
         threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        api.scheduler.start()
+        thread = run_scheduler(api.scheduler, load or (lambda progress: engine))
         if load is None:
             wait_until(lambda: api.scheduler.state != "loading")
         try:
             yield api
         finally:
             api.scheduler.stop(drain=False)
-            wait_until(lambda: api.scheduler.ended)
+            thread.join(PATIENCE)
             api.shutdown()
     breaches = engine.breaches if isinstance(engine, FakeEngine) else []
     assert not breaches, f"the engine's contract was broken: {set(breaches)}"
@@ -661,27 +668,26 @@ class CheckpointTest(unittest.TestCase):
             config = {**Shape(dim=dim, scaling=11.0).config, "intermediate_size": 96}
             # As transformers 5 writes it; 4 has rope_scaling and rope_theta.
             config["rope_parameters"] = {**config.pop("rope_scaling"), "rope_theta": config.pop("rope_theta")}
-            scaling = server.RopeScaling(factor, 1.0, 4.0, 8192) if factor else None
-            both, own = {**original, "config.json": config}, (96, server.RopeScaling(11.0, 1.0, 4.0, 64))
-            for files, expected in ((original, (ffn_dim, scaling)), (both, own)):
+            both = {**original, "config.json": config}
+            for files, expected in ((original, (ffn_dim, factor)), (both, (96, 11.0))):
                 found = server.read_checkpoint(folder_of(files, "Llama") / "original")
-                self.assertEqual((found.name, found.config.ffn_dim, found.config.rope_scaling), ("Llama", *expected))
+                scaling = found.config.rope_scaling or {}
+                self.assertEqual((found.name, found.config.ffn_dim, scaling.get("factor")), ("Llama", *expected))
 
     def test_which_files_are_read(self) -> None:
-        """One layout of the two, which the note names; and no file that only lies there."""
+        """One layout of the two, and no file that only lies there."""
         both = {**HF, **{f"original/{file}": content for file, content in META.items()}}
         index = {"model.safetensors.index.json": {"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}}}
         indexed = {"config.json": Shape().config, "1.safetensors": None, "2.safetensors": None, **index}
-        for files, expected, note in (
-            (META, ["consolidated.00.pth"], "^$"),
-            (both, ["consolidated.00.pth"], "Meta's weights are used"),
-            ({**both, "original/consolidated.01.pth": None}, ["model.safetensors"], "Hugging Face's is used"),
-            ({**indexed, "model.safetensors": None, "model_old.safetensors": None}, ["model.safetensors"], "^$"),
-            ({**indexed, "3.safetensors": None}, ["1.safetensors", "2.safetensors"], "^$"),
+        for files, expected in (
+            (META, ["consolidated.00.pth"]),
+            (both, ["consolidated.00.pth"]),
+            ({**both, "original/consolidated.01.pth": None}, ["model.safetensors"]),
+            ({**indexed, "model.safetensors": None, "model_old.safetensors": None}, ["model.safetensors"]),
+            ({**indexed, "3.safetensors": None}, ["1.safetensors", "2.safetensors"]),
         ):
             found = server.read_checkpoint(folder_of(files))
             self.assertEqual([path.name for path in found.files], expected)
-            self.assertRegex(found.note, note)
 
     def test_which_folder_is_taken(self) -> None:
         original = {f"original/{file}": content for file, content in META.items()}
@@ -774,7 +780,7 @@ class CheckpointErrorTest(unittest.TestCase):
         cases: list[tuple[Path | str, str]] = [
             ("/no/such/folder", "--model is /no/such/folder, .*does not exist"),
             ("meta-llama/Llama-3.2-1B-Instruct", "hf download meta-llama/Llama-3.2-1B-Instruct"),
-            (folder_of(META) / "params.json", "is a file, not a folder"),
+            (folder_of(META) / "params.json", "is a file: name the folder"),
             ("~no-such-user/model", "~no-such-user/model.* does not exist"),
             (folder_of({"x": ""}), r"no Llama 3 checkpoint.* params\.json .*safetensors"),
             (folder_of({"params.json": Shape().params}), r"consolidated\.00\.pth"),
@@ -839,7 +845,7 @@ class CheckpointErrorTest(unittest.TestCase):
         training = write_checkpoint(SCRATCH / "training", "meta", TINY, lambda w: w.update(model={}))
         other = write_checkpoint(SCRATCH / "other", "meta")
         (other / "tokenizer.model").write_text("not a tokenizer")
-        self.check([(training, "holds more than tensors"), (other, "is not a Llama 3 tokenizer.*download")])
+        self.check([(training, "holds more than tensors.*download"), (other, "is not a Llama 3 tokenizer.*download")])
 
 
 # ======================================================================================================================
@@ -1534,7 +1540,7 @@ class TTEngineTest(unittest.TestCase):
         requests = [*(reserving(11 - copy, TT_POOL, 30) for copy in range(copies)), reserving(3, 40, 5)]
         for asked, _ in requests:
             scheduler.submit(asked)
-        wait_until(lambda: (scheduler.busy, scheduler.queued) == (copies, 1))
+        wait_until(lambda: (scheduler.busy, len(scheduler.queue)) == (copies, 1))
         gate.set()
         for asked, expected in requests:
             self.assertEqual(received(asked), expected)
@@ -1909,19 +1915,16 @@ class SchedulerTest(unittest.TestCase):
     def test_room_that_is_short(self) -> None:
         """Where the engine has no room the oldest request waits, and no younger one passes it."""
         gate = Gate(opened=False)
-        engine = FakeEngine(4, max_seq_len=200, prompt_chunk=0, pool=150, before_step=gate)
-        with self.assertLogs(server.logger, "ERROR"), scheduling(engine) as scheduler:
+        engine = FakeEngine(4, max_seq_len=150, prompt_chunk=0, pool=150, before_step=gate)
+        with scheduling(engine) as scheduler:
             requests = [request([1] * 70, 20), request([2] * 70, 20), request([3] * 5, 5)]
             for asked in requests:
                 scheduler.submit(asked)
             wait_until(lambda: engine.steps)
-            self.assertEqual((scheduler.busy, scheduler.queued), (1, 2))
+            self.assertEqual((scheduler.busy, len(scheduler.queue)), (1, 2))
             gate.open()
             for asked in requests:
                 self.assertEqual(collect(asked), fake_answer(asked.prompt, asked.max_tokens))
-            never = request([4] * 150, 20)
-            scheduler.submit(never)
-            self.assertRaises(server.ApiError, collect, never)
 
     def test_the_prompt_budget(self) -> None:
         """Few prompt tokens in a step beside streams, whole chunks while more prompts wait than streams run."""
@@ -2001,7 +2004,7 @@ class SchedulerTest(unittest.TestCase):
                 wait_until(functools.partial(lambda s: s.busy == 0, scheduler))
                 counted = scheduler.statistics
                 self.assertEqual((counted.accepted, sum(counted.finished.values())), (1000, 1000))
-                self.assertEqual((scheduler.queued, scheduler.state), (0, "healthy"))
+                self.assertEqual((len(scheduler.queue), scheduler.state), (0, "healthy"))
 
     def test_seeds(self) -> None:
         """Equal seeds give equal answers beside any other requests, in float32; -1 is no seed."""
@@ -2439,8 +2442,8 @@ class StateTest(unittest.TestCase):
                 with dial(api.server_port, data):
                     wait_until(lambda: api.scheduler.busy == 1)
                     with dial(api.server_port, data):
-                        wait_until(lambda: api.scheduler.queued == 1)
-                    wait_until(lambda: (api.scheduler.busy, api.scheduler.queued) == (1, 0))
+                        wait_until(lambda: len(api.scheduler.queue) == 1)
+                    wait_until(lambda: (api.scheduler.busy, len(api.scheduler.queue)) == (1, 0))
                 wait_until(lambda: api.scheduler.busy == 0)
 
     def test_an_engine_that_fails(self) -> None:
@@ -2482,7 +2485,7 @@ class StateTest(unittest.TestCase):
             gate, pool = Gate(opened=False), concurrent.futures.ThreadPoolExecutor(2)
             with serving(FakeEngine(1, before_step=gate)) as api, pool:
                 replies = [pool.submit(ask, api.server_port, "/chat", {"prompt": "Hi"}) for _ in range(2)]
-                wait_until(lambda: (api.scheduler.busy, api.scheduler.queued) == (1, 1))
+                wait_until(lambda: (api.scheduler.busy, len(api.scheduler.queue)) == (1, 1))
                 api.scheduler.stop(drain)
                 self.check_unavailable(api.server_port, "stopping")
                 gate.open()
@@ -3597,7 +3600,6 @@ class CliTest(unittest.TestCase):
             (["--prot", "80"], "--prot 80: did you mean --port[?]"),
             (["--allow-origin", "app.example"], "--allow-origin: must be .*https://"),
             (["--device", "cpu", "--port", "0", "--data-parallel", "2"], "--data-parallel .* a card"),
-            ([model], f"did you mean --model {re.escape(model)}[?]"),
         ]
         if not Path("/dev/tenstorrent").exists():
             cases.append((["--port", "0", "--model", model, "--device", "tt"], "no Tenstorrent card.*--device cpu"))
@@ -3664,20 +3666,6 @@ class CliTest(unittest.TestCase):
         self.assertEqual(ask(process.port, "/health").json["status"], "unhealthy")
         process.process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(), 1, process.output)
-
-    def test_a_stop_waits_until_the_answer_is_delivered(self) -> None:
-        events, body = queue.SimpleQueue[str](), {"prompt": " " * 400_000, "max_tokens": 1}
-        with serving(FakeEngine(max_seq_len=5000)) as api, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            api.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
-            with dial(api.server_port, post(body, "Connection: close"), small_buffers=True) as client:
-                wait_until(lambda: api.scheduler.statistics.finished["length"])
-                draining = pool.submit(server.drain, api, events)
-                wait_until(lambda: api.scheduler.ended)
-                time.sleep(0.2)
-                self.assertFalse(draining.done(), "it does not wait")
-                with client.makefile("rb") as file:
-                    self.assertIn(b'"tokens_generated": 1', file.read())
-            self.assertTrue(draining.result(PATIENCE))
 
     @contextlib.contextmanager
     def wrapped(self, shell: str, output: int | None = None) -> Iterator[int]:

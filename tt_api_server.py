@@ -60,7 +60,6 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
-import io
 import ipaddress
 import itertools
 import json
@@ -175,6 +174,8 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "rope_type": ("default", "llama3"),
     "partial_rotary_factor": (1.0, None),
 }
+# Llama 3.1's stretching of the rotary wavelengths
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 WEIGHTS = (  # of a layer {}, or of the model: Meta's name, Hugging Face's, and the shape
     ("tok_embeddings", "model.embed_tokens", "vocabulary dim"),
     ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "dim"),
@@ -191,15 +192,6 @@ WEIGHTS = (  # of a layer {}, or of the model: Meta's name, Hugging Face's, and 
 )
 
 
-class RopeScaling(NamedTuple):
-    """Llama 3.1's stretching of the rotary wavelengths, under config.json's names."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
 @dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a Llama 3."""
@@ -213,8 +205,8 @@ class LlamaConfig:
     norm_eps: float
     rope_theta: float
     max_position: int  # tokens of the longest context
-    rope_scaling: RopeScaling | None = None
-    tied: bool = False  # the output matrix is the embedding, where the checkpoint has none of its own
+    rope_scaling: dict[str, float] | None  # ROPE_SCALING
+    tied: bool  # the output matrix is the embedding, where the checkpoint has none of its own
 
     @staticmethod
     def read(config: dict[str, Any]) -> LlamaConfig:
@@ -226,15 +218,22 @@ class LlamaConfig:
                 wanted = " or ".join(map(shown, values))
                 raise UserError(f"{name} is {shown(value)}, and only {wanted} is computed here: {NAME_ANOTHER}")
         dim, heads = settings["hidden_size"], settings["num_attention_heads"]
-        numbers: list[Any] = [dim, settings["num_hidden_layers"], heads, settings.get("num_key_value_heads") or heads]
-        numbers += [settings.get("head_dim") or dim // heads, settings["intermediate_size"], settings["rms_norm_eps"]]
-        numbers += [settings["rope_theta"], settings["max_position_embeddings"]]
-        scaled = settings["rope_type"] == "llama3"
-        scaling = RopeScaling(*(rope[name] for name in RopeScaling._fields)) if scaled else None
-        if not all(isinstance(number, (int, float)) and number > 0 for number in [*numbers, *(scaling or ())]):
-            raise ValueError("a number is missing, or is not above 0")
-        numbers += [scaling, bool(settings.get("tie_word_embeddings"))]
-        return LlamaConfig(*numbers)
+        numbers = {
+            "dim": dim,
+            "n_layers": settings["num_hidden_layers"],
+            "n_heads": heads,
+            "n_kv_heads": settings.get("num_key_value_heads") or heads,
+            "head_dim": settings.get("head_dim") or dim // heads,
+            "ffn_dim": settings["intermediate_size"],
+            "norm_eps": settings["rms_norm_eps"],
+            "rope_theta": settings["rope_theta"],
+            "max_position": settings["max_position_embeddings"],
+        }
+        scaling = {name: rope[name] for name in ROPE_SCALING} if settings["rope_type"] == "llama3" else {}
+        for name, value in {**numbers, **scaling}.items():
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"{name} is {shown(value)}")
+        return LlamaConfig(**numbers, rope_scaling=scaling or None, tied=bool(settings.get("tie_word_embeddings")))
 
     def weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Meta's name of every weight, with Hugging Face's name and the shape."""
@@ -254,7 +253,7 @@ def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
     multiple, scaled = params.pop("multiple_of", 256), params.pop("use_scaled_rope", False)
     # params.json does not tell Llama 3.2's scaling factor from 3.1's and 3.3's. The width does: the text models of 3.2
     # are 2048 and 3072 wide, all others 4096 or more.
-    scaling = {"rope_type": "llama3", **RopeScaling(32.0 if dim <= 3072 else 8.0, 1.0, 4.0, 8192)._asdict()}
+    factors = (32.0 if dim <= 3072 else 8.0, 1.0, 4.0, 8192)
     config = {
         "model_type": "llama",
         "vocab_size": params.pop("vocab_size", VOCAB_SIZE),
@@ -265,7 +264,7 @@ def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
         "intermediate_size": -(-ffn_dim // multiple) * multiple,
         "rms_norm_eps": params.pop("norm_eps", 1e-5),
         "rope_theta": params.pop("rope_theta", 500000.0),
-        "rope_scaling": scaling if scaled else None,
+        "rope_scaling": {"rope_type": "llama3", **dict(zip(ROPE_SCALING, factors))} if scaled else None,
         "max_position_embeddings": 131072 if scaled else 8192,
         "tie_word_embeddings": True,
     }
@@ -274,20 +273,27 @@ def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-Load = Callable[[str], "torch.Tensor"]  # reads a tensor by its name in the files
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder with a Llama 3; `open_weights` reads its weights."""
 
-    folder: Path  # where the weights are
-    files: tuple[Path, ...]  # that hold them: one .pth in Meta's layout, or .safetensors in Hugging Face's
+    files: Sequence[Path]  # with the weights: one .pth in Meta's layout, or .safetensors in Hugging Face's
     hf_folder: Path | None  # where config.json is
     config: LlamaConfig
     name: str
     stop_tokens: frozenset[int]  # that end an answer, beside the tokenizer's own
-    note: str = ""  # for the banner
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights are."""
+        return self.files[0].parent
 
     @property
     def tokenizer_model(self) -> Path | None:
@@ -303,28 +309,22 @@ class Checkpoint:
         them side by side, and are reordered.
         """
         meta = self.files[0].suffix == ".pth"
-        found: dict[str, tuple[int, ...]] = {}
-        loads: dict[str, Load] = {}
-        for path in self.files:
-            load, shapes = open_file(path)
-            found |= shapes
-            loads |= dict.fromkeys(shapes, load)
+        stored = {name: tensor for path in self.files for name, tensor in open_file(path).items()}
         weights = self.config.weights()
         own_names = {name: name if meta else hf for name, (hf, _) in weights.items()}
-        if self.config.tied and own_names["output.weight"] not in found:
+        if self.config.tied and own_names["output.weight"] not in stored:
             own_names["output.weight"] = own_names["tok_embeddings.weight"]
-        expected = {own_names[name]: shape for name, (_, shape) in weights.items()}
-        for name, shape in expected.items():
-            if found.get(name) != shape:
-                has = f"has the shape {list(found[name])}, not {list(shape)}" if name in found else "is missing"
-                raise UserError(f"{self.folder}: the tensor {name} {has}: download the checkpoint again")
-        for name in found.keys() - expected.keys():
-            if not name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # tables, which are computed here
-                raise UserError(f"{self.folder}: the tensor {name} is not computed here: {NAME_ANOTHER}")
+        for name, (_, shape) in weights.items():
+            tensor = stored.get(own_names[name])
+            if tensor is None or tensor.shape != shape:
+                problem = f"has the shape {list(tensor.shape)}, not {list(shape)}" if tensor else "is missing"
+                raise UserError(f"{self.folder}: the tensor {own_names[name]} {problem}: download the checkpoint again")
+        for own_name in stored.keys() - own_names.values():
+            if not own_name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # tables, which are computed here
+                raise UserError(f"{self.folder}: the tensor {own_name} is not computed here: {NAME_ANOTHER}")
 
         def read(name: str) -> torch.Tensor:
-            own_name = own_names[name]
-            tensor = loads[own_name](own_name)
+            tensor = stored[own_names[name]].load()
             if meta and name.endswith(("wq.weight", "wk.weight")):  # pairs i, i + 1 to i, i + head_dim / 2
                 pairs = tensor.view(-1, self.config.head_dim // 2, 2, self.config.dim)
                 return pairs.transpose(1, 2).reshape(tensor.shape)
@@ -333,26 +333,24 @@ class Checkpoint:
         return read
 
 
-def open_file(path: Path) -> tuple[Load, dict[str, tuple[int, ...]]]:
-    """Map a file; returns a reader of its tensors, and their shapes by name."""
+def open_file(path: Path) -> dict[str, Stored]:
+    """Map a file; its tensors by name."""
     try:
         if path.suffix == ".pth":
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return tensors.__getitem__, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            return {name: Stored(tuple(t.shape), functools.partial(t.view, t.shape)) for name, t in tensors.items()}
         from safetensors import safe_open
 
         file: Any = safe_open(path, framework="pt")
-        names = file.keys()
-        return file.get_tensor, {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return {name: Stored(shape, functools.partial(file.get_tensor, name)) for name, shape in shapes.items()}
     except ImportError as error:
         raise UserError(f"{path} needs a package: pip install safetensors") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # by where the file ends: RuntimeError, UnpicklingError, EOFError, SafetensorError ...
-        nested = isinstance(error, AttributeError)  # a training's checkpoint, with the weights a level below
-        if nested or "weights_only" in str(error).lower() or "Unsupported global" in str(error):
-            raise UserError(f"{path} holds more than tensors and is not opened: use the original file") from error
-        raise UserError(f"{path} is cut short or damaged: download it again") from error
+        problem = "is cut short or damaged, or holds more than tensors"
+        raise UserError(f"{path} {problem}: download the original file again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -405,22 +403,24 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
             return read_checkpoint(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}): let this user read it") from error
-    problem = "is a file, not a folder" if os.path.isfile(folder) else "does not exist"
-    cure = "name the folder that holds the model's files"
     if is_name:
-        problem, local = "is neither a folder here nor in Hugging Face's cache", f"~/models/{name.rpartition('/')[2]}"
-        cure = f"pip install huggingface_hub safetensors && hf auth login && hf download {name} --local-dir {local}"
-        cure += f", and then --model {local}"
-    raise UserError(f"{source} is {name}, which {problem}: {cure}")
+        local = f"~/models/{name.rpartition('/')[2]}"
+        raise UserError(
+            f"{source} is {name}, which is neither a folder here nor in Hugging Face's cache: pip install "
+            f"huggingface_hub safetensors && hf auth login && hf download {name} --local-dir {local}, and then "
+            f"--model {local}"
+        )
+    problem = "is a file" if os.path.isfile(folder) else "does not exist"
+    raise UserError(f"{source} is {name}, which {problem}: name the folder that holds the model's files")
 
 
-def safetensors_files(folder: Path) -> tuple[Path, ...]:
+def safetensors_files(folder: Path) -> list[Path]:
     """The files that transformers reads, and no others beside them: model.safetensors, else those of the index."""
     whole = folder / "model.safetensors"
     if whole.exists() or whole.is_symlink():
-        return (whole,)
+        return [whole]
     index = read_json(folder / "model.safetensors.index.json").get("weight_map") or {}
-    return tuple(folder / name for name in sorted(set(index.values())))
+    return [folder / name for name in sorted(set(index.values()))]
 
 
 def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
@@ -428,21 +428,17 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     home = folder.parent if folder.name == "original" else folder
     meta = next((path for path in (folder, home / "original") if (path / "params.json").is_file()), None)
     hf = next((path for path in (folder, home) if (path / "config.json").is_file()), None)
-    parts = tuple(sorted(meta.glob("consolidated.*.pth"))) if meta else ()
-    files = safetensors_files(hf) if hf else ()
-    where, note = hf, f"Meta's layout is here in {len(parts)} parts: Hugging Face's is used" if parts else ""
-    if len(parts) == 1:  # needs no further package
-        where, note = meta, "both layouts are here: Meta's weights are used" if files else ""
-        files = parts
-    if where is None or not files:
+    parts = sorted(meta.glob("consolidated.*.pth")) if meta else []
+    files = parts if len(parts) == 1 else safetensors_files(hf) if hf else []  # .pth needs no further package
+    if not files:
         needs = "it needs params.json and consolidated.00.pth, or config.json and model.safetensors or its index"
-        split = f"{meta} holds a model in {len(parts)} parts (consolidated.*.pth), and one is taken: name the folder"
-        missing = f"{split} with its *.safetensors" if parts else f"{folder} holds no Llama 3 checkpoint: {needs}"
-        raise UserError(missing)
+        if parts:
+            needs = f"{len(parts)} parts (consolidated.*.pth) are not read: name the folder with its *.safetensors"
+        raise UserError(f"{folder} holds no Llama 3 checkpoint: {needs}")
     # In Hugging Face's cache the folder is models--OWNER--NAME/snapshots/COMMIT.
     cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
     name = name or (home.parents[1].name.rpartition("--")[2] if cached else home.name)
-    settings = read_json((hf or where) / ("config.json" if hf else "params.json"))
+    settings = read_json(hf / "config.json" if hf else files[0].parent / "params.json")
     generation, texts = read_json(home / "generation_config.json"), read_json(home / "tokenizer_config.json")
     try:
         config = LlamaConfig.read(settings if hf else config_of_params(settings))
@@ -456,7 +452,7 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
     template = own.read_text(errors="replace") if own.is_file() else str(texts.get("chat_template") or "")
     if template and "<|start_header_id|>" not in template:
         logger.warning("%s has a chat template that is not Llama 3's; conversations get Llama 3's own", name)
-    return Checkpoint(where, files, hf, config, name, frozenset(filter(None, ends)), note)
+    return Checkpoint(files, hf, config, name, frozenset(filter(None, ends)))
 
 
 # ======================================================================================================================
@@ -629,7 +625,10 @@ class Engine(Protocol):
     prompt_chunk: int
 
     def reserve(self, slot: int, length: int) -> bool:
-        """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back."""
+        """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back.
+
+        A slot that alone keeps room can always have max_seq_len.
+        """
 
     def step(self, batch: Sequence[Work]) -> list[int]:
         """Read each item's tokens into its slot; return the next token of each, -1 where none is wanted."""
@@ -638,10 +637,7 @@ class Engine(Protocol):
         """Give the device back. No call follows."""
 
 
-class Progress(Protocol):
-    """Called while a model is loaded: what is going on, and how much of it is done, 0 to 1, where that is known."""
-
-    def __call__(self, doing: str, done: float | None = None) -> None: ...
+Progress = Callable[..., None]  # told while a model loads: what goes on, and, where known, how much is done, 0 to 1
 
 
 # ======================================================================================================================
@@ -871,10 +867,10 @@ def rotary_tables(config: LlamaConfig, length: int) -> tuple[torch.Tensor, torch
     """
     frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     if scaling := config.rope_scaling:
-        turns = scaling.original_max_position_embeddings * frequency / (2 * torch.pi)  # in the original context
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        factor, low, high, original = (scaling[name] for name in ROPE_SCALING)
+        turns = original * frequency / (2 * torch.pi)  # in the original context
         kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (kept + (1 - kept) / scaling.factor)
+        frequency = frequency * (kept + (1 - kept) / factor)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 
@@ -1546,20 +1542,6 @@ class Slot:
         return next((i for i, (held, new) in enumerate(zip(self.tokens[:most], prompt)) if held != new), most)
 
 
-class Histogram:
-    """Counts of values by upper bounds, as Prometheus wants them."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.bounds = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]  # 1 ms, or 1 token, to 5e4
-        self.counts = [0] * (len(self.bounds) + 1)  # the last: values above all bounds
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-
 HISTOGRAMS = {  # vLLM's names
     "time_to_first_token_seconds": "From the request to its first token.",
     "inter_token_latency_seconds": "Between two tokens of a request.",
@@ -1572,34 +1554,41 @@ HISTOGRAMS = {  # vLLM's names
 }
 
 
+BOUNDS = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]  # 1 ms, or 1 token, to 5e4
+
+
 class Statistics:
     """Figures since the start. Every accepted request finishes once, so they add up."""
 
     def __init__(self) -> None:
-        self.accepted = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.accepted = self.cached_tokens = 0
         self.finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
-        self.histograms = {name: Histogram(what) for name, what in HISTOGRAMS.items()}
+        self.counts = {name: [0] * (len(BOUNDS) + 1) for name in HISTOGRAMS}  # by upper bound; the last has none
+        self.sums = dict.fromkeys(HISTOGRAMS, 0.0)
+
+    def observe(self, name: str, value: float) -> None:
+        """Count a value in a histogram."""
+        self.counts[name][bisect.bisect_left(BOUNDS, value)] += 1
+        self.sums[name] += value
 
     def finish(self, request: Request) -> None:
         """Count a request that has ended."""
         now, submitted, admitted, first = time.monotonic(), request.submitted, request.admitted, request.first_token
         self.finished[request.outcome] += 1
-        self.generated_tokens += request.generated
-        seen = {"e2e_request_latency_seconds": now - submitted}
+        self.observe("e2e_request_latency_seconds", now - submitted)
         if admitted:
-            seen |= {"request_queue_time_seconds": admitted - submitted}
+            self.observe("request_queue_time_seconds", admitted - submitted)
         if first:
-            self.prompt_tokens += len(request.prompt)
             self.cached_tokens += request.cached
-            seen |= {"time_to_first_token_seconds": first - submitted, "request_prefill_time_seconds": first - admitted}
-            seen |= {"request_decode_time_seconds": now - first}
-            seen |= {"request_prompt_tokens": len(request.prompt), "request_generation_tokens": request.generated}
-        for name, value in seen.items():
-            self.histograms[name].observe(value)
+            self.observe("time_to_first_token_seconds", first - submitted)
+            self.observe("request_prefill_time_seconds", first - admitted)
+            self.observe("request_decode_time_seconds", now - first)
+            self.observe("request_prompt_tokens", len(request.prompt))
+            self.observe("request_generation_tokens", request.generated)
 
 
 class Scheduler:
-    """Continuous batching: one thread that loads the engine, runs it and closes it.
+    """Continuous batching: the thread in `run` loads the engine, runs it and closes it.
 
     Requests join and leave between two steps, first come, first served. A step reads one token of every answer under
     way, and as much of the prompts as keeps the step short.
@@ -1610,33 +1599,19 @@ class Scheduler:
     FAILURES = 3  # failed steps in a row after which the engine is given up
     STALL_SECONDS = 120.0  # a step that takes longer counts as hung
 
-    def __init__(
-        self,
-        load: Callable[[Progress], Engine],
-        max_queue: int,
-        progress: Progress,
-        notify: Callable[[str], None] = lambda event: None,
-    ) -> None:
-        """`notify` is called with "ready" once the engine is loaded, and with "ended" when the thread ends."""
-        self._load, self._progress, self._notify = load, progress, notify
+    def __init__(self, max_queue: int) -> None:
         self.max_queue = max_queue
         self.max_seq_len = self.slot_share = 0  # tokens that a slot can hold, and that all can hold at once
         self.device = ""
         self.doing: tuple[str, float | None] = ("starting", None)
-        self.failure: UserError | None = None  # why loading failed, where the user can help
-        self.ended = False
         self.statistics = Statistics()
+        self.slots: list[Slot] = []
+        self.queue: deque[Request] = deque()
         self._state, self._error = "loading", ""
-        self._slots: list[Slot] = []
-        self._queue: deque[Request] = deque()
         # Guards the state, the queue and the statistics. Only the scheduler's thread changes what is in the slots.
         self._wake = threading.Condition()
         self._failures = 0
         self._step_began = math.inf
-
-    def start(self) -> None:
-        """Start to load."""
-        threading.Thread(target=self._run, name="scheduler", daemon=True).start()
 
     # The handlers' threads call:
 
@@ -1665,55 +1640,49 @@ class Scheduler:
         """Queue a request. Raises ApiError where none is taken now."""
         with self._wake:
             self.check_available()
-            if len(self._queue) >= self.max_queue + len(self._slots) - self.busy:
+            if len(self.queue) >= self.max_queue + len(self.slots) - self.busy:
                 raise ApiError(503, f"the queue is full ({self.max_queue} requests wait): try again in a moment")
             request.submitted = time.monotonic()
             self.statistics.accepted += 1
-            self._queue.append(request)
+            self.queue.append(request)
             self._wake.notify()
 
     def cancel(self, request: Request, outcome: str = "cancelled") -> None:
         """End a request wherever it is; its slot is free before the next step. "stop": its text is complete."""
         with self._wake:
             request.cancelled = outcome
-            if request in self._queue:
-                self._queue.remove(request)
+            if request in self.queue:
+                self.queue.remove(request)
                 self._finish(request, outcome)
             self._wake.notify()
 
     def stop(self, drain: bool) -> None:
         """Take no more requests, and end: after those in flight with `drain`, else after the current step."""
         with self._wake:
-            if self._state in ("loading", "healthy"):
-                self._state = "stopping"
+            self._state = "stopping"
             for request in [] if drain else self._in_flight():
                 self.cancel(request)
-            self._wake.notify()
+            self._wake.notify_all()
 
-    @property
-    def total(self) -> int:
-        """The number of slots."""
-        return len(self._slots)
+    def wait_for_stop(self) -> None:
+        """Return once stop() is called."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._state == "stopping")
 
     @property
     def busy(self) -> int:
         """Slots with a request."""
-        return sum(slot.request is not None for slot in self._slots)
-
-    @property
-    def queued(self) -> int:
-        """Requests that wait for a slot."""
-        return len(self._queue)
+        return sum(slot.request is not None for slot in self.slots)
 
     @property
     def kv_cache_use(self) -> float:
         """The part of the KV cache that requests have reserved, 0 to 1."""
-        requests = [slot.request for slot in self._slots if slot.request]
+        requests = [slot.request for slot in self.slots if slot.request]
         reserved = sum(len(request.prompt) + request.max_tokens for request in requests)
         return reserved / self._engine.kv_cache_tokens if reserved else 0.0
 
     def _in_flight(self) -> list[Request]:
-        return list(filter(None, [*self._queue, *(slot.request for slot in self._slots)]))
+        return list(filter(None, [*self.queue, *(slot.request for slot in self.slots)]))
 
     def _finish(self, request: Request, outcome: str) -> None:
         with self._wake:
@@ -1724,42 +1693,43 @@ class Scheduler:
 
     # The scheduler's own thread:
 
-    def _report(self, doing: str, done: float | None = None) -> None:
-        if self._state == "stopping":
-            raise KeyboardInterrupt
-        self.doing = (doing, done)
-        self._progress(doing, done)
+    def run(self, load: Callable[[Progress], Engine], progress: Progress, ready: Callable[[], None]) -> None:
+        """Load the engine, answer requests until stop() or until the engine is given up, and close it.
 
-    def _run(self) -> None:
+        Calls `ready` once requests are taken. Raises the UserError that loading raises.
+        """
+
+        def report(doing: str, done: float | None = None) -> None:
+            if self._state == "stopping":
+                raise KeyboardInterrupt
+            self.doing = (doing, done)
+            progress(doing, done)
+
         try:
-            with contextlib.closing(self._load(self._report)) as engine:
+            with contextlib.closing(load(report)) as engine:
+                report("ready", 1.0)
                 self._engine = engine
                 with self._wake:
-                    self._slots = [Slot(index) for index in range(engine.max_batch_size)]
+                    self.slots = [Slot(index) for index in range(engine.max_batch_size)]
                     self.max_seq_len, self.device = engine.max_seq_len, engine.device
                     self.slot_share = engine.kv_cache_tokens // engine.max_batch_size
-                    if self._state == "loading":
-                        self._state = "healthy"
-                self._progress("ready", 1.0)
-                self._notify("ready")
+                    self._state = "healthy" if self._state == "loading" else self._state
+                ready()
                 self._serve()
-        except KeyboardInterrupt:  # by stop()
+        except KeyboardInterrupt:  # by stop() while it was loading
             pass
+        except UserError as error:
+            self._give_up(str(error))
+            raise
         except BaseException as error:
-            if isinstance(error, UserError):
-                self.failure = error
-            else:
-                logger.error("the engine has failed", exc_info=error)
+            logger.error("the engine has failed", exc_info=error)
             self._give_up(f"the engine failed with {type(error).__name__}: the log says why")
-        finally:
-            self.ended = True
-            self._notify("ended")
 
     def _serve(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._queue or self._state != "healthy" or self.busy)
-                for slot in self._slots:
+                self._wake.wait_for(lambda: self.queue or self._state != "healthy" or self.busy)
+                for slot in self.slots:
                     if slot.request and slot.request.cancelled:
                         self._leave(slot, slot.request.cancelled)
                 self._admit()
@@ -1770,8 +1740,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give free slots to those who wait longest, while the engine has room."""
-        while self._queue and (free := [slot for slot in self._slots if slot.request is None]):
-            request = self._queue[0]
+        while self.queue and (free := [slot for slot in self.slots if slot.request is None]):
+            request = self.queue[0]
             length = len(request.prompt) + request.max_tokens
             # The slot that holds most of this prompt, unless most of what it holds is of another chat; else an empty
             # one; else the one left longest ago. Where an engine has several pools of memory, the next best may have
@@ -1780,20 +1750,16 @@ class Scheduler:
             own = {slot.index: common[slot.index] if 2 * common[slot.index] > slot.held else 0 for slot in free}
             free.sort(key=lambda slot: (-own[slot.index], bool(slot.held), slot.used))
             slot = next((slot for slot in free if self._engine.reserve(slot.index, length)), None)
-            if slot is None and len(free) < len(self._slots):
-                return  # until another request has ended
-            self._queue.popleft()
             if slot is None:
-                logger.error("the engine has no room for %d tokens though it is idle", length)
-                self._finish(request, "error")
-                continue
+                return  # until another request has ended
+            self.queue.popleft()
             request.admitted = time.monotonic()
             slot.held = request.cached = common[slot.index]
             slot.request, slot.tokens = request, list(request.prompt)
 
     def _plan(self) -> list[Work]:
         """The next step: the last token of every answer, then prompts within the budget, oldest first."""
-        busy = [(slot, slot.request) for slot in self._slots if slot.request]
+        busy = [(slot, slot.request) for slot in self.slots if slot.request]
         batch = [Work(slot.index, slot.tokens[-1:], slot.held, r.sampling) for slot, r in busy if slot.pending == 1]
         prompts = [(slot, request) for slot, request in busy if slot.pending > 1]
         chunk = self._engine.prompt_chunk
@@ -1817,7 +1783,7 @@ class Scheduler:
         except Exception as error:
             logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
             for work in batch:
-                self._leave(self._slots[work.slot], "error")
+                self._leave(self.slots[work.slot], "error")
             self._failures += 1
             if self._failures >= self.FAILURES:
                 self._give_up(f"{self._failures} steps in a row failed, the last with {type(error).__name__}")
@@ -1826,13 +1792,13 @@ class Scheduler:
             self._step_began = math.inf
         now = time.monotonic()
         for work, token in zip(batch, tokens):
-            slot = self._slots[work.slot]
+            slot = self.slots[work.slot]
             slot.held += len(work.tokens)
             request = slot.request
             if work.sampling is None or request is None:
                 continue
             if request.generated:
-                self.statistics.histograms["inter_token_latency_seconds"].observe(now - request.last_token)
+                self.statistics.observe("inter_token_latency_seconds", now - request.last_token)
             request.first_token, request.last_token = request.first_token or now, now
             if token in request.stop_tokens:
                 self._leave(slot, "stop")
@@ -1862,8 +1828,8 @@ class Scheduler:
             self._state = "stopping" if self._state == "stopping" else "unhealthy"
             for request in self._in_flight():
                 self._finish(request, "error")
-            self._queue.clear()
-            for slot in self._slots:  # without a call to the engine, which may be closed
+            self.queue.clear()
+            for slot in self.slots:  # without a call to the engine, which may be closed
                 slot.request = None
 
 
@@ -1948,14 +1914,6 @@ UNSUPPORTED: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-class Served(Protocol):
-    """What the dialects need to know of the server."""
-
-    model: str
-    tokenizer: ChatTokenizer
-    scheduler: Scheduler
-
-
 class Dialect:
     """How a kind of client asks and is answered: this one at POST /chat, in JSON or in lines of it."""
 
@@ -1970,7 +1928,7 @@ class Dialect:
     default_max_tokens: int | None = 128  # None: what the context leaves
     example = '{"prompt": "Hello!"}'
 
-    def __init__(self, server: Served) -> None:
+    def __init__(self, server: ApiServer) -> None:
         self.server = server
 
     def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
@@ -2106,8 +2064,7 @@ class ChatCompletions(Dialect):
     def read(self, body: Any) -> Request:
         request = super().read(body)
         check_model(request.fields["model"] or self.server.model, self.server.model)
-        table: Table = {"include_usage": (False, FLAG), "continuous_usage_stats": (False, FLAG)}
-        options = self.check(request.fields["stream_options"], table, "stream_options")
+        options = self.check(request.fields["stream_options"], {"include_usage": (False, FLAG)}, "stream_options")
         request.fields |= {**options, "id": f"{self.id_prefix}{uuid.uuid4().hex}", "created": int(time.time())}
         return request
 
@@ -2151,7 +2108,6 @@ class ChatCompletions(Dialect):
 
     def _chunk(self, request: Request, finish_reason: str | None, **delta: str) -> bytes:
         usage = {"usage": None} if request.fields["include_usage"] else {}
-        usage = self._usage(request) if request.fields["continuous_usage_stats"] else usage  # vLLM's
         return self.line({**self._envelope(request, self.chunk_kind, finish_reason, delta=delta), **usage})
 
     def _usage(self, request: Request) -> dict[str, Any]:
@@ -2380,14 +2336,6 @@ MAX_BODY = 2 << 20  # bytes: the longest context several times over
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
-class HeaderReader(io.BufferedReader):
-    """Turns a bare CR into a space (RFC 9112, 2.2). http.server ends a header line there, and a proxy does not."""
-
-    def readline(self, size: int | None = -1) -> bytes:
-        line = super().readline(size)
-        return line[:-2].replace(b"\r", b" ") + line[-2:]
-
-
 class ApiHandler(BaseHTTPRequestHandler):
     """One connection, in a thread of its own. http.server parses the requests; this class routes and answers them."""
 
@@ -2398,7 +2346,6 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.rfile = HeaderReader(self.rfile.detach())
         # Of each read and write; the sweep bounds a whole header or body, and comes first.
         self.connection.settimeout(self.server.patience + 1)
         self.deadline = math.inf  # until when the client must have sent what is waited for
@@ -2417,8 +2364,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         except OSError:  # its last flush, to a client that is gone
             self.close_connection = True
         if self.status:
-            # Clients do not choose what is counted.
-            self.server.responses[self.route if self.route in ROUTES else "other", self.status] += 1
+            route = self.route if self.route in ROUTES else "other"  # clients do not choose what is counted
+            self.server.responses[route, self.status] += 1
         if self.status or self.outcome:
             level = logging.DEBUG if self.command in ("GET", "HEAD") and self.status in (200, 503) else logging.INFO
             target = f"{printable(self.command)} {printable(self.endpoint)}"
@@ -2443,9 +2390,8 @@ class ApiHandler(BaseHTTPRequestHandler):
             method, respond = ROUTES[self.route]
             allowed = "OPTIONS, GET, HEAD" if method == "GET" else f"OPTIONS, {method}"
             if self.command == "OPTIONS":
-                headers = "Content-Type, Authorization, *"  # * does not cover Authorization
-                cors = {"Access-Control-Allow-Methods": method, "Access-Control-Allow-Headers": headers}
-                self.send(204, b"", **cors, **{"Access-Control-Max-Age": "600", "Allow": allowed})
+                cors = {"Methods": method, "Headers": "Content-Type, Authorization, *"}  # * is not Authorization
+                self.send(204, b"", Allow=allowed, **{f"Access-Control-Allow-{name}": cors[name] for name in cors})
             elif self.command not in allowed.split(", "):
                 raise ApiError(405, f"{self.endpoint} takes {method}, not {self.command}", Allow=allowed)
             else:
@@ -2482,7 +2428,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     def check_site(self) -> None:
         """Refuse pages of other sites: by Origin, and by Host where only this machine may ask (DNS rebinding)."""
         host, origin, server = self.headers.get("Host"), self.headers.get("Origin"), self.server
-        if host and server.on_loopback and not server.api_key and not is_loopback(f"//{host}"):
+        if host and server.on_loopback and not server.api_key and kind_of_host(f"//{host}") != "loopback":
             message = f"the Host {printable(host)} is not this machine's: ask localhost, or give the server a key"
             raise ApiError(403, message)
         if origin and not self.allowed(origin):
@@ -2494,9 +2440,9 @@ class ApiHandler(BaseHTTPRequestHandler):
 
         Another site's name may lead here by now: the own page is known by an address, or where a key is needed anyway.
         """
-        server = self.server
-        own = origin.partition("://")[2] == self.headers.get("Host") and (bool(server.api_key) or is_address(origin))
-        return own or is_loopback(origin) or not {origin, "*"}.isdisjoint(server.allowed_origins)
+        kind, named = kind_of_host(origin), self.server.allowed_origins
+        own = origin.partition("://")[2] == self.headers.get("Host") and (self.server.api_key or kind == "address")
+        return bool(own) or kind == "loopback" or origin in named or "*" in named
 
     def check_key(self) -> None:
         """Require the API key: as a Bearer token or, from browsers, which ask their user, as a Basic password."""
@@ -2525,19 +2471,16 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise ApiError(400, "Content-Length must be a number")
         if int(length) > MAX_BODY:
             raise ApiError(413, f"the body has {length} bytes, and at most {MAX_BODY} are read")
-        expects = self.headers.get("Expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1"
-        if self.unread and expects:
+        if self.unread and self.request_version != "HTTP/1.0" and "Expect" in self.headers:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.wfile.flush()
         self.deadline = time.monotonic() + self.server.patience
         try:
             body = self.read_chunks() if encoding else self.rfile.read(int(length))
-        except ApiError:
-            if not self.late:
-                raise
-        self.deadline = math.inf
-        if self.late:
-            raise ApiError(408, "the body did not come in time: send it again")
+        finally:
+            self.deadline = math.inf
+            if self.late:
+                raise ApiError(408, "the body did not come in time: send it again")
         if len(body) < int(length):
             raise ConnectionError("the client left")
         self.unread = False
@@ -2569,7 +2512,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.send(200, PAGE.encode(), "text/html; charset=utf-8", **PAGE_HEADERS)
 
     def health(self, body: bytes) -> None:
-        report = self.server.health(is_loopback(f"//{self.headers.get('Host', '')}"))
+        report = self.server.health()
         self.send(200 if report["status"] == "healthy" else 503, to_json(report))
 
     def metrics(self, body: bytes) -> None:
@@ -2724,6 +2667,8 @@ ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
 def metrics_text(server: ApiServer) -> str:
     """The metrics in Prometheus's format, under vLLM's names with tt_ for vllm:."""
     scheduler, statistics = server.scheduler, server.scheduler.statistics
+    sums = statistics.sums
+    prompt_tokens = sums["request_prompt_tokens"]
     model = f"model_name={json.dumps(printable(server.model))}"
     lines: list[str] = []
 
@@ -2734,48 +2679,37 @@ def metrics_text(server: ApiServer) -> str:
 
     for name, kind, what, value in (
         ("num_requests_running", "gauge", "Requests in a slot.", scheduler.busy),
-        ("num_requests_waiting", "gauge", "Requests that wait for a slot.", scheduler.queued),
-        ("slots", "gauge", "Requests that can run together.", scheduler.total),
+        ("num_requests_waiting", "gauge", "Requests that wait for a slot.", len(scheduler.queue)),
+        ("slots", "gauge", "Requests that can run together.", len(scheduler.slots)),
         ("http_connections", "gauge", "Open connections.", len(server.connections)),
         ("kv_cache_usage_perc", "gauge", "Part of the KV cache that is reserved; 1 is all.", scheduler.kv_cache_use),
         ("requests_accepted_total", "counter", "Requests that were queued.", statistics.accepted),
-        ("prompt_tokens_total", "counter", "Prompt tokens of requests that got a token.", statistics.prompt_tokens),
-        ("prefix_cache_queries_total", "counter", "The same, as vLLM has it.", statistics.prompt_tokens),
+        ("prompt_tokens_total", "counter", "Prompt tokens of requests that got a token.", prompt_tokens),
+        ("prefix_cache_queries_total", "counter", "The same, as vLLM has it.", prompt_tokens),
         ("prefix_cache_hits_total", "counter", "Of those, tokens that a slot held already.", statistics.cached_tokens),
-        ("generation_tokens_total", "counter", "Tokens generated.", statistics.generated_tokens),
+        ("generation_tokens_total", "counter", "Tokens generated.", sums["request_generation_tokens"]),
     ):
         add(name, kind, what, ("", "", value))
     outcomes = [("", f',finished_reason="{outcome}"', count) for outcome, count in statistics.finished.items()]
     add("request_success_total", "counter", "Requests that ended, by outcome.", *outcomes)
     responses = [("", f',path="{p}",status="{s}"', count) for (p, s), count in dict(server.responses).items()]
     add("http_responses_total", "counter", "Answers, by path and status.", *responses)
-    for name, histogram in statistics.histograms.items():
-        counts = list(itertools.accumulate(histogram.counts))
-        bounds = [*(f"{bound:g}" for bound in histogram.bounds), "+Inf"]
+    for name, what in HISTOGRAMS.items():
+        counts = list(itertools.accumulate(statistics.counts[name]))
+        bounds = [*(f"{bound:g}" for bound in BOUNDS), "+Inf"]
         buckets = [("_bucket", f',le="{bound}"', count) for bound, count in zip(bounds, counts)]
-        add(name, "histogram", histogram.what, *buckets, ("_sum", "", histogram.total), ("_count", "", counts[-1]))
+        add(name, "histogram", what, *buckets, ("_sum", "", sums[name]), ("_count", "", counts[-1]))
     return "\n".join([*lines, ""])
 
 
-def host_of(url: str) -> str:
-    """The host of a URL, or of //host:port; empty where it has none."""
+def kind_of_host(url: str) -> str:
+    """Whether a URL, or //host:port, has a "name", an "address", or "loopback", which only this machine has."""
     with contextlib.suppress(ValueError):
-        return urllib.parse.urlsplit(url).hostname or ""
-    return ""
-
-
-def is_address(url: str) -> bool:
-    """Whether the URL's host is an IP address, which no other site can have."""
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host_of(url)))
-    return False
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the URL leads to this machine, by a name that only this machine has."""
-    host = host_of(url)
-    by_name = host == "localhost" or host.endswith(".localhost")
-    return by_name or (is_address(url) and ipaddress.ip_address(host).is_loopback)
+        host = urllib.parse.urlsplit(url).hostname or ""
+        if host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback:
+            return "loopback"
+        return "address"
+    return "name"
 
 
 def hung_up(connection: socket.socket) -> bool:
@@ -2800,13 +2734,14 @@ class ApiServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), ApiHandler)
         self.patience = patience
-        self.on_loopback = is_loopback(f"//[{host}]" if ":" in host else f"//{host}")
+        self.on_loopback = kind_of_host(f"//[{host}]" if ":" in host else f"//{host}") == "loopback"
         self.scheduler: Scheduler
         self.tokenizer: ChatTokenizer
         self.model = self.folder = self.note = ""
         self.api_key: str | None = None
         self.allowed_origins: list[str] = []
         self.max_connections = 512
+        self.cut_short = False  # a stop has cancelled requests
         self.created, self.started = int(time.time()), time.monotonic()
         self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
         self.turns = threading.Semaphore(2)  # to read JSON and text: a crowd of requests must not hold /health up
@@ -2859,8 +2794,8 @@ class ApiServer(ThreadingHTTPServer):
         """Requests whose answer is not delivered yet."""
         return sum(bool(handler and handler.waiting) for handler in list(self.connections.values()))
 
-    def health(self, asked_here: bool) -> dict[str, Any]:
-        """The body of GET /health; with the model's whole path if the client is on this machine."""
+    def health(self) -> dict[str, Any]:
+        """The body of GET /health; with the model's whole path if only this machine may ask."""
         scheduler, seconds = self.scheduler, round(time.monotonic() - self.started, 1)
         state = scheduler.state  # looked at once: it may be another a moment later
         report: dict[str, Any] = {
@@ -2868,11 +2803,11 @@ class ApiServer(ThreadingHTTPServer):
             "model_loaded": state == "healthy",
             "model": self.model,
             "device": scheduler.device,
-            "llama_dir": self.folder if self.on_loopback and asked_here else Path(self.folder).name,
+            "llama_dir": self.folder if self.on_loopback and not self.api_key else Path(self.folder).name,
             "note": self.note,
             "uptime_seconds": seconds,
-            "slots": {"total": scheduler.total, "busy": scheduler.busy},
-            "queued": scheduler.queued,
+            "slots": {"total": len(scheduler.slots), "busy": scheduler.busy},
+            "queued": len(scheduler.queue),
         }
         if state == "loading":
             doing, done = scheduler.doing
@@ -2901,10 +2836,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
-        mistyped = re.split("[ =]", message.partition("unrecognized arguments: ")[2])[0]
-        near = [f"--model {mistyped}"] if os.path.isdir(mistyped) else []
-        near = near or difflib.get_close_matches(mistyped, self._option_string_actions, 1)
-        raise UserError(f"{message}: did you mean {near[0]}?" if near else f"{message} (--help shows all options)")
+        mistyped = message.partition("unrecognized arguments: ")[2].partition("=")[0].partition(" ")[0]
+        near = difflib.get_close_matches(mistyped, self._option_string_actions, 1)
+        raise UserError(message + (f": did you mean {near[0]}?" if near else " (--help shows all options)"))
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -3114,56 +3048,50 @@ def serve(options: argparse.Namespace) -> int:
     model = f"none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served on the CPU"
     if found:
         choose_length(options, found.config)  # to report an error before anything is loaded
-        server.model, server.folder, server.note = found.name, str(found.folder), found.note if device == "cpu" else ""
-        model = f"{found.name}, {found.folder}" + (f" ({server.note})" if server.note else "")
+        server.model, server.folder, server.note = found.name, str(found.folder), ""
+        model = f"{found.name}, {found.folder}"
     say(f"Llama API Server on Tenstorrent\n{'=' * 60}\nModel:  {model}\nHealth: {url}/health, while it loads too\n")
     if not server.on_loopback and not server.api_key:
         logger.warning("anyone who can reach this machine can use this server: set TT_API_KEY to ask for a key")
 
-    events: queue.SimpleQueue[str] = queue.SimpleQueue()  # "signal", and the scheduler's "ready" and "ended"
-    loader = functools.partial(load, server, options, found, device)
-    server.scheduler = scheduler = Scheduler(loader, options.max_queue, Terminal(), events.put)
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    scheduler.start()
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: events.put("signal"))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    event = events.get()
-    if event == "ready":
+    def ready() -> None:
         say(ready_message(url, scheduler.device, bool(server.api_key)))
         notify_systemd("READY=1")
-        event = events.get()
-        if event == "ended" and "NOTIFY_SOCKET" not in os.environ:  # systemd is to start it again
-            event = events.get()  # the engine has failed for good: /health says so until someone stops the server
-    if scheduler.failure:
-        raise scheduler.failure
-    cut_short = event == "signal" and not drain(server, events)
-    status = 1 if scheduler.error else 128 + signal.SIGINT if cut_short else 0
+
+    scheduler = server.scheduler = Scheduler(options.max_queue)
+    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    threading.Thread(target=stop_on_signals, args=(server,), name="signals", daemon=True).start()
+    scheduler.run(functools.partial(load, server, options, found, device), Terminal(), ready)
+    if scheduler.slots and "NOTIFY_SOCKET" not in os.environ:
+        scheduler.wait_for_stop()  # at once, unless the engine has failed: then /health says so until someone stops it
+    while server.under_way and not server.cut_short:
+        time.sleep(0.05)
+    status = 1 if scheduler.error else 128 + signal.SIGINT if server.cut_short else 0
     logger.info("Stopped." if status == 0 else "Stopped before all was done.")
     return status
 
 
-def drain(server: ApiServer, events: queue.SimpleQueue[str]) -> bool:
-    """Let the requests under way be answered, within DRAIN_SECONDS and until the next signal; returns whether all were.
+def stop_on_signals(server: ApiServer) -> None:
+    """Act on SIGINT and SIGTERM, in a thread of its own: the main thread may be in a call that does not return.
 
-    Ends the scheduler, and with it the engine, in any case.
+    The first lets the requests under way be answered; the second, or the end of DRAIN_SECONDS, cuts them short.
     """
-    notify_systemd("STOPPING=1")
-    if server.under_way:
-        logger.info("Stopping when all is answered (%d). Press CTRL+C again to cut it short.", server.under_way)
     scheduler = server.scheduler
+    signal.sigwait(STOP_SIGNALS)
+    notify_systemd("STOPPING=1")
+    again = (
+        f" when all is answered ({server.under_way}). Press CTRL+C again to cut it short" if server.under_way else ""
+    )
+    logger.info("Stopping%s.", again)
+    healthy = scheduler.state == "healthy"
     scheduler.stop(drain=True)
-    deadline = time.monotonic() + (0 if scheduler.error else DRAIN_SECONDS)
-    while (server.under_way or not scheduler.ended) and time.monotonic() < deadline:
-        with contextlib.suppress(queue.Empty):
-            if events.get(timeout=0.05) == "signal":
-                break
-    cut_short = server.under_way > 0
+    if healthy:
+        threading.Timer(DRAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        signal.sigwait(STOP_SIGNALS)
+    server.cut_short = server.under_way > 0
     scheduler.stop(drain=False)
-    deadline = time.monotonic() + 10
-    while not scheduler.ended and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return scheduler.ended and not cut_short
+    time.sleep(10)
+    os._exit(1 if scheduler.error else 128 + signal.SIGINT)
 
 
 def notify_systemd(state: str) -> None:
