@@ -33,7 +33,6 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import select

@@ -1965,13 +1965,13 @@ class Dialect:
         max_tokens = fields.get("max_completion_tokens") or fields["max_tokens"]
         max_tokens = None if max_tokens == -1 else max_tokens
         if (max_tokens or 1) > room:
-            asked = f" and max_tokens is {max_tokens}" if room > 0 else ""
-            message = (
-                f"the prompt has {len(prompt)} tokens{asked}, and the context holds {context} of prompt and answer"
-            )
-            param = "max_tokens" if room > 0 else "prompt" if fields.get("messages") is None else "messages"
-            cure = "lower max_tokens or shorten the prompt" if room > 0 else "shorten the prompt"
-            raise ApiError(400, f"{message} together: {cure}", param, "context_length_exceeded")
+            asked, cure = f" and max_tokens is {max_tokens}", "lower max_tokens or shorten the prompt"
+            param = "max_tokens"
+            if room <= 0:
+                asked, cure = "", "shorten the prompt"
+                param = "prompt" if fields.get("messages") is None else "messages"
+            have = f"the prompt has {len(prompt)} tokens{asked}, and the context holds {context} of prompt and answer"
+            raise ApiError(400, f"{have} together: {cure}", param, "context_length_exceeded")
         # Room is kept from the start: where the KV cache does not hold the whole context for all slots at once, as on a
         # card, an answer without a limit gets its slot's share.
         default = self.default_max_tokens or max(self.server.scheduler.slot_share, 1024)
@@ -2349,7 +2349,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         # Of each read and write; the sweep bounds a whole header or body, and comes first.
         self.connection.settimeout(self.server.patience + 1)
         self.deadline = math.inf  # until when the client must have sent what is waited for
-        self.late = self.gone = False  # it has not; it has left while its answer was under way
+        self.late = False  # it has not
         self.waiting: Request | None = None  # the request that is being answered
         self.server.connections[self.connection] = self
 
@@ -2415,9 +2415,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             self.endpoint = urllib.parse.urlsplit(self.path).path.rstrip("/") or "/"
         if self.endpoint.startswith("/v1"):
             self.dialect = (Completions if self.endpoint == "/v1/completions" else ChatCompletions)(self.server)
-        if self.late:
-            raise ApiError(408, "the header did not come in time: send it again")
-        if malformed or not self.endpoint:
+        if malformed or self.late or not self.endpoint:
             raise ApiError(400, "the header must have a path, one NAME: VALUE in each line, and one length of the body")
 
     @property
@@ -2475,14 +2473,10 @@ class ApiHandler(BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.wfile.flush()
         self.deadline = time.monotonic() + self.server.patience
-        try:
-            body = self.read_chunks() if encoding else self.rfile.read(int(length))
-        finally:
-            self.deadline = math.inf
-            if self.late:
-                raise ApiError(408, "the body did not come in time: send it again")
+        body = self.read_chunks() if encoding else self.rfile.read(int(length))
+        self.deadline = math.inf
         if len(body) < int(length):
-            raise ConnectionError("the client left")
+            raise ApiError(400, f"the body ends after {len(body)} of its {length} bytes")
         self.unread = False
         return body
 
@@ -2613,12 +2607,12 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def send_api_error(self, error: ApiError) -> None:
         """An error in the dialect's words; a stream that has begun ends with it."""
+        if self.late:
+            error = ApiError(408, "the request did not come in time: send it again")
         logger.debug("%s %s: %s", printable(self.command), printable(self.path), error)
         body = self.dialect.error(error)
         try:
-            if self.gone:
-                self.hang_up()
-            elif self.streaming:
+            if self.streaming:
                 self.send_piece(self.dialect.line(body), last=True)
             else:
                 self.send(error.status, to_json(body), **error.headers)
@@ -2628,8 +2622,6 @@ class ApiHandler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """http.server's own errors, of the first line and the header."""
         self.unread = True
-        if self.late:
-            code, message = 408, "the header did not come in time: send it again"
         self.send_api_error(ApiError(code, printable(message or HTTPStatus(code).phrase)))
 
     def hang_up(self) -> None:
@@ -2783,8 +2775,9 @@ class ApiServer(ThreadingHTTPServer):
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RD)  # wakes the handler, which reads
             if handler and (request := handler.waiting) and hung_up(connection):
-                handler.gone = True
                 self.scheduler.cancel(request)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)  # the handler's next write fails
         while self._refused and self._refused[0][0] < now:
             super().shutdown_request(self._refused.popleft()[1])
         self._next_sweep = time.monotonic() + 0.5
