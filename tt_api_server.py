@@ -124,17 +124,14 @@ class ApiError(Exception):
 
 
 def printable(text: str | None) -> str:
-    """`text` as a log or an error may show it: short, without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in (text or "-")[:100])
+    """Shorten `text` and replace control characters, for logs and errors."""
+    text = text or "-"
+    return "".join(c if c.isprintable() else "?" for c in (text if len(text) <= 100 else f"{text[:97]}..."))
 
 
 def shown(value: Any) -> str:
-    """A JSON value as an error shows it."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:  # which json.loads, on a shorter stack, was spared
-        text = "something nested deeply"
-    return printable(text if len(text) <= 60 else f"{text[:57]}...")
+    """Format a JSON value for an error message."""
+    return printable(json.dumps(value, ensure_ascii=False))
 
 
 def import_torch() -> None:
@@ -273,13 +270,6 @@ def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-class Stored(NamedTuple):
-    """A tensor in a file."""
-
-    shape: tuple[int, ...]
-    load: Callable[[], torch.Tensor]
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder with a Llama 3; `open_weights` reads its weights."""
@@ -317,14 +307,14 @@ class Checkpoint:
         for name, (_, shape) in weights.items():
             tensor = stored.get(own_names[name])
             if tensor is None or tensor.shape != shape:
-                problem = f"has the shape {list(tensor.shape)}, not {list(shape)}" if tensor else "is missing"
+                problem = "is missing" if tensor is None else f"has the shape {list(tensor.shape)}, not {list(shape)}"
                 raise UserError(f"{self.folder}: the tensor {own_names[name]} {problem}: download the checkpoint again")
         for own_name in stored.keys() - own_names.values():
             if not own_name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # tables, which are computed here
                 raise UserError(f"{self.folder}: the tensor {own_name} is not computed here: {NAME_ANOTHER}")
 
         def read(name: str) -> torch.Tensor:
-            tensor = stored[own_names[name]].load()
+            tensor = stored[own_names[name]]
             if meta and name.endswith(("wq.weight", "wk.weight")):  # pairs i, i + 1 to i, i + head_dim / 2
                 pairs = tensor.view(-1, self.config.head_dim // 2, 2, self.config.dim)
                 return pairs.transpose(1, 2).reshape(tensor.shape)
@@ -333,17 +323,16 @@ class Checkpoint:
         return read
 
 
-def open_file(path: Path) -> dict[str, Stored]:
-    """Map a file; its tensors by name."""
+def open_file(path: Path) -> dict[str, torch.Tensor]:
+    """Memory-map a file; return its tensors by name."""
     try:
         if path.suffix == ".pth":
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return {name: Stored(tuple(t.shape), functools.partial(t.view, t.shape)) for name, t in tensors.items()}
+            return {name: tensor.detach() for name, tensor in tensors.items()}
         from safetensors import safe_open
 
         file: Any = safe_open(path, framework="pt")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return {name: Stored(shape, functools.partial(file.get_tensor, name)) for name, shape in shapes.items()}
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except ImportError as error:
         raise UserError(f"{path} needs a package: pip install safetensors") from error
     except OSError as error:
@@ -410,8 +399,7 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
             f"huggingface_hub safetensors && hf auth login && hf download {name} --local-dir {local}, and then "
             f"--model {local}"
         )
-    problem = "is a file" if os.path.isfile(folder) else "does not exist"
-    raise UserError(f"{source} is {name}, which {problem}: name the folder that holds the model's files")
+    raise UserError(f"{source} is {name}, which is not a folder here: name the folder that holds the model's files")
 
 
 def safetensors_files(folder: Path) -> list[Path]:
@@ -423,7 +411,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(index.values()))]
 
 
-def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
+def read_checkpoint(folder: Path) -> Checkpoint:
     """Choose between the layouts in `folder` and its subfolder `original`, and read the configuration."""
     home = folder.parent if folder.name == "original" else folder
     meta = next((path for path in (folder, home / "original") if (path / "params.json").is_file()), None)
@@ -437,7 +425,7 @@ def read_checkpoint(folder: Path, name: str | None = None) -> Checkpoint:
         raise UserError(f"{folder} holds no Llama 3 checkpoint: {needs}")
     # In Hugging Face's cache the folder is models--OWNER--NAME/snapshots/COMMIT.
     cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
-    name = name or (home.parents[1].name.rpartition("--")[2] if cached else home.name)
+    name = home.parents[1].name.rpartition("--")[2] if cached else home.name
     settings = read_json(hf / "config.json" if hf else files[0].parent / "params.json")
     generation, texts = read_json(home / "generation_config.json"), read_json(home / "tokenizer_config.json")
     try:
@@ -681,7 +669,6 @@ class TorchEngine:
     device = "cpu"
     prompt_chunk = 512  # more are no faster
     SMALL = 200_000_000  # weights; a smaller model is faster on one thread, for threads wait at every operation
-    HEADS = 32  # parts of the output head: in one piece it would be in memory twice while it is loaded
 
     def __init__(
         self,
@@ -701,21 +688,22 @@ class TorchEngine:
             torch.set_num_threads(threads or 1)
         # bfloat16 where the processor multiplies it. Elsewhere it is emulated and slow: float32 rows, with weights of
         # two bytes where FBGEMM can widen them.
-        fast_bfloat16 = has_mkldnn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        fast_bfloat16 = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if fast_bfloat16 else torch.float32
-        half = dtype == "auto" and not fast_bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines
-        self._linear: Callable[[torch.Tensor], Linear] = half_linear if half else prepacked_linear(self.dtype)
+        self._half = dtype == "auto" and not fast_bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines
+        self._packed = onednn and (fast_bfloat16 or self.dtype == torch.float32)
         keep_freed_memory(1 << 20)  # return freed buffers to the system while loading, or they fragment the heap
         # Two at a time: one waits for the disk while the other is laid out. More would take more memory.
         pool = concurrent.futures.ThreadPoolExecutor(2)
         try:
             layers = pool.map(functools.partial(self._read_layer, checkpoint), range(config.n_layers))
-            heads = pool.map(functools.partial(self._read_head, checkpoint), range(self.HEADS))
+            head = pool.submit(lambda: self._linear(checkpoint.open_weights()("output.weight")))
             self.layers: list[Layer] = []
             for layer in layers:
                 progress("loading the weights", len(self.layers) / (config.n_layers + 1))
                 self.layers.append(layer)
-            self.heads = list(heads)
+            self.head = head.result()
         finally:  # after a stop, without the layers that are not begun
             pool.shutdown(wait=False, cancel_futures=True)
         read = checkpoint.open_weights()
@@ -726,6 +714,12 @@ class TorchEngine:
         self.keys = [lazy_zeros(shape, self.dtype) for _ in self.layers]
         self.values = [lazy_zeros(shape, self.dtype) for _ in self.layers]
         keep_freed_memory(32 << 20)
+
+    def _linear(self, weight: torch.Tensor) -> Linear:
+        if self._half:
+            return half_linear(weight)
+        weight = weight.to(self.dtype)
+        return packed_linear(weight) if self._packed else functools.partial(F.linear, weight=weight)
 
     def _read_layer(self, checkpoint: Checkpoint, number: int) -> Layer:
         # Mapped anew for each layer: pages that were read stay in memory as long as their mapping.
@@ -740,9 +734,6 @@ class TorchEngine:
         query_key_value = linear("attention.wq", "attention.wk", "attention.wv")
         gate_up, down = linear("feed_forward.w1", "feed_forward.w3"), linear("feed_forward.w2")
         return Layer(norm("attention_norm"), query_key_value, linear("attention.wo"), norm("ffn_norm"), gate_up, down)
-
-    def _read_head(self, checkpoint: Checkpoint, number: int) -> Linear:
-        return self._linear(checkpoint.open_weights()("output.weight").chunk(self.HEADS)[number])
 
     def step(self, batch: Sequence[Work]) -> list[int]:
         with torch.inference_mode():
@@ -774,8 +765,7 @@ class TorchEngine:
         last = [end - 1 for end, work in zip(ends, batch) if work.sampling]
         if not last:
             return torch.empty(0, VOCAB_SIZE)
-        x = rms_norm(x[last], self.norm, config.norm_eps)
-        return torch.cat([head(x) for head in self.heads], dim=-1)
+        return self.head(rms_norm(x[last], self.norm, config.norm_eps))
 
     def _runs(self, batch: Sequence[Work]) -> list[Run]:
         """Cut the batch into runs: single tokens in neighbouring slots together, each piece of a prompt alone."""
@@ -824,22 +814,10 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(*shape)
 
 
-def has_mkldnn() -> bool:
-    """Whether this PyTorch has oneDNN; macOS builds lack it."""
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-
-
-def prepacked_linear(dtype: torch.dtype) -> Callable[[torch.Tensor], Linear]:
-    """Makes products with weights of this dtype, in oneDNN's own layout where PyTorch has oneDNN."""
-
-    def linear(weight: torch.Tensor) -> Linear:
-        weight = weight.to(dtype)
-        if not has_mkldnn() or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            return lambda rows: F.linear(rows, weight)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # the layout for 32 rows
-        return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
-
-    return linear
+def packed_linear(weight: torch.Tensor) -> Linear:
+    """The product with a weight in oneDNN's own layout."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # the layout for 32 rows
+    return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
 
 
 def half_linear(weight: torch.Tensor) -> Linear:
@@ -1309,27 +1287,24 @@ DEMO_SHARPNESS = 4.0  # the trained logits times this: at usual temperatures the
 def demo_checkpoint(progress: Progress) -> Checkpoint:
     """The demo's checkpoint: trained at the first start, then found in the user's cache."""
     recipe = [DEMO_ANSWERS, DEMO_UNKNOWN, DEMO_PARAMS, DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_SHARPNESS]
+    version = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
     cache = home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tt-api-server"
-    folder = cache / f"demo-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]}"
-    if folder.is_dir():
-        with contextlib.suppress(UserError):  # it is damaged, and trained again
-            found = read_checkpoint(folder, DEMO_NAME)
-            found.open_weights()
-            return found
+    folder = cache / version / DEMO_NAME
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:  # moved whole: half a model is never found
-            tokenizer, made = ChatTokenizer(), Path(scratch) / "demo"
-            made.mkdir()
-            torch.save(train_demo(tokenizer, progress), made / "consolidated.00.pth")
-            (made / "params.json").write_text(json.dumps(DEMO_PARAMS))
-            shutil.copy(tokenizer.path, made / "tokenizer.model")
-            with contextlib.suppress(OSError):  # another server was faster
-                made.rename(folder)
-        return read_checkpoint(folder, DEMO_NAME)
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:  # moved whole: half a model is never found
+                tokenizer, made = ChatTokenizer(), Path(scratch) / "demo"
+                made.mkdir()
+                torch.save(train_demo(tokenizer, progress), made / "consolidated.00.pth")
+                (made / "params.json").write_text(json.dumps(DEMO_PARAMS))
+                shutil.copy(tokenizer.path, made / "tokenizer.model")
+                with contextlib.suppress(OSError):  # another server was first
+                    made.rename(folder)
+        return read_checkpoint(folder)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-        raise UserError(f"the demo model cannot be written to {cache} ({error}): set XDG_CACHE_HOME") from error
+        cure = "set XDG_CACHE_HOME to a folder that can be written"
+        raise UserError(f"the demo model cannot be written to {cache} ({error}): {cure}") from error
 
 
 def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], list[bool]]]:
@@ -1933,8 +1908,8 @@ class Dialect:
 
     def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
         """A field that is not in the table. This dialect is ours: raise ApiError, and suggest the nearest name."""
-        near = [known for known in table if name and known.startswith(name)]
-        near = near or difflib.get_close_matches(name[:40], table, 1)
+        near = [known for known in table if known.startswith(name)]
+        near = near or difflib.get_close_matches(name, table, 1)
         hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(table)}"
         raise ApiError(400, f"unknown field {where}{printable(name)}: {hint}", f"{where}{printable(name)}")
 
@@ -1965,13 +1940,12 @@ class Dialect:
         max_tokens = fields.get("max_completion_tokens") or fields["max_tokens"]
         max_tokens = None if max_tokens == -1 else max_tokens
         if (max_tokens or 1) > room:
-            asked, cure = f" and max_tokens is {max_tokens}", "lower max_tokens or shorten the prompt"
-            param = "max_tokens"
-            if room <= 0:
-                asked, cure = "", "shorten the prompt"
-                param = "prompt" if fields.get("messages") is None else "messages"
-            have = f"the prompt has {len(prompt)} tokens{asked}, and the context holds {context} of prompt and answer"
-            raise ApiError(400, f"{have} together: {cure}", param, "context_length_exceeded")
+            param = "max_tokens" if room > 0 else "prompt" if fields.get("messages") is None else "messages"
+            message = (
+                f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens or 1}, but the context holds "
+                f"{context} of both together: shorten the prompt or lower max_tokens"
+            )
+            raise ApiError(400, message, param, "context_length_exceeded")
         # Room is kept from the start: where the KV cache does not hold the whole context for all slots at once, as on a
         # card, an answer without a limit gets its slot's share.
         default = self.default_max_tokens or max(self.server.scheduler.slot_share, 1024)
@@ -2084,7 +2058,8 @@ class ChatCompletions(Dialect):
     def end(self, request: Request) -> bytes:
         last = self._chunk(request, request.finish_reason)
         if request.fields["include_usage"]:
-            last += self.line({**self._envelope(request, self.chunk_kind), "choices": [], **self._usage(request)})
+            usage = self._envelope(request, self.chunk_kind, None) | self._usage(request)
+            last += self.line(usage | {"choices": []})
         return last + b"data: [DONE]\n\n"
 
     def error(self, error: ApiError) -> dict[str, Any]:
@@ -2094,9 +2069,7 @@ class ChatCompletions(Dialect):
     def line(self, value: dict[str, Any]) -> bytes:
         return b"data: " + to_json(value) + b"\n"
 
-    def _envelope(
-        self, request: Request, kind: str, finish_reason: str | None = None, **content: Any
-    ) -> dict[str, Any]:
+    def _envelope(self, request: Request, kind: str, finish_reason: str | None, **content: Any) -> dict[str, Any]:
         return {
             "id": request.fields["id"],
             "object": kind,
@@ -2112,10 +2085,8 @@ class ChatCompletions(Dialect):
 
     def _usage(self, request: Request) -> dict[str, Any]:
         prompt, count = len(request.prompt), request.count
-        details = {"prompt_tokens_details": {"cached_tokens": request.cached}}
-        return {
-            "usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count, **details}
-        }
+        usage = {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}
+        return {"usage": {**usage, "prompt_tokens_details": {"cached_tokens": request.cached}}}
 
 
 class Completions(ChatCompletions):
@@ -2134,9 +2105,7 @@ class Completions(ChatCompletions):
     def begin(self, request: Request) -> bytes:
         return b""
 
-    def _envelope(
-        self, request: Request, kind: str, finish_reason: str | None = None, **content: Any
-    ) -> dict[str, Any]:
+    def _envelope(self, request: Request, kind: str, finish_reason: str | None, **content: Any) -> dict[str, Any]:
         text = "".join(part.get("content", "") for part in content.values())
         return super()._envelope(request, kind, finish_reason, text=text)
 
@@ -2157,8 +2126,7 @@ def to_json(value: dict[str, Any]) -> bytes:
 # Page
 # ======================================================================================================================
 
-# The chat page. What people and models write goes into it as text nodes alone, never as markup; and if ever it did not,
-# the browser runs no script and applies no style but these two, which the policy below names by their hashes.
+# The chat page. What people and models write goes into it as text nodes only, never as markup.
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -2311,23 +2279,6 @@ poll()
 """
 
 
-def source_hash(tag: str) -> str:
-    """How a Content-Security-Policy names what stands between <tag> and </tag> in PAGE."""
-    source = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
-
-
-PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        f"default-src 'none'; script-src {source_hash('script')}; style-src {source_hash('style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
-
-
 # ======================================================================================================================
 # HTTP
 # ======================================================================================================================
@@ -2457,9 +2408,6 @@ class ApiHandler(BaseHTTPRequestHandler):
             challenge = {"WWW-Authenticate": 'Basic realm="tt_api_server", charset="UTF-8"'}
             raise ApiError(401, message, code="invalid_api_key", **challenge)
 
-    def handle_expect_100(self) -> bool:
-        return True  # http.server would ask for a body that may be refused; read_body asks once it is not
-
     def read_body(self) -> bytes:
         """The whole body, whatever becomes of the request, so that the connection can go on."""
         length, encoding = self.headers.get("Content-Length", "0"), self.headers.get("Transfer-Encoding")
@@ -2469,9 +2417,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise ApiError(400, "Content-Length must be a number")
         if int(length) > MAX_BODY:
             raise ApiError(413, f"the body has {length} bytes, and at most {MAX_BODY} are read")
-        if self.unread and self.request_version != "HTTP/1.0" and "Expect" in self.headers:
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.wfile.flush()
+        self.wfile.flush()  # http.server's 100 Continue
         self.deadline = time.monotonic() + self.server.patience
         body = self.read_chunks() if encoding else self.rfile.read(int(length))
         self.deadline = math.inf
@@ -2503,7 +2449,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     # The endpoints
 
     def page(self, body: bytes) -> None:
-        self.send(200, PAGE.encode(), "text/html; charset=utf-8", **PAGE_HEADERS)
+        self.send(200, PAGE.encode(), "text/html; charset=utf-8")
 
     def health(self, body: bytes) -> None:
         report = self.server.health()
@@ -2524,8 +2470,11 @@ class ApiHandler(BaseHTTPRequestHandler):
     def complete(self, body: bytes) -> None:
         """The one path of a request for text, in any dialect, streamed or not."""
         self.server.scheduler.check_available()
-        with self.server.turns:
-            request = self.dialect.read(self.read_json(body))
+        try:
+            with self.server.turns:
+                request = self.dialect.read(self.read_json(body))
+        except RecursionError as error:
+            raise ApiError(400, "the body is nested too deeply") from error
         self.server.scheduler.submit(request)
         self.waiting = request  # from now on the sweep looks whether the client is still there
         streams = request.fields["stream"]
@@ -2560,9 +2509,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         logger.debug("%s", printable(body.decode(errors="replace")))
         try:
             return json.loads(body)
-        except (ValueError, RecursionError) as error:
-            reasons = {UnicodeDecodeError: "it is not UTF-8", RecursionError: "it is nested too deeply"}
-            reason = reasons.get(type(error), str(error)) if body else "it is empty"
+        except ValueError as error:
+            reason = (
+                "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error) if body else "it is empty"
+            )
             raise ApiError(400, f"the body is not JSON ({reason}): send {self.dialect.example}") from error
 
     # Answers
@@ -2852,13 +2802,6 @@ def origin(text: str) -> str:
     return match[1]
 
 
-def api_key(text: str) -> str:
-    """An option's type: what can stand in a header."""
-    if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", text):
-        raise argparse.ArgumentTypeError("must be printable ASCII, not empty, without a space at either end")
-    return text
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     description, raw = (__doc__ or "").partition("\nThe rooms of this file")[0], argparse.RawDescriptionHelpFormatter
@@ -2877,7 +2820,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--port", type=whole_number(0, 65535), default=8080, help="port to listen on; 0: any free one (default: 8080)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, for this machine alone)")
     key = "key that clients must send, except to /health; `ps` shows it, so better set TT_API_KEY"
-    add("--api-key", metavar="KEY", type=api_key, default=os.environ.get("TT_API_KEY"), help=key)
+    add("--api-key", metavar="KEY", default=os.environ.get("TT_API_KEY"), help=key)
     sites = "site whose pages may ask, beside this machine's: its Origin, or * for any; may be repeated"
     add("--allow-origin", action="append", type=origin, default=[], metavar="ORIGIN", help=sites)
     card = "on a card (MESH_DEVICE names the board, TT_METAL_HOME the tt-metal checkout)"
@@ -2900,8 +2843,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def bind(options: argparse.Namespace) -> ApiServer:
     """Listen, before anything is loaded. Raises UserError where the address or the port cannot be had."""
     host, port = options.host, options.port
-    if not host:  # which would be all addresses
-        raise UserError("--host is empty: give an address, or leave it out")
+    if not host or options.api_key == "":  # an empty host is all addresses, an empty key none
+        raise UserError("--host, --api-key or TT_API_KEY is empty: give a value, or leave it out")
     try:
         server = ApiServer(host, port)
     except OSError as error:
@@ -3012,7 +2955,7 @@ def load(
     server.folder = str(checkpoint.folder)
     progress("loading the tokenizer")
     server.tokenizer = ChatTokenizer(checkpoint.tokenizer_model, checkpoint.stop_tokens)
-    size = (options.max_batch_size, choose_length(options, checkpoint.config), progress)
+    size = (options.max_batch_size, options.max_seq_len, progress)
     engine: Engine
     if device == "cpu":
         engine = TorchEngine(checkpoint, *size, dtype=options.dtype, threads=options.threads)
@@ -3037,10 +2980,10 @@ def serve(options: argparse.Namespace) -> int:
     url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
     found = find_checkpoint(options.model)
     device = choose_device(options, found)
+    options.max_seq_len = choose_length(options, found.config if found else DEMO_CONFIG)
     server.model, server.note = DEMO_NAME, DEMO_NOTE
     model = f"none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served on the CPU"
     if found:
-        choose_length(options, found.config)  # to report an error before anything is loaded
         server.model, server.folder, server.note = found.name, str(found.folder), ""
         model = f"{found.name}, {found.folder}"
     say(f"Llama API Server on Tenstorrent\n{'=' * 60}\nModel:  {model}\nHealth: {url}/health, while it loads too\n")
@@ -3072,10 +3015,7 @@ def stop_on_signals(server: ApiServer) -> None:
     scheduler = server.scheduler
     signal.sigwait(STOP_SIGNALS)
     notify_systemd("STOPPING=1")
-    again = (
-        f" when all is answered ({server.under_way}). Press CTRL+C again to cut it short" if server.under_way else ""
-    )
-    logger.info("Stopping%s.", again)
+    logger.info("Stopping when all is answered (%d). Press CTRL+C again to cut it short.", server.under_way)
     healthy = scheduler.state == "healthy"
     scheduler.stop(drain=True)
     if healthy:
