@@ -907,22 +907,26 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: R
 # Card engine
 # ======================================================================================================================
 
-# Boards by the names of MESH_DEVICE, (rows, columns) of chips: models/tt_transformers/demo/simple_text_demo.py.
+# The Generator's folder in a tt-metal checkout: its name until 2026-09, and since.
+GENERATOR_FOLDERS = ("tt_transformers", "ttt_compat")
+# Boards by the names of MESH_DEVICE, (rows, columns) of chips: demo/simple_text_demo.py. P300x2 is the QuietBox 2.
 MESH_SHAPES = {
     "N150": (1, 1), "N300": (1, 2), "N150x4": (1, 4), "T3K": (1, 8), "TG": (8, 4),
-    "P100": (1, 1), "P150": (1, 1), "P300": (1, 2), "P150x4": (1, 4), "P150x8": (1, 8), "BHGLX": (8, 4),
+    "P100": (1, 1), "P150": (1, 1), "P300": (1, 2), "P300x2": (1, 4), "P150x4": (1, 4), "P150x8": (1, 8),
+    "BHGLX": (8, 4),
 }  # fmt: skip
 # Boards by the number of chips: model_config's determine_device_name.
 WORMHOLE_BOARDS = {1: "N150", 2: "N300", 4: "N150x4", 8: "T3K", 32: "TG"}
 BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}
-# Bytes of DRAM for traces, by model and board: demo/trace_region_config.py. With too few the first trace fails; with
-# too many an 8B model and its KV cache no longer fit the 12 GB of an N150.
-TRACE_REGION_SIZE = 50_000_000
+# Bytes of DRAM for traces, by model and board ("": every other). Too few end the warm-up, and what is too much lacks
+# the KV cache. An 8B model needed more than 25 MB on N150 (tt-metal #48636), 36 on N300 (tt-inference-server #1839), 54
+# on T3K, 70 on P150 (#4005) and 110 on P150x4 (#3436); a 70B model 93 on P300x2 (#3400), and is given 224
+# (models/model_trace_region_sizes.yaml). Those traced fewer prompt shapes than TTEngine does. A 3B model leaves 0.7 GB
+# of an N150, where its prompts are not traced.
+TRACE_REGION_SIZE = 100_000_000
 TRACE_REGION_SIZES = {
-    "Llama-3.2-3B": {"N150": 10_000_000},
-    "Llama-3.1-8B": {"N150": 25_000_000, "N300": 38_000_000, "P150": 52_000_000, "P300": 52_000_000},
-    "70B": dict.fromkeys(MESH_SHAPES, 90_000_000) | {"P150x4": 96_000_000},
-}
+    ("3B", "N150"): 30_000_000, ("8B", "N150"): 160_000_000, ("8B", ""): 256_000_000, ("70B", ""): 256_000_000
+}  # fmt: skip
 # Tokens of KV cache that fit beside the weights: vLLM's figures, generator_vllm.py's get_max_tokens_all_users.
 KV_CACHE_TOKENS, KV_CACHE_TOKENS_8B_ON_N150 = 131_072, 32_768
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
@@ -936,20 +940,26 @@ def card_present() -> bool:
     return pretended or any(Path("/dev/tenstorrent").glob("*"))
 
 
-def find_tt_metal() -> Path:
-    """The tt-metal checkout, whose `models` no wheel has: in TT_METAL_HOME, PYTHONPATH or the current folder."""
-    for folder in filter(None, [os.environ.get("TT_METAL_HOME"), *sys.path, os.getcwd()]):
-        root = home_path(folder)
-        if (root / "models" / "tt_transformers").is_dir():
-            return root
-    raise UserError(
-        "a Tenstorrent card is here, but not tt-metal's models: git clone --recursive "
-        "https://github.com/tenstorrent/tt-metal ~/tt-metal && export TT_METAL_HOME=~/tt-metal (or use --device cpu)"
-    )
+def find_tt_metal() -> tuple[Path, str]:
+    """The tt-metal checkout and the Generator's folder in it, which no wheel has.
+
+    They are looked for in TT_METAL_HOME, PYTHONPATH and the current folder.
+    """
+    named = os.environ.get("TT_METAL_HOME")
+    for root in map(home_path, filter(None, [named, *sys.path, os.getcwd()])):
+        for folder in GENERATOR_FOLDERS:
+            if (root / "models" / folder / "tt" / "generator.py").is_file():  # git leaves empty folders behind
+                return root, folder
+    get = "git clone --recursive https://github.com/tenstorrent/tt-metal ~/tt-metal && export TT_METAL_HOME=~/tt-metal"
+    if named:
+        folders = " or ".join(f"models/{folder}" for folder in GENERATOR_FOLDERS)
+        raise UserError(f"TT_METAL_HOME is {named}, which has no {folders}: {get} (or use --device cpu)")
+    raise UserError(f"a Tenstorrent card is here, but not tt-metal's models: {get} (or use --device cpu)")
 
 
-def import_tt(root: Path, verbose: bool) -> tuple[Any, Any, Any, Any]:
-    """ttnn, and tt_transformers' modules common, generator and model_config from the checkout `root`."""
+def import_tt(verbose: bool) -> tuple[Any, Any, Any, Any]:
+    """ttnn, and the checkout's modules common, generator and model_config."""
+    root, folder = find_tt_metal()
     try:
         if not verbose:  # silence its loggers and progress bars first: ttnn logs while it is imported
             import loguru
@@ -972,8 +982,9 @@ def import_tt(root: Path, verbose: bool) -> tuple[Any, Any, Any, Any]:
     spec = importlib.machinery.ModuleSpec("models", None, is_package=True)
     spec.submodule_search_locations = [str(root / "models")]
     sys.modules["models"] = importlib.util.module_from_spec(spec)
+    names = (f"models.{folder}.tt.{name}" for name in ("common", "generator", "model_config"))
     try:
-        from models.tt_transformers.tt import common, generator, model_config
+        common, generator, model_config = map(importlib.import_module, names)
     except ImportError as error:
         raise UserError(
             f"tt-metal's models do not import ({error}): check out your ttnn's version in {root}, git submodule "
@@ -995,6 +1006,14 @@ def choose_board(ttnn: Any, data_parallel: int) -> tuple[str, str]:
     if rows * columns % data_parallel:
         raise UserError(f"--data-parallel {data_parallel} does not divide the {rows * columns} chips of {board}")
     return board, board if data_parallel == 1 else boards.get(rows * columns // data_parallel, board)
+
+
+def default_trace_region_size(model: str, board: str) -> int:
+    """Bytes of DRAM to keep for traces: the most specific entry of TRACE_REGION_SIZES."""
+    for (size, of_board), default in TRACE_REGION_SIZES.items():
+        if size in model and of_board in ("", board):
+            return default
+    return TRACE_REGION_SIZE
 
 
 @contextlib.contextmanager
@@ -1032,9 +1051,10 @@ def name_model(checkpoint: Checkpoint) -> None:
 
 
 class TTEngine:
-    """Llama 3 on Tenstorrent cards, over the Generator of tt-metal's models.tt_transformers, 2026-02 to 2026-06.
+    """Llama 3 on Tenstorrent cards, over tt-metal's Generator, 2026-02 to 2026-09.
 
-    The releases differ in their calls; what one can do is read from its signatures.
+    The releases differ in their calls. What one can do is read from its signatures, seen through wrappers, and from
+    its marks.
 
     Memory: each of the `data_parallel` copies of the model has `max_batch_size` slots and one pool of KV blocks. A
     slot's row of the page table lists the blocks that `reserve` gave it, then zeros. Block 0 belongs to no slot: it
@@ -1044,7 +1064,8 @@ class TTEngine:
     until 2026-09, silently (tt-metal #46828, #54435, #55630). The Generator cuts long prompts itself.
 
     Decode, traced and sampling on the card, takes tokens and positions from its own last step. It reads the host's
-    only at a reset: when a request joins, leaves or changes its parameters.
+    only at a reset: after a prefill or a change of the page table, and when a request joins, leaves or changes its
+    parameters.
     """
 
     prompt_chunk = 0
@@ -1059,6 +1080,7 @@ class TTEngine:
         accuracy: bool = False,
         data_parallel: int = 1,
         trace: bool = True,
+        trace_region_size: int | None = None,
         verbose: bool = False,
     ) -> None:
         """Open the card, load the model, compile and trace it.
@@ -1070,24 +1092,30 @@ class TTEngine:
             raise UserError(f"--max-batch-size is {max_batch_size}, and a card decodes together one of {sizes}")
         self.max_batch_size = max_batch_size * data_parallel
         self.max_seq_len = max_seq_len
+        self.note = ""  # what makes this slower than the card is
         self._slots_per_copy = max_batch_size
         self._traced = trace and "TT_METAL_SLOW_DISPATCH_MODE" not in os.environ
+        self._tracing = False  # once all is compiled
         self._generator: Any = None
         self._opened = contextlib.ExitStack()
         try:
-            ttnn, common, generator, model_config = import_tt(find_tt_metal(), verbose)
+            ttnn, common, generator, model_config = import_tt(verbose)
             name_model(checkpoint)
             board, board_of_copy = choose_board(ttnn, data_parallel)
             self.device = board.lower()
             self._divide_memory(checkpoint, common, board_of_copy, data_parallel)
+            if trace_region_size is None:
+                trace_region_size = default_trace_region_size(checkpoint.name, board_of_copy)
             progress(f"opening {board}")
-            boards: dict[str, int] = next((v for name, v in TRACE_REGION_SIZES.items() if name in checkpoint.name), {})
-            trace_region_size = boards.get(board_of_copy, TRACE_REGION_SIZE) if self._traced else 0
-            mesh = self._opened.enter_context(open_mesh(ttnn, board, trace_region_size))
+            mesh = self._opened.enter_context(open_mesh(ttnn, board, trace_region_size if self._traced else 0))
             progress(f"loading {checkpoint.name}")
             levels = model_config.DecodersPrecision
             precision = levels.accuracy if accuracy else levels.performance
+            # Concurrent requests with equal seeds get equal answers. Since 2026-08 the card would tell them apart
+            # (tt-metal #53167); no release before reads this.
+            model_config.ModelArgs.salt_duplicate_seeds = False
             self._load(ttnn, common, generator, generator.create_submeshes(mesh, data_parallel), mesh, precision)
+            self._read_capabilities(generator)
             self._warm_up(progress)
         except BaseException:
             self.close()
@@ -1112,7 +1140,7 @@ class TTEngine:
         self._positions = torch.full((self.max_batch_size,), -1, dtype=torch.int64)
 
     def _load(self, ttnn: Any, common: Any, generator: Any, submeshes: Any, mesh: Any, precision: Any) -> None:
-        """Load a copy of the model on each submesh, and find out how this release's Generator is called."""
+        """Load a copy of the model on each submesh."""
         paged = common.PagedAttentionConfig(block_size=BLOCK_SIZE, max_num_blocks=self._blocks_per_copy)
         models, model_args, kv_cache, state_dict = [], [], [], None
         for submesh in submeshes:
@@ -1131,38 +1159,53 @@ class TTEngine:
             kv_cache.append(cache)
         self._generator = generator.Generator(models, model_args, mesh)
         self._generator.already_warmed_up_prefill = True  # _warm_up does it, and tells how far it is
+        self._kv_cache = kv_cache
         longest = min(self.max_seq_len, args.max_prefill_chunk_size)  # longer prompts are read in pieces of this
         lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
         self._prompt_lengths = sorted({common.get_padded_prefill_len(length) for length in lengths})
 
-        prefill = self._generator.prefill_forward_text
-        decode = getattr(self._generator, "decode_forward_text", self._generator.decode_forward)  # until 2026-02
-        self._prefill_forward = functools.partial(prefill, kv_cache=kv_cache, enable_trace=self._traced)
-        self._decode_forward = functools.partial(
-            decode,
-            self._tokens,
-            self._positions,
-            page_table=self._page_table,
-            kv_cache=kv_cache,
-            enable_trace=self._traced,
-        )
-        self._card_samples = bool(models[0]._supports_on_device_sampling)
-        self._card_samples_prefill = self._card_samples and "sampling_params" in inspect.signature(prefill).parameters
+    def _read_capabilities(self, generator: Any) -> None:
+        """Find out how this release's Generator is called, and say what it lacks."""
+        this = self._generator
+        self._prefill_forward = this.prefill_forward_text
+        self._decode_forward = getattr(this, "decode_forward_text", this.decode_forward)  # until 2026-02
+        # Since 2026-09 prefill_forward_text is a wrapper with *args, **kwargs around an _impl, which has the names.
+        prefill = inspect.signature(getattr(this, "_prefill_forward_text_impl", self._prefill_forward)).parameters
+        decode = inspect.signature(self._decode_forward).parameters
+        contract = getattr(this, "decode_input_update_contract", int("reload_sampling_params" in decode))
+        self._has_decode_contract = contract >= 1
+        self._card_samples = bool(getattr(this.model[0], "_supports_on_device_sampling", False))
+        self._card_samples_prefill = self._card_samples and "sampling_params" in prefill
         self._card_sampling_params = generator.SamplingParams
-        self._decoding: dict[int, SamplingParams | None] = {}  # the slots of the last decode step
+        self._decoding: dict[int, SamplingParams | None] = {}  # the slots of the last decode step; empty: reset
         self._sampling_of_batch: Any = None
+        missing = {
+            "traces (TT_METAL_SLOW_DISPATCH_MODE is set)": "TT_METAL_SLOW_DISPATCH_MODE" in os.environ,
+            "sampling on the card": not self._card_samples,
+            "sampling on the card for an answer's first token": self._card_samples and not self._card_samples_prefill,
+        }
+        if any(missing.values()):
+            self.note = f"slower than it could be, without {', '.join(name for name in missing if missing[name])}"
+            logger.warning("%s is %s", self.device, self.note)
 
     def _warm_up(self, progress: Progress) -> None:
-        """Compile and trace every padded prompt length and the decode step, before the first request."""
-        sampling = SamplingParams(temperature=1.0)
-        for number, length in enumerate(self._prompt_lengths):
-            progress(f"compiling prompts of {length} tokens", number / (len(self._prompt_lengths) + 1))
-            for slot in range(0, self.max_batch_size, self._slots_per_copy):  # each copy has its own traces
-                self._prefill(Work(slot, [0] * length, 0, sampling))
-        progress(f"compiling decode of {self.max_batch_size} slots")
-        for position in (0, 1):  # captured, then replayed
-            self._decode([Work(slot, [0], position, sampling) for slot in range(self.max_batch_size)])
-        self._decoding = {}
+        """Compile every padded prompt length and the decode step, then trace them, before the first request.
+
+        What is compiled while a trace is kept, or staged for decode while a prefill trace is, may lie where that
+        trace writes (tt-metal #56215). So all is compiled before the first trace, and decode is the first to be traced.
+        """
+        sampled = SamplingParams(temperature=1.0)
+        stages = 2 * (len(self._prompt_lengths) + 1) if self._traced else len(self._prompt_lengths) + 1
+        stage = itertools.count()
+        for doing, tracing in [("compiling", False), ("tracing", True)][: 1 + self._traced]:
+            self._tracing = tracing
+            progress(f"{doing} decode of {self.max_batch_size} slots", next(stage) / stages)
+            for sampling, position in itertools.product((SamplingParams(temperature=0), sampled), (0, 1)):
+                self._decode([Work(slot, [0], position, sampling) for slot in range(self.max_batch_size)])
+            for length in self._prompt_lengths:
+                progress(f"{doing} prompts of {length} tokens", next(stage) / stages)
+                for slot in range(0, self.max_batch_size, self._slots_per_copy):  # each copy has its own traces
+                    self._prefill(Work(slot, [0] * length, 0, sampled))
 
     def reserve(self, slot: int, length: int) -> bool:
         """Give the slot the blocks that `length` tokens take; False while its pool lacks them."""
@@ -1176,6 +1219,7 @@ class TTEngine:
             free.append(blocks.pop())
         self._page_table[slot] = 0
         self._page_table[slot, :wanted] = torch.tensor(blocks)
+        self._decoding = {}
         return True
 
     def step(self, batch: Sequence[Work]) -> list[int]:
@@ -1189,14 +1233,15 @@ class TTEngine:
         return [tokens[work.slot] for work in batch]
 
     def _prefill(self, work: Work) -> int:
-        if work.slot in self._decoding:  # a new request: the card must not decode on for the one before it
-            self._decoding = {}
+        self._decoding = {}
         on_card = {"sampling_params": self._sampling_on_card([work])} if self._card_samples_prefill else {}
         output = self._prefill_forward(
             torch.tensor([list(work.tokens)]),
             page_table=self._page_table[work.slot : work.slot + 1],
+            kv_cache=self._kv_cache,
             prompt_lens=[len(work.tokens)],
             empty_slots=[work.slot],
+            enable_trace=self._tracing,
             **on_card,
         )
         if on_card:
@@ -1206,19 +1251,29 @@ class TTEngine:
     def _decode(self, batch: Sequence[Work]) -> dict[int, int]:
         """One step of these slots, the others idle; each slot's next token."""
         decoding = {work.slot: work.sampling for work in batch}
-        reset_batch = decoding != self._decoding
+        reset = decoding != self._decoding
         self._decoding = {}  # until the step has succeeded
-        if reset_batch:
+        if reset:
             self._positions.fill_(-1)
+            # At a reset the card keeps its own token where its position is the host's or one ahead, unless the slot is
+            # in this set. Here the host's tokens are always right.
+            self._generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
             self._generator.prev_page_table = None  # in 2026-02 a changed page table is what resets all but the seeds
             if self._card_samples:
                 self._sampling_of_batch = self._sampling_on_card(batch, range(self.max_batch_size))
         slots = torch.tensor(list(decoding))
         self._tokens[slots] = torch.tensor([list(work.tokens) for work in batch])
         self._positions[slots] = torch.tensor([work.position for work in batch])
-        on_card = {"sampling_params": self._sampling_of_batch, "reset_batch": reset_batch} if self._card_samples else {}
-        output, _ = self._decode_forward(**on_card)  # the other is log_probs
-        if on_card:  # tokens [slots]
+        output, _ = self._decode_forward(  # the other is log_probs
+            self._tokens,
+            self._positions,
+            page_table=self._page_table,
+            kv_cache=self._kv_cache,
+            enable_trace=self._tracing,
+            sampling_params=self._sampling_of_batch,
+            **self._decode_commands(reset),
+        )
+        if self._card_samples:  # tokens [slots]
             tokens = output.tolist()
             next_tokens = {slot: tokens[slot] for slot in decoding}
         else:  # logits [slots, 1, vocabulary]
@@ -1227,10 +1282,25 @@ class TTEngine:
         self._decoding = decoding
         return next_tokens
 
+    def _decode_commands(self, reset: bool) -> dict[str, bool]:
+        """Tell the Generator what a decode step takes from the host, by its decode contract or the way before it.
+
+        models/common/decode_contract.py: all four commands come with every call. Where the host samples, or nothing is
+        traced, each step takes the host's inputs.
+        """
+        if not self._has_decode_contract:
+            return {"reset_batch": reset and self._card_samples}
+        return {
+            "reload_inputs": reset or not (self._card_samples and self._tracing),
+            "reload_page_table": False,  # without the inputs: here a changed page table is a reset
+            "reload_sampling_params": reset and self._card_samples,
+            "reset_sampling_state": reset and self._card_samples,
+        }
+
     def _sampling_on_card(self, batch: Sequence[Work], slots: Sequence[int] = ()) -> Any:
         """tt-metal's SamplingParams: lists with an entry for each item, or for each slot, where idle ones are greedy.
 
-        In 2026-06 (the default seed is None) the card draws a token from the request's seed and the position, and
+        Since 2026-06 (the default seed is None) the card draws a token from the request's seed and the position, and
         traces the sampling only while no slot has a seed. In 2026-02 a reset seeds all slots anew: with the position
         mixed in, or a request that joins would make the others draw the same numbers again.
         """
