@@ -3029,6 +3029,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     copies = "copies of the model, each on its own chips (default: 1)"
     add("--data-parallel", type=whole_number(1, 32), default=1, metavar="N", help=copies)
     add("--no-trace", action="store_true", help="run without traces, to debug; slower")
+    region = "bytes of DRAM for traces (default: by model and board)"
+    add("--trace-region-size", type=whole_number(0, 999_999_999), metavar="N", help=region)
     add = parser.add_argument_group("on the CPU").add_argument
     dtypes = "arithmetic (default: auto, the fastest); in float32 an answer does not depend on other requests"
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=dtypes)
@@ -3123,8 +3125,8 @@ def choose_device(options: argparse.Namespace, found: Checkpoint | None) -> str:
     Only the demo passes a card over. For all else that is missing there is an error that says how to get it.
     """
     if options.device == "cpu" or (options.device == "auto" and (found is None or not card_present())):
-        if options.accuracy or options.no_trace or options.data_parallel > 1:
-            options_of_cards = "--accuracy, --data-parallel and --no-trace"
+        if options.accuracy or options.no_trace or options.trace_region_size or options.data_parallel > 1:
+            options_of_cards = "--accuracy, --data-parallel, --no-trace and --trace-region-size"
             raise UserError(f"{options_of_cards} are for a model on a card, and this runs on the CPU: leave them out")
         return "cpu"
     if not card_present():
@@ -3160,14 +3162,16 @@ def load(
     if device == "cpu":
         engine = TorchEngine(checkpoint, *size, dtype=options.dtype, threads=options.threads)
     else:
-        engine = TTEngine(
+        engine = card = TTEngine(
             checkpoint,
             *size,
             accuracy=options.accuracy,
             data_parallel=options.data_parallel,
             trace=not options.no_trace,
+            trace_region_size=options.trace_region_size,
             verbose=options.verbose,
         )
+        server.note = card.note
     # What is loaded stays. Looking through it for garbage again and again would hold all threads up for 0.2 s.
     gc.freeze()
     return engine
