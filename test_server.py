@@ -448,6 +448,7 @@ class FakeEngine:
     """
 
     device = "fake"
+    resume_align = 1
 
     def __init__(
         self,

@@ -625,8 +625,9 @@ class Engine(Protocol):
     max_seq_len: int  # tokens that a slot can hold, prompt and answer
     kv_cache_tokens: int  # that all slots together can hold
     # Prompt tokens that a step may read. A prompt may then be read in pieces, and go on from what an earlier request
-    # left in its slot, which takes no room from other slots. 0: prompts are read whole, from the start.
+    # left in its slot. 0: prompts are read whole, from the start.
     prompt_chunk: int
+    resume_align: int  # a prompt goes on at a multiple of this
 
     def reserve(self, slot: int, length: int) -> bool:
         """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back."""
@@ -684,6 +685,7 @@ class TorchEngine:
 
     device = "cpu"
     prompt_chunk = 512  # more are no faster
+    resume_align = 1
     SMALL = 200_000_000  # weights; a smaller model is faster on one thread, for threads wait at every operation
     HEADS = 32  # parts of the output head: in one piece it would be in memory twice while it is loaded
 
@@ -1840,6 +1842,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give free slots to those who wait longest, while the engine has room."""
+        align = self._engine.resume_align
         while self._queue and (free := [slot for slot in self._slots if slot.request is None]):
             request = self._queue[0]
             length = len(request.prompt) + request.max_tokens
@@ -1849,7 +1852,12 @@ class Scheduler:
             common = {slot.index: slot.common(request.prompt) for slot in free}
             own = {slot.index: common[slot.index] if 2 * common[slot.index] > slot.held else 0 for slot in free}
             free.sort(key=lambda slot: (-own[slot.index], bool(slot.held), slot.used))
-            slot = next((slot for slot in free if self._engine.reserve(slot.index, length)), None)
+            # What idle slots hold gives way to the request: the oldest first, and last what it could have reused.
+            kept = sorted((slot for slot in free if slot.held), key=lambda slot: (own[slot.index], slot.used))
+            while (slot := next((slot for slot in free if self._engine.reserve(slot.index, length)), None)) is None:
+                if not kept:
+                    break
+                self._keep(kept.pop(0), 0)
             if slot is None and len(free) < len(self._slots):
                 return  # until another request has ended
             self._queue.popleft()
@@ -1858,7 +1866,7 @@ class Scheduler:
                 self._finish(request, "error")
                 continue
             request.admitted = time.monotonic()
-            slot.held = request.cached = common[slot.index]
+            slot.held = request.cached = min(common[slot.index], slot.held) // align * align
             slot.request, slot.tokens = request, list(request.prompt)
 
     def _plan(self) -> list[Work]:
@@ -1867,11 +1875,13 @@ class Scheduler:
         batch = [Work(slot.index, slot.tokens[-1:], slot.held, r.sampling) for slot, r in busy if slot.pending == 1]
         prompts = [(slot, request) for slot, request in busy if slot.pending > 1]
         chunk = self._engine.prompt_chunk
-        budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > len(batch) else self.PROMPT_BUDGET + len(batch)
+        align = max(self._engine.resume_align, 16)  # in bfloat16 such pieces give the same logits as the whole
+        few = max(self.PROMPT_BUDGET + len(batch), align)
+        budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > len(batch) else few
         for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
             end = len(slot.tokens)
             if chunk and slot.pending > budget:
-                end = (slot.held + budget) // 16 * 16  # in bfloat16 such pieces give the same logits as the whole
+                end = (slot.held + budget) // align * align
             if budget <= 0 or end <= slot.held:
                 break
             budget -= end - slot.held
@@ -1920,11 +1930,14 @@ class Scheduler:
             self._failures = 0
         self._finish(slot.request, outcome)
         slot.request, slot.used = None, time.monotonic()
-        if self._engine.prompt_chunk and outcome != "error":
-            del slot.tokens[slot.held :]
-        else:  # what it holds is of no use, or not to be trusted
-            self._engine.reserve(slot.index, 0)
-            slot.tokens, slot.held = [], 0
+        # After an error what it holds is not to be trusted.
+        self._keep(slot, slot.held if self._engine.prompt_chunk and outcome != "error" else 0)
+
+    def _keep(self, slot: Slot, held: int) -> None:
+        """Keep so many tokens of an idle slot, for a request that starts the same way, and give back its other room."""
+        slot.held = held
+        del slot.tokens[held:]
+        self._engine.reserve(slot.index, held)
 
     def _give_up(self, error: str) -> None:
         with self._wake:
