@@ -1155,7 +1155,7 @@ class Card:
         self.chips, self.samples, self.folder = chips, samples, folder
         self.get_num_devices = lambda: chips
         self.log: list[str] = []  # what was opened and closed
-        self.compiled: set[str] = set()
+        self.runs: collections.Counter[str] = collections.Counter()  # of each shape; its first one compiles it
         self.resets: list[bool] = []  # reset_batch, or reload_inputs, of each decode step
         self.sampling: Any = None  # the SamplingParams of the last one
         self.precision, self.trace_region_size, self.traced = "", 0, False
@@ -1276,7 +1276,7 @@ class GeneratorBase:
     """What is common to the releases, and what differs below their signatures. A call holds its arguments by name."""
 
     def __init__(self, model: list[PagedLlama], model_args: list[PagedLlama], mesh: Mesh) -> None:
-        self.model, self.card, self.size = model, mesh.card, model_args[0].max_batch_size
+        self.model, self.model_args, self.card, self.size = model, model_args, mesh.card, model[0].max_batch_size
         self.already_warmed_up_prefill, self.cycle = False, self  # which only the garbage collector ends
         self.prev_page_table: torch.Tensor | None = None
         self.kept: list[torch.Tensor] = []  # on the card, for the next traced step: tokens, positions, page table
@@ -1292,36 +1292,56 @@ class GeneratorBase:
             self.card.close_mesh_device(model.mesh)
 
     def prefill(self, call: Any) -> Any:
-        """prefill_forward_text, of one prompt."""
+        """prefill_forward_text. Prompts of one padded length, from their start, are one call of the model."""
         assert not call.kwargs, "prepare_inputs_prefill() got an unexpected keyword argument"
-        assert call.start_pos is None, "not before 2026-09: it reads the wrong blocks"
         self.card.call("prefill")
         assert self.already_warmed_up_prefill, "the Generator would warm up within the first request"
         assert call.page_table.dtype == torch.int32 and call.tokens.dtype == torch.int64
-        [slot], [length] = call.empty_slots, call.prompt_lens
-        copy, padded = slot // self.size, get_padded_prefill_len(length)
-        model = self.model[copy]
-        assert call.kv_cache[copy] is model.cache and call.tokens.shape[1] >= length
-        assert 0 < length <= model.max_seq_len, "Padded prefill end idx exceeds max seq len"
-        self.run(f"prefill of {padded} on copy {copy}", call.enable_trace and padded <= 1024)
-        # The padding is written too, where the page table says: as far as it goes, or to the prompt's last block.
-        whole = self.card.new or (call.enable_trace and padded <= 1024)
-        table = call.page_table[:, : math.ceil((padded if whole else length) / 32)]
-        logits = model.read([call.tokens[0, :length].tolist()], [0], table)
-        if padding := min(padded, 32 * table.shape[1]) - length:
-            model.read([[0] * padding], [length], table)
-        self._slots_prefilled_since_decode.add(slot)
+        assert call.start_pos is None or self.card.newest, "not before 2026-09: it reads the wrong blocks"
+        slots, ends, count = call.empty_slots, call.prompt_lens, len(call.tokens)
+        starts = self.align(call.start_pos or [0] * count, ends)
+        padded = [get_padded_prefill_len(end - start) for start, end in zip(starts, ends, strict=True)]
+        rows, together = 1, self.card.new and count > 1 and len(set(padded)) == len(self.model) == 1 and not any(starts)
+        if together:
+            rows = 1 << (max(count, max(slots) + 1 if self.card.newest else 0) - 1).bit_length()
+            assert max(slots) < rows <= self.size, "index out of bounds for dimension 0"
+        logits: list[torch.Tensor] = []
+        for row, (slot, start, end) in enumerate(zip(slots, starts, ends, strict=True)):
+            self.read_prompt(call, row, 0 if together else slot // self.size, rows, start, end, logits)
+        self._slots_prefilled_since_decode |= set(slots)
         self.reads_prompts, self.params = True, None
         if not (self.card.new and call.sampling_params):
-            return logits[None]
-        return torch.tensor([self.draw(call, logits, [0], [length - 1])]), [None]
+            return torch.cat(logits)[:, None]
+        drawn = self.draw(call, torch.cat(logits), list(range(count)), [end - 1 for end in ends])
+        return torch.tensor(drawn)[:, None], [None] * count
+
+    def read_prompt(
+        self, call: Any, row: int, copy: int, rows: int, start: int, end: int, logits: list[torch.Tensor]
+    ) -> None:
+        padded, model = get_padded_prefill_len(end - start), self.model[copy]
+        assert call.kv_cache[copy] is model.cache and call.tokens.shape[1] >= end > start
+        assert start + padded <= model.max_seq_len or not start, "Padded prefill end idx exceeds max seq len"
+        assert end <= model.max_seq_len, "Padded prefill end idx exceeds max seq len"
+        traced = call.enable_trace and padded <= 1024
+        if row in (0, rows):
+            self.run(f"prefill of {rows} x {padded} on copy {copy}" + " that goes on" * (start > 0), traced)
+        # The padding is written too, where the page table says: as far as it goes, or to the prompt's last block.
+        whole = (self.card.new and not start) or (traced and not start)
+        table = call.page_table[row : row + 1, : math.ceil((start + padded if whole else end) / 32)]
+        logits.append(model.read([call.tokens[row, start:end].tolist()], [start], table))
+        if padding := min(start + padded, 32 * table.shape[1]) - end:
+            model.read([[0] * padding], [end], table)
+
+    def align(self, starts: list[int], ends: list[int], kv_cache: object = None) -> list[int]:
+        """_align_resume_offsets: down to where the blocks and the attention of the padded rest may begin."""
+        return [start // 64 * 64 if end - start <= 1024 else start // 256 * 256 for start, end in zip(starts, ends)]
 
     def run(self, shape: str, traced: bool) -> None:
         """Compile or trace this shape, or replay its trace.
 
         A prefill trace writes where decode's inputs lie, if it is older than decode's own (tt-metal #56215).
         """
-        self.card.compiled.add(shape + " with a trace" * traced)
+        self.card.runs[shape + " with a trace" * traced] += 1
         if traced and shape not in self.traces:
             self.traces.append(shape)
         if traced and shape != "decode" and "decode" in self.traces and self.traces[0] != "decode":
@@ -1401,7 +1421,7 @@ class GeneratorBase:
         """
         params, drawn = self.params or call.sampling_params, []
         entries = list(zip(params.temperature, params.top_k, params.top_p, params.seed, strict=True))
-        assert len(entries) == len(call.tokens), "one entry for each slot"
+        assert len(entries) == len(call.tokens), "one entry for each slot, or prompt"
         for row, slot, position in zip(logits, slots, positions):
             temperature, top_k, top_p, seed = entries[slot]
             assert temperature >= 0 and 1 <= top_k <= 32 and 0 <= top_p <= 1, "not every release clamps these"
@@ -1425,7 +1445,7 @@ MODULES = {
 from dataclasses import dataclass
 from types import SimpleNamespace
 from test_server import GeneratorBase, create_submeshes
-
+{mark}
 @dataclass(frozen=True)
 class SamplingParams:
     temperature: object
@@ -1435,7 +1455,6 @@ class SamplingParams:
 
 class Generator(GeneratorBase):
     {marks}
-
     def decode_forward(self, start_pos, tokens, prefill_cross_attention_masks):
         raise AssertionError("this is for vision models")
 
@@ -1452,6 +1471,7 @@ class Generator(GeneratorBase):
 }
 OLDEST = {
     "seed": "0",
+    "mark": "",
     "marks": "",
     "prefill": "prefill_forward_text",
     "sampling": "",
@@ -1459,10 +1479,15 @@ OLDEST = {
     "commands": "reset_batch=False",
 }
 CHANGES = {  # in the text of MODULES; a date's are in all later releases
-    "2026-06": {"seed": "None", "sampling": "sampling_params=None, ", "decode": "decode_forward"},
-    "2026-09": {"prefill": "_prefill_forward_text_impl"},
+    "2026-06": {
+        "seed": "None",
+        "mark": "SUPPORTED_PREFILL_BATCH_SIZES = (1, 2, 4, 8, 16, 32)",
+        "sampling": "sampling_params=None, ",
+        "decode": "decode_forward",
+    },
+    "2026-09": {"marks": "_align_resume_offsets = GeneratorBase.align", "prefill": "_prefill_forward_text_impl"},
     "2026-09 contract": {
-        "marks": "decode_input_update_contract = 1",
+        "marks": "decode_input_update_contract, _align_resume_offsets = 1, GeneratorBase.align",
         "commands": "*, reload_inputs, reload_page_table, reload_sampling_params, reset_sampling_state",
     },
 }
@@ -1541,12 +1566,17 @@ class HandDriven:
 
 @functools.cache
 def cpu_texts() -> list[tuple[list[int], list[int]]]:
-    """Prompts on both sides of every edge of a block and of the padding, and what the CPU engine answers, greedily."""
+    """Prompts on both sides of every edge of a block and of the padding, and what the CPU engine answers, greedily.
+
+    The last three begin with the same 190 tokens.
+    """
     chance = random.Random(5)
-    lengths = (1, 2, 31, 32, 33, 64, 100, 127, 128, 129, 200, 257)
+    lengths = (1, 2, 31, 32, 33, 64, 100, 127, 128, 129, 200, 257, 200, 300, 420)
+    shared = [chance.randrange(128000) for _ in range(190)]
     cpu = HandDriven(float32_engine(tt_model(), len(lengths)))
     for slot, length in enumerate(lengths):
-        cpu.join(slot, [chance.randrange(128000) for _ in range(length)])
+        prompt = [chance.randrange(128000) for _ in range(length)]
+        cpu.join(slot, [*shared, *prompt[190:]] if slot >= 12 else prompt)
     cpu.steps(*[range(len(lengths))] * 40)
     return [(cpu.prompts[slot], cpu.answers[slot]) for slot in cpu.prompts]
 
@@ -1555,7 +1585,7 @@ def reserving(text: int, length: int, count: int) -> tuple[server.Request, list[
     """A request that reserves so many tokens and ends after `count` of them, or before; and the CPU's answer to it."""
     prompt, answer = cpu_texts()[text]
     stop = answer[count]
-    return request(prompt, length - len(prompt), frozenset({stop})), answer[: answer.index(stop)]
+    return request(prompt, max(length - len(prompt), 40), frozenset({stop})), answer[: answer.index(stop)]
 
 
 def received(asked: server.Request) -> list[int]:
@@ -1587,18 +1617,18 @@ class TTEngineTest(unittest.TestCase):
             with self.subTest(release, samples=samples, copies=copies), stand_in(release, copies, samples) as card:
                 traced = copies == 1 or card.new
                 engine = tt_engine(32 // copies, 40000, data_parallel=copies, trace=traced)
-                size, compiled = (32, TT_POOL, copies * TT_POOL), set(card.compiled)
+                size, compiled = (32, TT_POOL, copies * TT_POOL), set(card.runs)
                 self.assertEqual((engine.max_batch_size, engine.max_seq_len, engine.kv_cache_tokens), size)
                 with scheduling(engine) as scheduler, concurrent.futures.ThreadPoolExecutor(40) as pool:
                     client(scheduler, 1.0, *reserving(9, 300, 30))
                     jobs = []
                     for length in chance.choices((300, 1000, 4000, 20000), k=125):
-                        job = reserving(chance.randrange(12), length, chance.choice((1, 2, 5, 10, 39)))
+                        job = reserving(chance.randrange(15), length, chance.choice((1, 2, 5, 10, 39)))
                         jobs.append(pool.submit(client, scheduler, chance.random(), *job))
                     for ended in jobs:
                         ended.result()
                     self.check_admission(scheduler, card, copies)
-                self.assertEqual(card.compiled, compiled, "compiled while it serves")
+                self.assertEqual(set(card.runs), compiled, "compiled while it serves")
 
     def check_admission(self, scheduler: server.Scheduler, card: Card, copies: int) -> None:
         """A request can have all blocks of its copy; the next one waits for them, though slots are free."""
@@ -1612,6 +1642,29 @@ class TTEngineTest(unittest.TestCase):
             self.assertEqual(received(asked), expected)
         *whole, (small, _) = requests
         self.assertGreaterEqual(small.admitted, min(asked.last_token for asked, _ in whole))
+
+    def test_prompts_together_and_in_pieces(self) -> None:
+        """One call for prompts of one padded length; a long one in pieces beside streams; only what is new is read."""
+        together, piece = "prefill of 16 x 128 on copy 0 with a trace", "prefill of 1 x 128 on copy 0 that goes on"
+        for release in RELEASES:
+            with self.subTest(release), stand_in(release) as card, scheduling(tt_engine(32)) as scheduler:
+                card.before["prefill"] = (gate := threading.Event()).wait
+                before, cached = collections.Counter(card.runs), []
+                burst = [reserving(text, 300, 39) for text in (0, *range(4), *range(4), *range(4), *range(4))]
+                for asked, _ in burst:
+                    scheduler.submit(asked)
+                    wait_until(lambda: scheduler.busy)  # the first is read alone
+                gate.set()
+                for text in (12, 13, 13, 11, 11):
+                    asked, expected = reserving(text, 500, 20)
+                    scheduler.submit(asked)
+                    self.assertEqual(received(asked), expected)
+                    cached.append(asked.cached)
+                for asked, expected in burst:
+                    self.assertEqual(received(asked), expected)
+                self.assertEqual(cached, [0, 128, 256, 0, 256] if card.newest else [0] * 5)
+                used = card.runs - before
+                self.assertEqual((used[together], used[piece + " with a trace"] > 0), (int(card.new), card.newest))
 
     def test_a_small_context(self) -> None:
         """Prompts are padded to more than a small context holds."""

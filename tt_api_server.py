@@ -933,6 +933,11 @@ TRACE_REGION_SIZES = {
 KV_CACHE_TOKENS, KV_CACHE_TOKENS_8B_ON_N150 = 131_072, 32_768
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows one model; 32 is a tile's height
+SHORT_PREFILL, LONG_PREFILL = 128, 1024  # tokens that a prefill call is padded to at least: get_padded_prefill_len
+PREFILL_CHUNK = 2 * LONG_PREFILL  # prompt tokens in a step
+# Prompts that one prefill call reads, and the tokens that it reads at most, padding included: of these shapes few are
+# to be compiled and traced, and they need no more memory than a chunk of a long prompt does.
+PREFILL_ROWS, PREFILL_ROWS_TOKENS = (16, 4), 4096
 MAX_TOP_K = 32  # tokens that sampling on the card looks at
 
 
@@ -1062,15 +1067,14 @@ class TTEngine:
     slot's row of the page table lists the blocks that `reserve` gave it, then zeros. Block 0 belongs to no slot: it
     takes what is written for the padding of prompts.
 
-    Prefill reads a prompt whole. `start_pos`, which goes on from what a slot holds, used wrong blocks on some paths
-    until 2026-09, silently (tt-metal #46828, #54435, #55630). The Generator cuts long prompts itself.
+    Prefill reads short prompts together, padded to one length. It reads long ones in pieces, and goes on from what a
+    slot holds, where the Generator aligns `start_pos`. Before, that used wrong blocks on some paths, silently (tt-metal
+    #46828, #54435, #55630): there a prompt is read whole.
 
     Decode, traced and sampling on the card, takes tokens and positions from its own last step. It reads the host's
     only at a reset: after a prefill or a change of the page table, and when a request joins, leaves or changes its
     parameters.
     """
-
-    prompt_chunk = 0
 
     def __init__(
         self,
@@ -1118,6 +1122,7 @@ class TTEngine:
             model_config.ModelArgs.salt_duplicate_seeds = False
             self._load(ttnn, common, generator, generator.create_submeshes(mesh, data_parallel), mesh, precision)
             self._read_capabilities(generator)
+            self._choose_shapes(generator, common)
             self._warm_up(progress)
         except BaseException:
             self.close()
@@ -1162,9 +1167,6 @@ class TTEngine:
         self._generator = generator.Generator(models, model_args, mesh)
         self._generator.already_warmed_up_prefill = True  # _warm_up does it, and tells how far it is
         self._kv_cache = kv_cache
-        longest = min(self.max_seq_len, args.max_prefill_chunk_size)  # longer prompts are read in pieces of this
-        lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
-        self._prompt_lengths = sorted({common.get_padded_prefill_len(length) for length in lengths})
 
     def _read_capabilities(self, generator: Any) -> None:
         """Find out how this release's Generator is called, and say what it lacks."""
@@ -1190,24 +1192,45 @@ class TTEngine:
             self.note = f"slower than it could be, without {', '.join(name for name in missing if missing[name])}"
             logger.warning("%s is %s", self.device, self.note)
 
+    def _choose_shapes(self, generator: Any, common: Any) -> None:
+        """Find out how prompts may be read, and so in what shapes: (position, padded length, rows) of each call."""
+        this, args = self._generator, self._generator.model_args[0]
+        align: Any = getattr(this, "_align_resume_offsets", lambda *_: [])
+        ends = [SHORT_PREFILL + SHORT_PREFILL, SHORT_PREFILL + LONG_PREFILL]
+        resumes = align([SHORT_PREFILL] * 2, ends, self._kv_cache) == [SHORT_PREFILL] * 2  # it would lower others
+        self.prompt_chunk, self.resume_align = (PREFILL_CHUNK, SHORT_PREFILL) if resumes else (0, 1)
+        # Longer prompts are read in pieces of this, here or by the Generator.
+        longest = min(self.max_seq_len, args.max_prefill_chunk_size, LONG_PREFILL if resumes else self.max_seq_len)
+        lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
+        together = len(this.model) == 1 and not getattr(args, "disable_batched_prefill", False)
+        most = PREFILL_ROWS_TOKENS if together and hasattr(generator, "SUPPORTED_PREFILL_BATCH_SIZES") else 0
+        self._rows = {
+            length: [rows for rows in PREFILL_ROWS if rows <= self._slots_per_copy and rows * length <= most] + [1]
+            for length in sorted(set(map(common.get_padded_prefill_len, lengths)))
+        }
+        self._shapes = [(0, length, rows) for length in self._rows for rows in self._rows[length]]
+        if resumes:
+            fitting = (length for length in self._rows if SHORT_PREFILL + length <= self._padded_seq_len)
+            self._shapes += [(SHORT_PREFILL, length, 1) for length in fitting]
+
     def _warm_up(self, progress: Progress) -> None:
-        """Compile every padded prompt length and the decode step, then trace them, before the first request.
+        """Compile every shape of prompts and the decode step, then trace them, before the first request.
 
         What is compiled while a trace is kept, or staged for decode while a prefill trace is, may lie where that
         trace writes (tt-metal #56215). So all is compiled before the first trace, and decode is the first to be traced.
         """
         sampled = SamplingParams(temperature=1.0)
-        stages = 2 * (len(self._prompt_lengths) + 1) if self._traced else len(self._prompt_lengths) + 1
-        stage = itertools.count()
+        stages, stage = (1 + self._traced) * (1 + len(self._shapes)), itertools.count()
         for doing, tracing in [("compiling", False), ("tracing", True)][: 1 + self._traced]:
             self._tracing = tracing
             progress(f"{doing} decode of {self.max_batch_size} slots", next(stage) / stages)
             for sampling, position in itertools.product((SamplingParams(temperature=0), sampled), (0, 1)):
                 self._decode([Work(slot, [0], position, sampling) for slot in range(self.max_batch_size)])
-            for length in self._prompt_lengths:
-                progress(f"{doing} prompts of {length} tokens", next(stage) / stages)
-                for slot in range(0, self.max_batch_size, self._slots_per_copy):  # each copy has its own traces
-                    self._prefill(Work(slot, [0] * length, 0, sampled))
+            for position, length, rows in self._shapes:
+                progress(f"{doing} {rows} prompts of {length} tokens", next(stage) / stages)
+                for first in range(0, self.max_batch_size, self._slots_per_copy):  # each copy has its own traces
+                    slots = range(first, first + rows)
+                    self._prefill([Work(slot, [0] * length, position, sampled) for slot in slots])
 
     def reserve(self, slot: int, length: int) -> bool:
         """Give the slot the blocks that `length` tokens take; False while its pool lacks them."""
@@ -1225,30 +1248,71 @@ class TTEngine:
         return True
 
     def step(self, batch: Sequence[Work]) -> list[int]:
-        """Prefill the batch's prompts one by one, then decode its other slots together.
+        """Prefill the batch's prompts, those of one padded length together, then decode its other slots together.
 
         After an exception the next step works, though what the slots of this one hold is unknown.
         """
-        tokens = {work.slot: self._prefill(work) for work in batch if not work.position}
-        if decoding := [work for work in batch if work.position]:
+        tokens: dict[int, int] = {}
+        short: dict[int, list[Work]] = {}  # prompts that one call reads, by padded length
+        for work in batch:
+            if work.position == 0 or len(work.tokens) > 1:
+                pieces = self._pieces(work)
+                if len(pieces) == 1 and work.position == 0:
+                    padded = next((length for length in self._rows if len(work.tokens) <= length), 0)
+                    short.setdefault(padded, []).append(work)
+                    continue
+                for piece in pieces:
+                    tokens |= self._prefill([piece])
+        for padded, works in short.items():
+            while works:
+                rows = next(rows for rows in self._rows.get(padded, [1]) if 3 * rows <= 4 * len(works))
+                tokens |= self._prefill(works[:rows])
+                del works[:rows]
+        if decoding := [work for work in batch if work.slot not in tokens]:
             tokens |= self._decode(decoding)
-        return [tokens[work.slot] for work in batch]
+        return [tokens[work.slot] if work.sampling else -1 for work in batch]
 
-    def _prefill(self, work: Work) -> int:
+    def _pieces(self, work: Work) -> list[Work]:
+        """What one call after the other reads of a prompt."""
+        if not self.prompt_chunk:
+            return [work]
+        pieces, begin, total = [], 0, len(work.tokens)
+        while begin < total:
+            # Two short calls cost less than a long one, and the padding must not reach beyond the rotary tables.
+            position = work.position + begin
+            long = total - begin > 2 * SHORT_PREFILL and position + LONG_PREFILL <= self._padded_seq_len
+            end = begin + (LONG_PREFILL if long else SHORT_PREFILL)
+            pieces.append(Work(work.slot, work.tokens[begin:end], position, work.sampling if end >= total else None))
+            begin = end
+        return pieces
+
+    def _prefill(self, works: Sequence[Work]) -> dict[int, int]:
+        """One call of the Generator; each slot's next token."""
         self._decoding = {}
-        on_card = {"sampling_params": self._sampling_on_card([work])} if self._card_samples_prefill else {}
+        ends = [work.position + len(work.tokens) for work in works]
+        tokens = torch.zeros(len(works), max(ends), dtype=torch.int64)
+        for row, work in zip(tokens, works):
+            row[work.position : work.position + len(work.tokens)] = torch.tensor(work.tokens)
+        slots = [work.slot for work in works]
+        options: dict[str, Any] = {"start_pos": [work.position for work in works]} if works[0].position else {}
+        if self._card_samples_prefill:
+            options["sampling_params"] = self._sampling_on_card(works)
         output = self._prefill_forward(
-            torch.tensor([list(work.tokens)]),
-            page_table=self._page_table[work.slot : work.slot + 1],
+            tokens,
+            page_table=self._page_table[slots],
             kv_cache=self._kv_cache,
-            prompt_lens=[len(work.tokens)],
-            empty_slots=[work.slot],
+            prompt_lens=ends,
+            # Several rows fill the blocks that the page table names, and what the sampler keeps for a slot is renewed
+            # at the reset. So they count from 0: the call spans no more rows than it has prompts, and releases that
+            # size it by their number (until 2026-06) never write beyond it.
+            empty_slots=slots if len(works) == 1 else list(range(len(works))),
             enable_trace=self._tracing,
-            **on_card,
+            **options,
         )
-        if on_card:
-            return int(output[0])  # (tokens [1, 1], log_probs)
-        return sample(output.view(1, -1), [work.sampling or SamplingParams()], [len(work.tokens)])[0]
+        if self._card_samples_prefill:  # (tokens [works, 1], log_probs)
+            return dict(zip(slots, output[0].flatten().tolist()))
+        params = [work.sampling or SamplingParams() for work in works]
+        return dict(zip(slots, sample(output.view(len(works), -1), params, ends)))
 
     def _decode(self, batch: Sequence[Work]) -> dict[int, int]:
         """One step of these slots, the others idle; each slot's next token."""
