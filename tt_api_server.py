@@ -1886,7 +1886,8 @@ class Scheduler:
                 self.failure = error
             else:
                 logger.error("the engine has failed", exc_info=error)
-            self._give_up(f"the engine failed with {type(error).__name__}: the log says why")
+            why = str(error) if self.failure else f"the engine failed with {type(error).__name__}: the log says why"
+            self._give_up(why)
         finally:
             self.ended = True
             self._notify("ended")
@@ -3107,7 +3108,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data-parallel", type=whole_number(1, 32), default=1, metavar="N", help=copies)
     add("--no-trace", action="store_true", help="run without traces, to debug; slower")
     region = "bytes of DRAM for traces (default: by model and board)"
-    add("--trace-region-size", type=whole_number(0, 999_999_999), metavar="N", help=region)
+    add("--trace-region-size", type=whole_number(1, 999_999_999), default=0, metavar="N", help=region)
     add = parser.add_argument_group("on the CPU").add_argument
     dtypes = "arithmetic (default: auto, the fastest); in float32 an answer does not depend on other requests"
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=dtypes)
@@ -3283,7 +3284,7 @@ def serve(options: argparse.Namespace) -> int:
     if event == "ready":
         say(ready_message(url, scheduler.device, bool(server.api_key)))
         notify_systemd("READY=1")
-        event = events.get()
+        event = next_event(events, scheduler)
         if event == "ended" and "NOTIFY_SOCKET" not in os.environ:  # systemd is to start it again
             event = events.get()  # the engine has failed for good: /health says so until someone stops the server
     if scheduler.failure:
@@ -3304,7 +3305,7 @@ def drain(server: ApiServer, events: queue.SimpleQueue[str]) -> bool:
         logger.info("Stopping when all is answered (%d). Press CTRL+C again to cut it short.", server.under_way)
     scheduler = server.scheduler
     scheduler.stop(drain=True)
-    deadline = time.monotonic() + (0 if scheduler.error else DRAIN_SECONDS)
+    deadline = time.monotonic() + (0 if loading or scheduler.error else DRAIN_SECONDS)
     while (server.under_way or not scheduler.ended) and time.monotonic() < deadline:
         with contextlib.suppress(queue.Empty):
             if events.get(timeout=0.05) == "signal":
@@ -3365,5 +3366,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # All that needs closing is closed. Python's own exit would wait for threads in the middle of a load, and print
+def next_event(events: queue.SimpleQueue[str], scheduler: Scheduler, pause: float = 5.0) -> str:
+    """The next event. Under systemd a step that hangs counts as the end: the next process may reset the card."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return events.get(timeout=pause)
+        if scheduler.error and "NOTIFY_SOCKET" in os.environ:
+            logger.error("%s", scheduler.error)
+            return "ended"
+
+
     # pages of warnings about what ttnn's bindings still hold.
     os._exit(main())
+    loading = scheduler.state == "loading"
+    if loading:
+        logger.info("Stopping as soon as what is under way returns, in 10 seconds at most.")
