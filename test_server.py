@@ -1184,6 +1184,7 @@ class Card:
         assert math.prod(shape) <= self.chips, "TT_FATAL: the machine has fewer devices"
         assert not self.mesh.open, "the card is open already"
         assert (math.prod(shape) > 1) == (self.fabric != "DISABLED"), "several chips need the fabric, one does not"
+        self.call("open")
         self.mesh, self.trace_region_size = Mesh(self, *shape), trace_region_size
         self.note(f"open {shape[0]}x{shape[1]}")
         return self.mesh
@@ -1762,9 +1763,47 @@ class TTEngineTest(unittest.TestCase):
         for release, call, failure in itertools.product(RELEASES[1:4], ("load", "prefill", "decode"), failures):
             with self.subTest(release, call=call, failure=failure), stand_in(release, 2) as card:
                 card.before[call] = mock.Mock(side_effect=failure)
-                with self.assertRaises(type(failure)):
+                with self.assertRaises((KeyboardInterrupt, server.UserError)):
                     tt_engine(1, data_parallel=2)
                 self.assertEqual("\n".join(card.log), expected)
+
+    def test_trouble_names_its_cure(self) -> None:
+        """One sentence, with figures that fit, and the program that has the card."""
+        for text, expected in (
+            (
+                "x\ninfo:\nCreating trace buffers of size 2B on Mesh 0, but only 1B",
+                "160000000 .*--trace-region-size 320000000$",
+            ),
+            ("Out of Memory: Not enough space to allocate 5 B DRAM", "--max-seq-len 128 or --max-batch-size 16 halve"),
+            ("Timed out while waiting for active ethernet core", "does not answer.*tt-smi -r"),
+            (
+                "TT_FATAL @ topk.cpp\ninfo:\nGot [1]\nbacktrace",
+                r"load \(Got \[1\]\): ttnn is .*git -C .* checkout v0.81.1",
+            ),
+        ):
+            with (
+                self.subTest(expected),
+                stand_in("2026-09") as card,
+                mock.patch("importlib.metadata.version") as version,
+            ):
+                version.return_value, card.before["load"] = "0.81.1", mock.Mock(side_effect=RuntimeError(text))
+                self.assertRaisesRegex(server.UserError, expected, tt_engine)
+        tag = mock.patch("subprocess.run", return_value=types.SimpleNamespace(stdout="v0.73.1\n"))
+        with tag, mock.patch("importlib.metadata.version", return_value="0.81.1"):
+            differ, versions = server.compare_versions(Path("/tt-metal"))
+        self.assertTrue(differ)
+        self.assertRegex(versions, "ttnn is 0.81.1 and /tt-metal is 0.73.1: git .* checkout v0.81.1.*ttnn==0.73.1")
+
+    def test_a_card_that_does_not_open_or_hangs(self) -> None:
+        """It is said while it waits; under systemd the process ends, to be started again."""
+        soon, log = mock.patch.object(server, "OPEN_SECONDS", 0.05), self.assertLogs(server.logger, "ERROR")
+        with stand_in("2026-09") as card, soon, log as logged:
+            card.before["open"] = lambda: wait_until(lambda: logged.output)
+            tt_engine(1).close()
+        self.assertRegex(logged.output[0], "does not answer: end what else uses it.*tt-smi -r")
+        hung: Any = types.SimpleNamespace(error="a step has not returned for 130 seconds")
+        with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": "/nowhere"}), self.assertLogs(server.logger, "ERROR"):
+            self.assertEqual(server.next_event(queue.SimpleQueue(), hung, 0.01), "ended")
 
     def test_boards(self) -> None:
         """MESH_DEVICE or all chips; for an 8B model less memory on an N150, and as much for traces as each needs."""
@@ -1898,6 +1937,7 @@ class TTServerTest(unittest.TestCase):
         cases: list[tuple[str, list[str], dict[str, str]]] = [
             ("--device tt needs a model.*--model", ["--device", "tt"], good),
             ("not tt-metal's models: git clone", model, {**good, "TT_METAL_HOME": "", "PYTHONPATH": ""}),
+            ("is /nowhere, .* models/ttt_compat: git", model, {**good, "TT_METAL_HOME": "/nowhere", "PYTHONPATH": ""}),
             ("ttnn is not .*pip install ttnn", model, self.variables(home, blind)),
             ("Meta's: hf download", metas, good),
             ("MESH_DEVICE.*2 chips: N150, N300", model, {**good, "MESH_DEVICE": "N333"}),

@@ -58,6 +58,7 @@ import hashlib
 import hmac
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -78,6 +79,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import subprocess
 import sys
 import tempfile
 import threading
@@ -939,6 +941,14 @@ PREFILL_CHUNK = 2 * LONG_PREFILL  # prompt tokens in a step
 # to be compiled and traced, and they need no more memory than a chunk of a long prompt does.
 PREFILL_ROWS, PREFILL_ROWS_TOKENS = (16, 4), 4096
 MAX_TOP_K = 32  # tokens that sampling on the card looks at
+OPEN_SECONDS = 60.0  # after which a card that does not open is said to be in use, or to hang
+NO_ANSWER = "the card does not answer: end what else uses it{users}, then tt-smi -r"
+TROUBLE = {  # what tt-metal says where loading fails, and what to do
+    "trace buffers of size": "the traces do not fit into {region} bytes: --trace-region-size {twice}",
+    "Out of Memory": "the card is out of memory: --max-seq-len {length} or --max-batch-size {batch} halve the KV cache",
+    "CHIP_IN_USE|[Tt]imed out|[Tt]imeout|[Hh]ang": NO_ANSWER,
+    "No chips detected": "ttnn finds no card that works: look what tt-smi shows, and try tt-smi -r",
+}
 
 
 def card_present() -> bool:
@@ -964,9 +974,35 @@ def find_tt_metal() -> tuple[Path, str]:
     raise UserError(f"a Tenstorrent card is here, but not tt-metal's models: {get} (or use --device cpu)")
 
 
-def import_tt(verbose: bool) -> tuple[Any, Any, Any, Any]:
+def compare_versions(root: Path) -> tuple[bool, str]:
+    """Whether ttnn and the checkout are of different releases, where both tell; both, and how to make them agree.
+
+    The checkout's version is its nearest tag, as in v0.81.1 or v0.82.0-dev20261104.
+    """
+    ttnn = tag = ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # built from source
+        ttnn = importlib.metadata.version("ttnn")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        describe = ["git", "-C", str(root), "describe", "--tags", "--abbrev=0"]
+        tag = subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip().lstrip("v")
+    cure = f"git -C {root} checkout v{ttnn}" if ttnn else "build ttnn from this checkout"
+    cure += f" and git submodule update, or pip install ttnn=={tag}" if tag else " and git submodule update"
+    differ = bool(ttnn and tag) and ttnn.split(".")[:2] != tag.split(".")[:2]
+    return differ, f"ttnn is {ttnn or 'built from source'} and {root} is {tag or 'without a tag'}: {cure}"
+
+
+def users_of_card() -> str:
+    """The other processes that have a card open, as the driver tells."""
+    users = set()
+    with contextlib.suppress(OSError):  # no driver, or a process that has just ended
+        for pids in Path("/proc/driver/tenstorrent").glob("*/pids"):
+            for pid in set(pids.read_text().split()) - {str(os.getpid())}:
+                users.add(f"{Path('/proc', pid, 'comm').read_text().strip()}, process {pid}")
+    return f" ({'; '.join(sorted(users))})" if users else ""
+
+
+def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, Any, Any, Any]:
     """ttnn, and the checkout's modules common, generator and model_config."""
-    root, folder = find_tt_metal()
     try:
         if not verbose:  # silence its loggers and progress bars first: ttnn logs while it is imported
             import loguru
@@ -979,8 +1015,8 @@ def import_tt(verbose: bool) -> tuple[Any, Any, Any, Any]:
         import ttnn
     except ImportError as error:
         raise UserError(
-            f"a Tenstorrent card is here, but ttnn is not ({error}): pip install ttnn, or source "
-            "~/tt-metal/python_env/bin/activate (or use --device cpu)"
+            f"a Tenstorrent card is here, but ttnn is not ({error}): pip install ttnn with Python 3.10 or 3.12 (this "
+            f"is {sys.version.split()[0]}), or source ~/tt-metal/python_env/bin/activate (or use --device cpu)"
         ) from error
     # llama-models 0.1.1 and later install a regular package `models`, which Python prefers to tt-metal's folder of that
     # name, for it has no __init__.py. Bind the name to the folder; what is used here of llama_models does not need it.
@@ -993,10 +1029,9 @@ def import_tt(verbose: bool) -> tuple[Any, Any, Any, Any]:
     try:
         common, generator, model_config = map(importlib.import_module, names)
     except ImportError as error:
-        raise UserError(
-            f"tt-metal's models do not import ({error}): check out your ttnn's version in {root}, git submodule "
-            "update --init, pip install 'llama-models<0.1'"
-        ) from error
+        other = (error.name or "models").split(".")[0]
+        cure = compare_versions(root)[1] if other in ("models", "ttnn") else f"pip install {other}"
+        raise UserError(f"tt-metal's models do not import ({error}): {cure}") from error
     return ttnn, common, generator, model_config
 
 
@@ -1086,7 +1121,7 @@ class TTEngine:
         accuracy: bool = False,
         data_parallel: int = 1,
         trace: bool = True,
-        trace_region_size: int | None = None,
+        trace_region_size: int = 0,
         verbose: bool = False,
     ) -> None:
         """Open the card, load the model, compile and trace it.
@@ -1104,16 +1139,16 @@ class TTEngine:
         self._tracing = False  # once all is compiled
         self._generator: Any = None
         self._opened = contextlib.ExitStack()
+        self._trace_region_size = trace_region_size or 0
+        self._blocks_per_copy = self._padded_seq_len = 1  # until the memory is divided
+        root, folder = find_tt_metal()
         try:
-            ttnn, common, generator, model_config = import_tt(verbose)
+            ttnn, common, generator, model_config = import_tt(root, folder, verbose)
+            differ, versions = compare_versions(root)
+            if differ:
+                logger.warning("%s", versions)
             name_model(checkpoint)
-            board, board_of_copy = choose_board(ttnn, data_parallel)
-            self.device = board.lower()
-            self._divide_memory(checkpoint, common, board_of_copy, data_parallel)
-            if trace_region_size is None:
-                trace_region_size = default_trace_region_size(checkpoint.name, board_of_copy)
-            progress(f"opening {board}")
-            mesh = self._opened.enter_context(open_mesh(ttnn, board, trace_region_size if self._traced else 0))
+            mesh = self._open(ttnn, common, checkpoint, data_parallel, progress)
             progress(f"loading {checkpoint.name}")
             levels = model_config.DecodersPrecision
             precision = levels.accuracy if accuracy else levels.performance
@@ -1124,9 +1159,45 @@ class TTEngine:
             self._read_capabilities(generator)
             self._choose_shapes(generator, common)
             self._warm_up(progress)
-        except BaseException:
+        except BaseException as error:
             self.close()
-            raise
+            if not isinstance(error, Exception) or isinstance(error, UserError):
+                raise
+            logger.debug("the load failed", exc_info=error)
+            raise UserError(self._explain(str(error), root)) from error
+
+    def _open(self, ttnn: Any, common: Any, checkpoint: Checkpoint, copies: int, progress: Progress) -> Any:
+        """Open the board, with memory for traces, and lay out the rest."""
+        # ttnn waits without a word, and without an end, for a card that another program has.
+        hint = threading.Timer(OPEN_SECONDS, lambda: logger.error("%s", NO_ANSWER.format(users=users_of_card())))
+        hint.daemon = True
+        hint.start()
+        try:
+            board, board_of_copy = choose_board(ttnn, copies)
+            self.device = board.lower()
+            self._divide_memory(checkpoint, common, board_of_copy, copies)
+            if self._traced and not self._trace_region_size:
+                self._trace_region_size = default_trace_region_size(checkpoint.name, board_of_copy)
+            progress(f"opening {board}")
+            return self._opened.enter_context(open_mesh(ttnn, board, self._trace_region_size))
+        finally:
+            hint.cancel()
+
+    def _explain(self, error: str, root: Path) -> str:
+        """A failed load in one sentence: what is wrong and what to do."""
+        for pattern, sentence in TROUBLE.items():
+            if re.search(pattern, error):
+                half = self._blocks_per_copy // 2 * BLOCK_SIZE
+                length = half // self._slots_per_copy  # below LONG_PREFILL only SHORT_PREFILL takes less
+                return sentence.format(
+                    region=self._trace_region_size,
+                    twice=2 * self._trace_region_size,
+                    length=length if length >= LONG_PREFILL else SHORT_PREFILL,
+                    batch=max(size for size in BATCH_SIZES if size == 1 or size * self._padded_seq_len <= half),
+                    users=users_of_card(),
+                )
+        what = error.partition("info:\n")[2] or error  # of TT_FATAL's text, what comes before the backtrace
+        return f"the model does not load ({printable(what.strip().partition(chr(10))[0])}): {compare_versions(root)[1]}"
 
     def _divide_memory(self, checkpoint: Checkpoint, common: Any, board: str, copies: int) -> None:
         """Lay out the blocks, the page table and what else a decode step reads."""
@@ -3295,6 +3366,16 @@ def serve(options: argparse.Namespace) -> int:
     return status
 
 
+def next_event(events: queue.SimpleQueue[str], scheduler: Scheduler, pause: float = 5.0) -> str:
+    """The next event. Under systemd a step that hangs counts as the end: the next process may reset the card."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return events.get(timeout=pause)
+        if scheduler.error and "NOTIFY_SOCKET" in os.environ:
+            logger.error("%s", scheduler.error)
+            return "ended"
+
+
 def drain(server: ApiServer, events: queue.SimpleQueue[str]) -> bool:
     """Let the requests under way be answered, within DRAIN_SECONDS and until the next signal; returns whether all were.
 
@@ -3304,6 +3385,9 @@ def drain(server: ApiServer, events: queue.SimpleQueue[str]) -> bool:
     if server.under_way:
         logger.info("Stopping when all is answered (%d). Press CTRL+C again to cut it short.", server.under_way)
     scheduler = server.scheduler
+    loading = scheduler.state == "loading"
+    if loading:
+        logger.info("Stopping as soon as what is under way returns, in 10 seconds at most.")
     scheduler.stop(drain=True)
     deadline = time.monotonic() + (0 if loading or scheduler.error else DRAIN_SECONDS)
     while (server.under_way or not scheduler.ended) and time.monotonic() < deadline:
@@ -3366,18 +3450,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # All that needs closing is closed. Python's own exit would wait for threads in the middle of a load, and print
-def next_event(events: queue.SimpleQueue[str], scheduler: Scheduler, pause: float = 5.0) -> str:
-    """The next event. Under systemd a step that hangs counts as the end: the next process may reset the card."""
-    while True:
-        with contextlib.suppress(queue.Empty):
-            return events.get(timeout=pause)
-        if scheduler.error and "NOTIFY_SOCKET" in os.environ:
-            logger.error("%s", scheduler.error)
-            return "ended"
-
-
     # pages of warnings about what ttnn's bindings still hold.
     os._exit(main())
-    loading = scheduler.state == "loading"
-    if loading:
-        logger.info("Stopping as soon as what is under way returns, in 10 seconds at most.")
