@@ -1184,7 +1184,6 @@ class Card:
         assert math.prod(shape) <= self.chips, "TT_FATAL: the machine has fewer devices"
         assert not self.mesh.open, "the card is open already"
         assert (math.prod(shape) > 1) == (self.fabric != "DISABLED"), "several chips need the fabric, one does not"
-        self.call("open")
         self.mesh, self.trace_region_size = Mesh(self, *shape), trace_region_size
         self.note(f"open {shape[0]}x{shape[1]}")
         return self.mesh
@@ -1745,8 +1744,8 @@ class TTEngineTest(unittest.TestCase):
     def test_what_the_card_lacks(self) -> None:
         """A warning, and a word in /health."""
         for release, samples, expected in (
-            ("2026-06", False, "sampling on the card$"),
-            ("2026-02", True, "first token"),
+            ("2026-06", False, "without sampling on the card$"),
+            ("2026-02", True, "first token on the card$"),
         ):
             with stand_in(release, samples=samples), self.assertLogs(server.logger, "WARNING") as logged:
                 engine = tt_engine(1)
@@ -1794,13 +1793,8 @@ class TTEngineTest(unittest.TestCase):
         self.assertTrue(differ)
         self.assertRegex(versions, "ttnn is 0.81.1 and /tt-metal is 0.73.1: git .* checkout v0.81.1.*ttnn==0.73.1")
 
-    def test_a_card_that_does_not_open_or_hangs(self) -> None:
-        """It is said while it waits; under systemd the process ends, to be started again."""
-        soon, log = mock.patch.object(server, "OPEN_SECONDS", 0.05), self.assertLogs(server.logger, "ERROR")
-        with stand_in("2026-09") as card, soon, log as logged:
-            card.before["open"] = lambda: wait_until(lambda: logged.output)
-            tt_engine(1).close()
-        self.assertRegex(logged.output[0], "does not answer: end what else uses it.*tt-smi -r")
+    def test_a_step_that_hangs_under_systemd(self) -> None:
+        """The process ends, to be started again."""
         hung: Any = types.SimpleNamespace(error="a step has not returned for 130 seconds")
         with mock.patch.dict(os.environ, {"NOTIFY_SOCKET": "/nowhere"}), self.assertLogs(server.logger, "ERROR"):
             self.assertEqual(server.next_event(queue.SimpleQueue(), hung, 0.01), "ended")
@@ -1936,8 +1930,16 @@ class TTServerTest(unittest.TestCase):
         good = self.variables(home)
         cases: list[tuple[str, list[str], dict[str, str]]] = [
             ("--device tt needs a model.*--model", ["--device", "tt"], good),
-            ("not tt-metal's models: git clone", model, {**good, "TT_METAL_HOME": "", "PYTHONPATH": ""}),
-            ("is /nowhere, .* models/ttt_compat: git", model, {**good, "TT_METAL_HOME": "/nowhere", "PYTHONPATH": ""}),
+            (
+                "there is no models/tt_transformers .*: git clone",
+                model,
+                {**good, "TT_METAL_HOME": "", "PYTHONPATH": ""},
+            ),
+            (
+                "TT_METAL_HOME, /nowhere, .* models/ttt_compat: git",
+                model,
+                {**good, "TT_METAL_HOME": "/nowhere", "PYTHONPATH": ""},
+            ),
             ("ttnn is not .*pip install ttnn", model, self.variables(home, blind)),
             ("Meta's: hf download", metas, good),
             ("MESH_DEVICE.*2 chips: N150, N300", model, {**good, "MESH_DEVICE": "N333"}),

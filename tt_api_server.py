@@ -922,31 +922,26 @@ MESH_SHAPES = {
 # Boards by the number of chips: model_config's determine_device_name.
 WORMHOLE_BOARDS = {1: "N150", 2: "N300", 4: "N150x4", 8: "T3K", 32: "TG"}
 BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}
-# Bytes of DRAM for traces, by model and board ("": every other). Too few end the warm-up, and what is too much lacks
-# the KV cache. An 8B model needed more than 25 MB on N150 (tt-metal #48636), 36 on N300 (tt-inference-server #1839), 54
-# on T3K, 70 on P150 (#4005) and 110 on P150x4 (#3436); a 70B model 93 on P300x2 (#3400), and is given 224
-# (models/model_trace_region_sizes.yaml). Those traced fewer prompt shapes than TTEngine does. A 3B model leaves 0.7 GB
-# of an N150, where its prompts are not traced.
-TRACE_REGION_SIZE = 100_000_000
-TRACE_REGION_SIZES = {
-    ("3B", "N150"): 30_000_000, ("8B", "N150"): 160_000_000, ("8B", ""): 256_000_000, ("70B", ""): 256_000_000
-}  # fmt: skip
+# Bytes of DRAM for traces. Too few end the warm-up. An 8B model needed more than 25 MB on N150 (tt-metal #48636), 36 on
+# N300 (tt-inference-server #1839), 54 on T3K, 70 on P150 (#4005), 110 on P150x4 (#3436), and a 70B model 93 on P300x2
+# (#3400), all with fewer shapes of prompts than are traced here; models/model_trace_region_sizes.yaml gives 70B 224 MB.
+# Less where weights and KV cache leave little: a 3B model 0.7 GB of an N150, which does not trace its prompts.
+TRACE_REGION_SIZE = 256_000_000
+TRACE_REGION_SIZES_ON_N150 = {"3B": 30_000_000, "8B": 160_000_000}
 # Tokens of KV cache that fit beside the weights: vLLM's figures, generator_vllm.py's get_max_tokens_all_users.
 KV_CACHE_TOKENS, KV_CACHE_TOKENS_8B_ON_N150 = 131_072, 32_768
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows one model; 32 is a tile's height
 SHORT_PREFILL, LONG_PREFILL = 128, 1024  # tokens that a prefill call is padded to at least: get_padded_prefill_len
 PREFILL_CHUNK = 2 * LONG_PREFILL  # prompt tokens in a step
-# Prompts that one prefill call reads, and the tokens that it reads at most, padding included: of these shapes few are
-# to be compiled and traced, and they need no more memory than a chunk of a long prompt does.
+# Prompts that one prefill call reads together, and the tokens that it reads at most, padding included. Each shape is
+# compiled and traced, so there are few.
 PREFILL_ROWS, PREFILL_ROWS_TOKENS = (16, 4), 4096
 MAX_TOP_K = 32  # tokens that sampling on the card looks at
-OPEN_SECONDS = 60.0  # after which a card that does not open is said to be in use, or to hang
-NO_ANSWER = "the card does not answer: end what else uses it{users}, then tt-smi -r"
 TROUBLE = {  # what tt-metal says where loading fails, and what to do
     "trace buffers of size": "the traces do not fit into {region} bytes: --trace-region-size {twice}",
     "Out of Memory": "the card is out of memory: --max-seq-len {length} or --max-batch-size {batch} halve the KV cache",
-    "CHIP_IN_USE|[Tt]imed out|[Tt]imeout|[Hh]ang": NO_ANSWER,
+    "CHIP_IN_USE|[Tt]imed out|[Tt]imeout|[Hh]ang": "the card{users} does not answer: end what else uses it, tt-smi -r",
     "No chips detected": "ttnn finds no card that works: look what tt-smi shows, and try tt-smi -r",
 }
 
@@ -967,11 +962,12 @@ def find_tt_metal() -> tuple[Path, str]:
         for folder in GENERATOR_FOLDERS:
             if (root / "models" / folder / "tt" / "generator.py").is_file():  # git leaves empty folders behind
                 return root, folder
-    get = "git clone --recursive https://github.com/tenstorrent/tt-metal ~/tt-metal && export TT_METAL_HOME=~/tt-metal"
-    if named:
-        folders = " or ".join(f"models/{folder}" for folder in GENERATOR_FOLDERS)
-        raise UserError(f"TT_METAL_HOME is {named}, which has no {folders}: {get} (or use --device cpu)")
-    raise UserError(f"a Tenstorrent card is here, but not tt-metal's models: {get} (or use --device cpu)")
+    place = f"TT_METAL_HOME, {named}, has no" if named else "there is no"
+    raise UserError(
+        f"a Tenstorrent card is here, but {place} models/{' or models/'.join(GENERATOR_FOLDERS)}: git clone "
+        "--recursive https://github.com/tenstorrent/tt-metal ~/tt-metal && export TT_METAL_HOME=~/tt-metal (or use "
+        "--device cpu)"
+    )
 
 
 def compare_versions(root: Path) -> tuple[bool, str]:
@@ -985,9 +981,9 @@ def compare_versions(root: Path) -> tuple[bool, str]:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         describe = ["git", "-C", str(root), "describe", "--tags", "--abbrev=0"]
         tag = subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip().lstrip("v")
-    cure = f"git -C {root} checkout v{ttnn}" if ttnn else "build ttnn from this checkout"
-    cure += f" and git submodule update, or pip install ttnn=={tag}" if tag else " and git submodule update"
     differ = bool(ttnn and tag) and ttnn.split(".")[:2] != tag.split(".")[:2]
+    cures = [f"git -C {root} checkout v{ttnn}"] * bool(ttnn) + [f"pip install ttnn=={tag}"] * bool(tag)
+    cure = " or ".join(cures) or "build ttnn from it"
     return differ, f"ttnn is {ttnn or 'built from source'} and {root} is {tag or 'without a tag'}: {cure}"
 
 
@@ -1050,14 +1046,6 @@ def choose_board(ttnn: Any, data_parallel: int) -> tuple[str, str]:
     return board, board if data_parallel == 1 else boards.get(rows * columns // data_parallel, board)
 
 
-def default_trace_region_size(model: str, board: str) -> int:
-    """Bytes of DRAM to keep for traces: the most specific entry of TRACE_REGION_SIZES."""
-    for (size, of_board), default in TRACE_REGION_SIZES.items():
-        if size in model and of_board in ("", board):
-            return default
-    return TRACE_REGION_SIZE
-
-
 @contextlib.contextmanager
 def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
     """The board's mesh, closed on every way out: a card that is left open may need a reset."""
@@ -1095,8 +1083,7 @@ def name_model(checkpoint: Checkpoint) -> None:
 class TTEngine:
     """Llama 3 on Tenstorrent cards, over tt-metal's Generator, 2026-02 to 2026-09.
 
-    The releases differ in their calls. What one can do is read from its signatures, seen through wrappers, and from
-    its marks.
+    The releases differ in their calls; what one can do is read from its signatures and marks.
 
     Memory: each of the `data_parallel` copies of the model has `max_batch_size` slots and one pool of KV blocks. A
     slot's row of the page table lists the blocks that `reserve` gave it, then zeros. Block 0 belongs to no slot: it
@@ -1139,7 +1126,7 @@ class TTEngine:
         self._tracing = False  # once all is compiled
         self._generator: Any = None
         self._opened = contextlib.ExitStack()
-        self._trace_region_size = trace_region_size or 0
+        self._trace_region_size = trace_region_size
         self._blocks_per_copy = self._padded_seq_len = 1  # until the memory is divided
         root, folder = find_tt_metal()
         try:
@@ -1169,19 +1156,15 @@ class TTEngine:
     def _open(self, ttnn: Any, common: Any, checkpoint: Checkpoint, copies: int, progress: Progress) -> Any:
         """Open the board, with memory for traces, and lay out the rest."""
         # ttnn waits without a word, and without an end, for a card that another program has.
-        hint = threading.Timer(OPEN_SECONDS, lambda: logger.error("%s", NO_ANSWER.format(users=users_of_card())))
-        hint.daemon = True
-        hint.start()
-        try:
-            board, board_of_copy = choose_board(ttnn, copies)
-            self.device = board.lower()
-            self._divide_memory(checkpoint, common, board_of_copy, copies)
-            if self._traced and not self._trace_region_size:
-                self._trace_region_size = default_trace_region_size(checkpoint.name, board_of_copy)
-            progress(f"opening {board}")
-            return self._opened.enter_context(open_mesh(ttnn, board, self._trace_region_size))
-        finally:
-            hint.cancel()
+        progress(f"opening the card{users_of_card()}; if that takes a minute, end what else uses it, then tt-smi -r")
+        board, board_of_copy = choose_board(ttnn, copies)
+        self.device = board.lower()
+        self._divide_memory(checkpoint, common, board_of_copy, copies)
+        if self._traced and not self._trace_region_size:
+            less = TRACE_REGION_SIZES_ON_N150 if board_of_copy == "N150" else {}
+            fitting = (size for name, size in less.items() if name in checkpoint.name)
+            self._trace_region_size = next(fitting, TRACE_REGION_SIZE)
+        return self._opened.enter_context(open_mesh(ttnn, board, self._trace_region_size))
 
     def _explain(self, error: str, root: Path) -> str:
         """A failed load in one sentence: what is wrong and what to do."""
@@ -1254,13 +1237,10 @@ class TTEngine:
         self._card_sampling_params = generator.SamplingParams
         self._decoding: dict[int, SamplingParams | None] = {}  # the slots of the last decode step; empty: reset
         self._sampling_of_batch: Any = None
-        missing = {
-            "traces (TT_METAL_SLOW_DISPATCH_MODE is set)": "TT_METAL_SLOW_DISPATCH_MODE" in os.environ,
-            "sampling on the card": not self._card_samples,
-            "sampling on the card for an answer's first token": self._card_samples and not self._card_samples_prefill,
-        }
-        if any(missing.values()):
-            self.note = f"slower than it could be, without {', '.join(name for name in missing if missing[name])}"
+        lacks = "" if self._card_samples_prefill else "sampling the first token on the card"
+        lacks = lacks if self._card_samples else "sampling on the card"
+        if lacks or "TT_METAL_SLOW_DISPATCH_MODE" in os.environ:
+            self.note = f"slow, without {lacks or 'traces: TT_METAL_SLOW_DISPATCH_MODE is set'}"
             logger.warning("%s is %s", self.device, self.note)
 
     def _choose_shapes(self, generator: Any, common: Any) -> None:
@@ -1327,16 +1307,17 @@ class TTEngine:
         short: dict[int, list[Work]] = {}  # prompts that one call reads, by padded length
         for work in batch:
             if work.position == 0 or len(work.tokens) > 1:
-                pieces = self._pieces(work)
-                if len(pieces) == 1 and work.position == 0:
-                    padded = next((length for length in self._rows if len(work.tokens) <= length), 0)
-                    short.setdefault(padded, []).append(work)
-                    continue
+                *pieces, last = self._pieces(work)
                 for piece in pieces:
-                    tokens |= self._prefill([piece])
+                    self._prefill([piece])
+                if last.position:
+                    tokens |= self._prefill([last])
+                else:
+                    padded = next((length for length in self._rows if len(work.tokens) <= length), max(self._rows))
+                    short.setdefault(padded, []).append(work)
         for padded, works in short.items():
             while works:
-                rows = next(rows for rows in self._rows.get(padded, [1]) if 3 * rows <= 4 * len(works))
+                rows = next(rows for rows in self._rows[padded] if 3 * rows <= 4 * len(works))
                 tokens |= self._prefill(works[:rows])
                 del works[:rows]
         if decoding := [work for work in batch if work.slot not in tokens]:
@@ -1373,9 +1354,9 @@ class TTEngine:
             page_table=self._page_table[slots],
             kv_cache=self._kv_cache,
             prompt_lens=ends,
-            # Several rows fill the blocks that the page table names, and what the sampler keeps for a slot is renewed
-            # at the reset. So they count from 0: the call spans no more rows than it has prompts, and releases that
-            # size it by their number (until 2026-06) never write beyond it.
+            # Rows that are read together count from 0, as in tt-metal's demo: the page table says which blocks they
+            # fill, and the next decode resets the sampler. With the slots' own numbers the call would span all slots
+            # to the highest, and until 2026-06 go out of bounds.
             empty_slots=slots if len(works) == 1 else list(range(len(works))),
             enable_trace=self._tracing,
             **options,
@@ -1420,16 +1401,12 @@ class TTEngine:
         return next_tokens
 
     def _decode_commands(self, reset: bool) -> dict[str, bool]:
-        """Tell the Generator what a decode step takes from the host, by its decode contract or the way before it.
-
-        models/common/decode_contract.py: all four commands come with every call. Where the host samples, or nothing is
-        traced, each step takes the host's inputs.
-        """
+        """What a decode step takes from the host, by models/common/decode_contract.py or as before it."""
         if not self._has_decode_contract:
             return {"reset_batch": reset and self._card_samples}
         return {
             "reload_inputs": reset or not (self._card_samples and self._tracing),
-            "reload_page_table": False,  # without the inputs: here a changed page table is a reset
+            "reload_page_table": False,  # alone; here a changed page table is a reset
             "reload_sampling_params": reset and self._card_samples,
             "reset_sampling_state": reset and self._card_samples,
         }
@@ -1457,7 +1434,7 @@ class TTEngine:
 
     def close(self) -> None:
         """Release the traces, close the card, reset the fabric; a second call does nothing."""
-        for name in ("_generator", "_prefill_forward", "_decode_forward"):
+        for name in ("_generator", "_prefill_forward", "_decode_forward", "_kv_cache"):
             self.__dict__.pop(name, None)
         # The Generator's destructor releases its traces, which must come before the mesh is closed.
         gc.unfreeze()  # what the CLI froze after the load
