@@ -447,6 +447,7 @@ class FakeEngine:
     """
 
     device = "fake"
+    resume_align = 1
 
     def __init__(
         self,
@@ -1119,12 +1120,14 @@ class TorchEngineTest(unittest.TestCase):
 # A stand-in for tt-metal
 # ======================================================================================================================
 
-# tt-metal's Generator in two releases, over memory and a model of this machine. It refuses what the real one refuses,
+# tt-metal's Generator in its releases, over memory and a model of this machine. It refuses what the real one refuses,
 # and reads from the host no more than the real one does: a wrong block, position, slot or reset comes out as wrong
 # text. Its names are tt-metal's. A test has it in its own process (`stand_in`), or a server imports it from a folder
 # (`write_stand_in`), whose modules import what stands here.
 
-RELEASES = ("2026-02", "2026-06")
+# Of 2026-09 there are three: prefill behind a wrapper; and decode by the contract of reload commands; and with the
+# wrapper in a renamed folder.
+RELEASES = ("2026-02", "2026-06", "2026-09", "2026-09 contract", "2026-09 renamed")
 TT_SHAPE = Shape(dim=32, n_layers=2)
 TWO_CHIPS = "fabric FABRIC_1D\nopen 1x2\nclose 1x2\nfabric DISABLED"  # the log of a card that was used and closed
 TT_POOL = 32768  # tokens of KV cache that each copy of an 8B model has on an N150
@@ -1153,11 +1156,12 @@ class Card:
     MeshShape = staticmethod(lambda rows, columns: (rows, columns))
 
     def __init__(self, release: str, chips: int, samples: bool = True, folder: Path | None = None) -> None:
-        self.new, self.chips, self.samples, self.folder = release == "2026-06", chips, samples, folder
+        self.new, self.newest, self.contract = release >= "2026-06", release >= "2026-09", "contract" in release
+        self.chips, self.samples, self.folder = chips, samples, folder
         self.get_num_devices = lambda: chips
         self.log: list[str] = []  # what was opened and closed
-        self.compiled: set[str] = set()
-        self.resets: list[bool] = []  # reset_batch of each decode step
+        self.runs: collections.Counter[str] = collections.Counter()  # of each shape; its first one compiles it
+        self.resets: list[bool] = []  # reset_batch, or reload_inputs, of each decode step
         self.sampling: Any = None  # the SamplingParams of the last one
         self.precision, self.trace_region_size, self.traced = "", 0, False
         self.before: dict[str, Callable[[], object]] = {}  # by the kind of call; may wait or raise
@@ -1193,6 +1197,12 @@ class Card:
         if mesh.open:  # closing it twice is harmless
             mesh.open = False
             self.note(f"close {mesh.rows}x{mesh.columns}{' with traces' if self.traced and self.new else ''}")
+
+
+class ModelArgs:
+    """What model_config.ModelArgs says where the server has not changed it."""
+
+    salt_duplicate_seeds = True
 
 
 DecodersPrecision = types.SimpleNamespace(
@@ -1271,11 +1281,14 @@ class GeneratorBase:
     """What is common to the releases, and what differs below their signatures. A call holds its arguments by name."""
 
     def __init__(self, model: list[PagedLlama], model_args: list[PagedLlama], mesh: Mesh) -> None:
-        self.model, self.card, self.size = model, mesh.card, model_args[0].max_batch_size
+        self.model, self.model_args, self.card, self.size = model, model_args, mesh.card, model[0].max_batch_size
         self.already_warmed_up_prefill, self.cycle = False, self  # which only the garbage collector ends
         self.prev_page_table: torch.Tensor | None = None
         self.kept: list[torch.Tensor] = []  # on the card, for the next traced step: tokens, positions, page table
-        self.prefilled: list[int] = []  # slots, since the last decode
+        self.traces: list[str] = []  # of prefill, and "decode"
+        self.reads_prompts = False  # since the last decode
+        self._slots_prefilled_since_decode: set[int] = set()
+        self.params: Any = None  # the sampling parameters on the card
         self.streams: dict[int, tuple[Any, int]] = {}  # slot: seed at the last reset, and tokens drawn since
 
     def __del__(self) -> None:
@@ -1284,43 +1297,76 @@ class GeneratorBase:
             self.card.close_mesh_device(model.mesh)
 
     def prefill(self, call: Any) -> Any:
-        """prefill_forward_text, of one prompt."""
+        """prefill_forward_text. Prompts of one padded length, from their start, are one call of the model."""
         assert not call.kwargs, "prepare_inputs_prefill() got an unexpected keyword argument"
-        assert call.start_pos is None, "not before 2026-09: it reads the wrong blocks"
         self.card.call("prefill")
         assert self.already_warmed_up_prefill, "the Generator would warm up within the first request"
         assert call.page_table.dtype == torch.int32 and call.tokens.dtype == torch.int64
-        [slot], [length] = call.empty_slots, call.prompt_lens
-        copy, padded = slot // self.size, get_padded_prefill_len(length)
-        model = self.model[copy]
-        assert call.kv_cache[copy] is model.cache and call.tokens.shape[1] >= length
-        assert 0 < length <= model.max_seq_len, "Padded prefill end idx exceeds max seq len"
-        # The padding is written too, where the page table says: as far as it goes, or to the prompt's last block.
-        whole = self.card.new or (call.enable_trace and padded <= 1024)
-        table = call.page_table[:, : math.ceil((padded if whole else length) / 32)]
-        self.card.compiled.add(f"prefill of {padded} on copy {copy}")
-        logits = model.read([call.tokens[0, :length].tolist()], [0], table)
-        if padding := min(padded, 32 * table.shape[1]) - length:
-            model.read([[0] * padding], [length], table)
-        self.prefilled.append(slot)
+        assert call.start_pos is None or self.card.newest, "not before 2026-09: it reads the wrong blocks"
+        slots, ends, count = call.empty_slots, call.prompt_lens, len(call.tokens)
+        starts = self.align(call.start_pos or [0] * count, ends)
+        padded = [get_padded_prefill_len(end - start) for start, end in zip(starts, ends, strict=True)]
+        rows, together = 1, self.card.new and count > 1 and len(set(padded)) == len(self.model) == 1 and not any(starts)
+        if together:
+            rows = 1 << (max(count, max(slots) + 1 if self.card.newest else 0) - 1).bit_length()
+            assert max(slots) < rows <= self.size, "index out of bounds for dimension 0"
+        logits: list[torch.Tensor] = []
+        for row, (slot, start, end) in enumerate(zip(slots, starts, ends, strict=True)):
+            self.read_prompt(call, row, 0 if together else slot // self.size, rows, start, end, logits)
+        self._slots_prefilled_since_decode |= set(slots)
+        self.reads_prompts, self.params = True, None
         if not (self.card.new and call.sampling_params):
-            return logits[None]
-        return torch.tensor([self.draw(call, logits, [0], [length - 1])]), [None]
+            return torch.cat(logits)[:, None]
+        drawn = self.draw(call, torch.cat(logits), list(range(count)), [end - 1 for end in ends])
+        return torch.tensor(drawn)[:, None], [None] * count
+
+    def read_prompt(
+        self, call: Any, row: int, copy: int, rows: int, start: int, end: int, logits: list[torch.Tensor]
+    ) -> None:
+        padded, model = get_padded_prefill_len(end - start), self.model[copy]
+        assert call.kv_cache[copy] is model.cache and call.tokens.shape[1] >= end > start
+        assert start + padded <= model.max_seq_len or not start, "Padded prefill end idx exceeds max seq len"
+        assert end <= model.max_seq_len, "Padded prefill end idx exceeds max seq len"
+        traced = call.enable_trace and padded <= 1024
+        if row in (0, rows):
+            self.run(f"prefill of {rows} x {padded} on copy {copy}" + " that goes on" * (start > 0), traced)
+        # The padding is written too, where the page table says: as far as it goes, or to the prompt's last block.
+        whole = (self.card.new and not start) or (traced and not start)
+        table = call.page_table[row : row + 1, : math.ceil((start + padded if whole else end) / 32)]
+        logits.append(model.read([call.tokens[row, start:end].tolist()], [start], table))
+        if padding := min(start + padded, 32 * table.shape[1]) - end:
+            model.read([[0] * padding], [end], table)
+
+    def align(self, starts: list[int], ends: list[int], kv_cache: object = None) -> list[int]:
+        """_align_resume_offsets: down to where the blocks and the attention of the padded rest may begin."""
+        return [start // 64 * 64 if end - start <= 1024 else start // 256 * 256 for start, end in zip(starts, ends)]
+
+    def run(self, shape: str, traced: bool) -> None:
+        """Compile or trace this shape, or replay its trace.
+
+        A prefill trace writes where decode's inputs lie, if it is older than decode's own (tt-metal #56215).
+        """
+        self.card.runs[shape + " with a trace" * traced] += 1
+        if traced and shape not in self.traces:
+            self.traces.append(shape)
+        if traced and shape != "decode" and "decode" in self.traces and self.traces[0] != "decode":
+            self.kept[0].zero_()
 
     def decode(self, call: Any) -> Any:
         """decode_forward_text, or decode_forward."""
         samples, slots = call.sampling_params is not None, self.size * len(self.model)
         assert samples == self.card.samples, "the model samples, or the host does"
         self.card.call("decode")
-        self.card.resets.append(call.reset_batch)
+        self.card.resets.append(call.reload_inputs if self.card.contract else call.reset_batch)
         self.card.sampling = call.sampling_params
         assert all(cache is model.cache for cache, model in zip(call.kv_cache, self.model, strict=True))
         assert call.tokens.shape == (slots, 1) and call.start_pos.shape == (slots,), "Batch size must be max_batch_size"
         assert call.tokens.dtype == call.start_pos.dtype == torch.int64 and call.page_table.dtype == torch.int32
         assert call.page_table.shape[1] <= len(self.model[0].cache[0]), "the page table is larger than the cache"
         token, position, table = self.inputs(call, samples)
-        self.prefilled.clear()
-        self.card.compiled.add("decode")
+        self._slots_prefilled_since_decode = set()
+        self.reads_prompts = False
+        self.run("decode", call.enable_trace)
         rows = torch.full((slots,), 2**31 - 1) if samples else torch.full((slots, 1, server.VOCAB_SIZE), math.nan)
         for copy, model in enumerate(self.model):
             first = copy * self.size
@@ -1337,34 +1383,56 @@ class GeneratorBase:
     def inputs(self, call: Any, samples: bool) -> list[torch.Tensor]:
         """What a step reads: a traced one the card's own since its last one, unless the release copies the host's."""
         token, position, table = host = [call.tokens.clone(), call.start_pos.clone(), call.page_table.clone()]
+        changed = self.prev_page_table is None or not self.prev_page_table.equal(table)
+        if self.card.contract:
+            self.obey(call, samples)
+        elif self.card.new:
+            reset = call.reset_batch or self.reads_prompts
+        else:
+            reset = changed or self.reads_prompts
         if not call.enable_trace:
             return host
-        changed = self.prev_page_table is None or not self.prev_page_table.equal(table)
         self.prev_page_table, self.card.traced = table, True
         if self.kept and samples:
             assert self.kept[2].shape == table.shape, "a trace's page table keeps its shape"
-            token, position = self.kept[:2]
-            if self.prefilled or (call.reset_batch if self.card.new else changed):
-                # In 2026-06 a slot that goes on where the card stands keeps the card's token, whatever the host's is.
+            if self.card.contract:
+                token, position, table = host if call.reload_inputs else self.kept
+            else:
+                token, position = self.kept[:2]
+            if not self.card.contract and reset:
+                # From 2026-06 a slot that goes on where the card stands keeps the card's token, whatever the host's is.
                 goes_on = (position == host[1]) | (position == host[1] + 1)
-                goes_on[self.prefilled] = False
+                goes_on[list(self._slots_prefilled_since_decode)] = False
                 goes_on &= self.card.new
                 token, position = torch.where(goes_on[:, None], token, host[0]), torch.where(goes_on, position, host[1])
         self.kept = [token, position, table]
         return self.kept
+
+    def obey(self, call: Any, samples: bool) -> None:
+        """models/common/decode_contract.py: the commands in combinations that are allowed, and none too few."""
+        assert not (call.reload_inputs and call.reload_page_table), "reload_page_table is meaningless with all inputs"
+        assert call.reload_inputs or not call.reset_sampling_state, "seeds are aligned to the host's positions"
+        assert call.reload_inputs or (samples and call.enable_trace and self.kept), "there is nothing to go on from"
+        if call.reload_sampling_params:
+            self.params = call.sampling_params
+        assert not samples or self.params, "the sampling parameters are a prompt's"
+        changes = samples and (call.reload_sampling_params, call.reset_sampling_state)
+        assert changes in (False, (False, False), (True, True)), "a change of parameters is one of the requests"
 
     def draw(self, call: Any, logits: torch.Tensor, slots: list[int], positions: list[int]) -> list[int]:
         """A token for each row, with its slot's parameters.
 
         In 2026-02 each slot has a stream of numbers, begun anew at a reset; then a number depends on the position.
         """
-        params, drawn = call.sampling_params, []
+        params, drawn = self.params or call.sampling_params, []
         entries = list(zip(params.temperature, params.top_k, params.top_p, params.seed, strict=True))
-        assert len(entries) == len(call.tokens), "one entry for each slot"
+        assert len(entries) == len(call.tokens), "one entry for each slot, or prompt"
         for row, slot, position in zip(logits, slots, positions):
             temperature, top_k, top_p, seed = entries[slot]
             assert temperature >= 0 and 1 <= top_k <= 32 and 0 <= top_p <= 1, "not every release clamps these"
             assert type(seed) is int or (seed is None and self.card.new)
+            if self.card.newest and ModelArgs.salt_duplicate_seeds and seed is not None:
+                seed += slot
             if not self.card.new:
                 seed, position = (seed, 0) if call.reset_batch else self.streams.get(slot, (0, 0))
                 self.streams[slot] = (seed, position + 1)
@@ -1376,13 +1444,13 @@ MODULES = {
     "ttnn": "import sys, test_server; sys.modules[__name__] = test_server.Card(*{card})",
     "loguru": "class logger: remove = add = staticmethod(lambda *args, **options: None)",
     "tqdm": "class tqdm: pass",
-    "tt/common": ("from test_server import create_tt_model, get_padded_prefill_len, PagedAttentionConfig"),
-    "tt/model_config": "from test_server import DecodersPrecision",
+    "tt/common": "from test_server import create_tt_model, get_padded_prefill_len, PagedAttentionConfig",
+    "tt/model_config": "from test_server import DecodersPrecision, ModelArgs",
     "tt/generator": """
 from dataclasses import dataclass
 from types import SimpleNamespace
 from test_server import GeneratorBase, create_submeshes
-
+{mark}
 @dataclass(frozen=True)
 class SamplingParams:
     temperature: object
@@ -1391,28 +1459,56 @@ class SamplingParams:
     seed: object = {seed}
 
 class Generator(GeneratorBase):
+    {marks}
     def decode_forward(self, start_pos, tokens, prefill_cross_attention_masks):
         raise AssertionError("this is for vision models")
 
-    def prefill_forward_text(self, tokens, page_table=None, kv_cache=None, prompt_lens=None, empty_slots=None,
+    def prefill_forward_text(self, *args, **kwargs):
+        return self._prefill_forward_text_impl(*args, **kwargs)
+
+    def {prefill}(self, tokens, page_table=None, kv_cache=None, prompt_lens=None, empty_slots=None,
             enable_trace=True, model_id_warmup=None, {sampling}start_pos=None, warmup_prefill=True, **kwargs):
         return self.prefill(SimpleNamespace(**locals()))
 
     def {decode}(self, tokens, start_pos, page_table=None, kv_cache=None, enable_trace=True, read_from_device=True,
-            sampling_params=None, reset_batch=False, prompt_tokens=None, output_tokens=None):
+            sampling_params=None, {commands}, prompt_tokens=None, output_tokens=None):
         return self.decode(SimpleNamespace(**locals()))""",
+}
+OLDEST = {
+    "seed": "0",
+    "mark": "",
+    "marks": "",
+    "prefill": "prefill_forward_text",
+    "sampling": "",
+    "decode": "decode_forward_text",
+    "commands": "reset_batch=False",
+}
+CHANGES = {  # in the text of MODULES; a date's are in all later releases
+    "2026-06": {
+        "seed": "None",
+        "mark": "SUPPORTED_PREFILL_BATCH_SIZES = (1, 2, 4, 8, 16, 32)",
+        "sampling": "sampling_params=None, ",
+        "decode": "decode_forward",
+    },
+    "2026-09": {"marks": "_align_resume_offsets = GeneratorBase.align", "prefill": "_prefill_forward_text_impl"},
+    "2026-09 contract": {
+        "marks": "decode_input_update_contract, _align_resume_offsets = 1, GeneratorBase.align",
+        "commands": "*, reload_inputs, reload_page_table, reload_sampling_params, reset_sampling_state",
+    },
 }
 
 
 def write_stand_in(folder: Path, release: str, chips: int) -> Path:
-    """Write the modules `ttnn` and `models.tt_transformers` of that release, and what the server imports for quiet."""
-    old = {"seed": "0", "sampling": "", "decode": "decode_forward_text"}
-    new = {"seed": "None", "sampling": "sampling_params=None, ", "decode": "decode_forward"}
-    card = f"({release!r}, {chips}, True, test_server.Path({str(folder)!r}))"
-    for name, text in MODULES.items():
-        path = folder / f"{name}.py".replace("tt/", "models/tt_transformers/tt/")
+    """Write the modules `ttnn` and `models` of that release, and what the server imports for quiet."""
+    text = dict(OLDEST, card=f"({release!r}, {chips}, True, test_server.Path({str(folder)!r}))")
+    for name, changes in CHANGES.items():
+        if release == name or (release > name and " " not in name):
+            text |= changes
+    package = "ttt_compat" if "renamed" in release else "tt_transformers"
+    for name, module in MODULES.items():
+        path = folder / f"{name}.py".replace("tt/", f"models/{package}/tt/")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.format(card=card, **(new if release == "2026-06" else old)))
+        path.write_text(module.format(**text))
     return folder
 
 
@@ -1427,8 +1523,8 @@ def tt_model() -> Path:
 
 @contextlib.contextmanager
 def stand_in(release: str, chips: int = 1, samples: bool = True) -> Iterator[Card]:
-    """This process's ttnn and models.tt_transformers are the stand-in's."""
-    card = Card(release, chips, samples)
+    """This process's ttnn and models are the stand-in's."""
+    card, ModelArgs.salt_duplicate_seeds = Card(release, chips, samples), True
     folder = write_stand_in(SCRATCH / "tt-metal" / release, release, chips)
     modules: dict[str, Any] = {"ttnn": card, "test_server": sys.modules[__name__]}
     with mock.patch.dict(sys.modules, modules), mock.patch.dict(os.environ, {"TT_METAL_HOME": str(folder)}):
@@ -1475,12 +1571,17 @@ class HandDriven:
 
 @functools.cache
 def cpu_texts() -> list[tuple[list[int], list[int]]]:
-    """Prompts on both sides of every edge of a block and of the padding, and what the CPU engine answers, greedily."""
+    """Prompts on both sides of every edge of a block and of the padding, and what the CPU engine answers, greedily.
+
+    The last three begin with the same 190 tokens.
+    """
     chance = random.Random(5)
-    lengths = (1, 2, 31, 32, 33, 64, 100, 127, 128, 129, 200, 257)
+    lengths = (1, 2, 31, 32, 33, 64, 100, 127, 128, 129, 200, 257, 200, 300, 420)
+    shared = [chance.randrange(128000) for _ in range(190)]
     cpu = HandDriven(float32_engine(tt_model(), len(lengths)))
     for slot, length in enumerate(lengths):
-        cpu.join(slot, [chance.randrange(128000) for _ in range(length)])
+        prompt = [chance.randrange(128000) for _ in range(length)]
+        cpu.join(slot, [*shared, *prompt[190:]] if slot >= 12 else prompt)
     cpu.steps(*[range(len(lengths))] * 40)
     return [(cpu.prompts[slot], cpu.answers[slot]) for slot in cpu.prompts]
 
@@ -1489,7 +1590,7 @@ def reserving(text: int, length: int, count: int) -> tuple[server.Request, list[
     """A request that reserves so many tokens and ends after `count` of them, or before; and the CPU's answer to it."""
     prompt, answer = cpu_texts()[text]
     stop = answer[count]
-    return request(prompt, length - len(prompt), frozenset({stop})), answer[: answer.index(stop)]
+    return request(prompt, max(length - len(prompt), 40), frozenset({stop})), answer[: answer.index(stop)]
 
 
 def received(asked: server.Request) -> list[int]:
@@ -1498,9 +1599,10 @@ def received(asked: server.Request) -> list[int]:
 
 
 class TTEngineTest(unittest.TestCase):
-    """TTEngine over both releases of tt-metal, on the stand-in's card."""
+    """TTEngine over all releases of tt-metal, on the stand-in's card."""
 
-    CARDS = (("2026-02", True), ("2026-06", True), ("2026-06", False))  # and whether the card samples, or the host
+    HOST_SAMPLES = (("2026-06", False), ("2026-09 contract", False))
+    CARDS = (*((release, True) for release in RELEASES), *HOST_SAMPLES)  # and whether the card samples, or the host
 
     def test_a_thousand_requests_get_the_cpus_text_and_leave_nothing_behind(self) -> None:
         """Random ones, the first alone, some cancelled, which wait for blocks beside free slots."""
@@ -1516,22 +1618,22 @@ class TTEngineTest(unittest.TestCase):
             self.assertTrue(asked.outcome == "cancelled" or len(answer) == len(expected), asked.outcome)
 
         chance = random.Random(1)
-        for (release, samples), copies in (*zip(self.CARDS, (1, 2, 1)), (self.CARDS[0], 2)):
+        for (release, samples), copies in (*zip(self.CARDS, (1, 2, 1, 2, 1, 1, 2)), (self.CARDS[0], 2)):
             with self.subTest(release, samples=samples, copies=copies), stand_in(release, copies, samples) as card:
                 traced = copies == 1 or card.new
                 engine = tt_engine(32 // copies, 40000, data_parallel=copies, trace=traced)
-                size, compiled = (32, TT_POOL, copies * TT_POOL), set(card.compiled)
+                size, compiled = (32, TT_POOL, copies * TT_POOL), set(card.runs)
                 self.assertEqual((engine.max_batch_size, engine.max_seq_len, engine.kv_cache_tokens), size)
                 with scheduling(engine) as scheduler, concurrent.futures.ThreadPoolExecutor(40) as pool:
                     client(scheduler, 1.0, *reserving(9, 300, 30))
                     jobs = []
-                    for length in chance.choices((300, 1000, 4000, 20000), k=250):
-                        job = reserving(chance.randrange(12), length, chance.choice((1, 2, 5, 10, 39)))
+                    for length in chance.choices((300, 1000, 4000, 20000), k=125):
+                        job = reserving(chance.randrange(15), length, chance.choice((1, 2, 5, 10, 39)))
                         jobs.append(pool.submit(client, scheduler, chance.random(), *job))
                     for ended in jobs:
                         ended.result()
                     self.check_admission(scheduler, card, copies)
-                self.assertEqual(card.compiled, compiled, "compiled while it serves")
+                self.assertEqual(set(card.runs), compiled, "compiled while it serves")
 
     def check_admission(self, scheduler: server.Scheduler, card: Card, copies: int) -> None:
         """A request can have all blocks of its copy; the next one waits for them, though slots are free."""
@@ -1546,6 +1648,29 @@ class TTEngineTest(unittest.TestCase):
         *whole, (small, _) = requests
         self.assertGreaterEqual(small.admitted, min(asked.last_token for asked, _ in whole))
 
+    def test_prompts_together_and_in_pieces(self) -> None:
+        """One call for prompts of one padded length; a long one in pieces beside streams; only what is new is read."""
+        together, piece = "prefill of 16 x 128 on copy 0 with a trace", "prefill of 1 x 128 on copy 0 that goes on"
+        for release in RELEASES:
+            with self.subTest(release), stand_in(release) as card, scheduling(tt_engine(32)) as scheduler:
+                card.before["prefill"] = (gate := threading.Event()).wait
+                before, cached = collections.Counter(card.runs), []
+                burst = [reserving(text, 300, 39) for text in (0, *range(4), *range(4), *range(4), *range(4))]
+                for asked, _ in burst:
+                    scheduler.submit(asked)
+                    wait_until(lambda: scheduler.busy)  # the first is read alone
+                gate.set()
+                for text in (12, 13, 13, 11, 11):
+                    asked, expected = reserving(text, 500, 20)
+                    scheduler.submit(asked)
+                    self.assertEqual(received(asked), expected)
+                    cached.append(asked.cached)
+                for asked, expected in burst:
+                    self.assertEqual(received(asked), expected)
+                self.assertEqual(cached, [0, 128, 256, 0, 256] if card.newest else [0] * 5)
+                used = card.runs - before
+                self.assertEqual((used[together], used[piece + " with a trace"] > 0), (int(card.new), card.newest))
+
     def test_a_small_context(self) -> None:
         """Prompts are padded to more than a small context holds."""
         for max_seq_len in (32, 130, 202, 300, 600):
@@ -1558,7 +1683,7 @@ class TTEngineTest(unittest.TestCase):
     def test_a_slot_that_changes_hands(self) -> None:
         """reset_batch exactly when a request joins, leaves, is replaced by its twin, or changes its parameters."""
         (one, first), (two, second), (three, third) = (cpu_texts()[text] for text in (2, 3, 6))
-        for (release, _), trace in itertools.product(self.CARDS[:2], (True, False)):
+        for release, trace in itertools.product(RELEASES, (True, False)):
             with self.subTest(release, trace=trace), stand_in(release) as card:
                 slots = HandDriven(tt_engine(4, trace=trace))
                 del card.resets[:]
@@ -1577,14 +1702,15 @@ class TTEngineTest(unittest.TestCase):
                 self.assertEqual(slots.answers[2], second[:3])
                 slots.steps([2], [2], sampling=server.SamplingParams(seed=3))
                 slots.engine.close()
-                self.assertEqual(card.resets, [True, False] * 2 + [True, True, False] + [True, False] * 3)
+                reloads = [True, False] * 2 + [True, True, False] + [True, False] * 3
+                self.assertEqual(card.resets, reloads if trace or not card.contract else [True] * len(reloads))
 
     def test_sampling_reaches_the_card_slot_by_slot(self) -> None:
         asked: list[tuple[Any, ...]] = [(1, 0.5, 0.8, 5, 7), (2, 0.0, 0.9, 0, 3)]
         asked += [(5, 1.5, 1.0, 0, 2**31), (6, 0.9, 0.7, 100, None)]
         greedy = (0.0, 1, 1.0)
         expected = [greedy, (0.5, 5, 0.8), greedy, greedy, greedy, (1.5, 32, 1.0), (0.9, 32, 0.7), greedy]
-        for release, _ in self.CARDS[:2]:
+        for release in RELEASES[:2]:
             with self.subTest(release), stand_in(release, 2) as card:
                 engine = tt_engine(4, data_parallel=2)
                 used = []
@@ -1601,15 +1727,18 @@ class TTEngineTest(unittest.TestCase):
                     self.assertEqual(len({*used[1].seed, used[2].seed[1]} - {0}), 4)
 
     def test_a_seed_gives_the_same_text_again(self) -> None:
+        """Also at the same time, from 2026-06: the card does not tell equal seeds apart."""
         for release, samples in self.CARDS:
             card = stand_in(release, samples=samples)
-            with self.subTest(release, samples=samples), card, scheduling(tt_engine(4)) as scheduler:
-                texts, warm = [], functools.partial(server.SamplingParams, temperature=1.5, top_p=1.0)
+            with self.subTest(release, samples=samples), card as tt, scheduling(tt_engine(8)) as scheduler:
+                asked, warm = [], functools.partial(server.SamplingParams, temperature=1.5, top_p=1.0)
                 for seed in (1, 1, 2, None, None):
-                    asked = request(cpu_texts()[4][0], 12)
-                    asked.sampling = warm(seed=seed)
-                    scheduler.submit(asked)
-                    texts.append(received(asked))
+                    asked.append(request(cpu_texts()[4][0], 12))
+                    asked[-1].sampling = warm(seed=seed)
+                    scheduler.submit(asked[-1])
+                    if not tt.new:
+                        asked[-1].ended.wait()
+                texts = list(map(received, asked))
                 self.assertEqual([texts.index(text) for text in texts], [0, 0, 2, 3, 4])
                 if not samples:  # the host draws as for the CPU engine
                     cpu = HandDriven(float32_engine(tt_model(), 1))
@@ -1617,20 +1746,62 @@ class TTEngineTest(unittest.TestCase):
                     cpu.steps(*[[0]] * 12, sampling=warm(seed=1))
                     self.assertEqual(texts[0], cpu.answers[0])
 
+    def test_what_the_card_lacks(self) -> None:
+        """A warning, and a word in /health."""
+        for release, samples, expected in (
+            ("2026-06", False, "without sampling on the card$"),
+            ("2026-02", True, "first token on the card$"),
+        ):
+            with stand_in(release, samples=samples), self.assertLogs(server.logger, "WARNING") as logged:
+                engine = tt_engine(1)
+                engine.close()
+                self.assertRegex(engine.note, expected)
+                self.assertIn(engine.note, logged.output[0])
+        with stand_in("2026-09"), self.assertNoLogs(server.logger):
+            (engine := tt_engine(1)).close()
+            self.assertEqual(engine.note, "")
+
     def test_a_failed_load_closes_the_card(self) -> None:
         expected = TWO_CHIPS.replace("close", "close 1x1\nclose 1x1\nclose")
         failures = (RuntimeError("out of memory"), KeyboardInterrupt())
-        for (release, _), call, failure in itertools.product(self.CARDS[:2], ("load", "prefill", "decode"), failures):
+        for release, call, failure in itertools.product(RELEASES[1:4], ("load", "prefill", "decode"), failures):
             with self.subTest(release, call=call, failure=failure), stand_in(release, 2) as card:
                 card.before[call] = mock.Mock(side_effect=failure)
-                with self.assertRaises(type(failure)):
+                with self.assertRaises((KeyboardInterrupt, server.UserError)):
                     tt_engine(1, data_parallel=2)
                 self.assertEqual("\n".join(card.log), expected)
 
+    def test_trouble_names_its_cure(self) -> None:
+        """One sentence, with figures that fit, and the program that has the card."""
+        for text, expected in (
+            (
+                "x\ninfo:\nCreating trace buffers of size 2B on Mesh 0, but only 1B",
+                "160000000 .*--trace-region-size 320000000$",
+            ),
+            ("Out of Memory: Not enough space to allocate 5 B DRAM", "--max-seq-len 128 or --max-batch-size 16 halve"),
+            ("Timed out while waiting for active ethernet core", "does not answer.*tt-smi -r"),
+            (
+                "TT_FATAL @ topk.cpp\ninfo:\nGot [1]\nbacktrace",
+                r"load \(Got \[1\]\): ttnn is .*git -C .* checkout v0.81.1",
+            ),
+        ):
+            with (
+                self.subTest(expected),
+                stand_in("2026-09") as card,
+                mock.patch("importlib.metadata.version") as version,
+            ):
+                version.return_value, card.before["load"] = "0.81.1", mock.Mock(side_effect=RuntimeError(text))
+                self.assertRaisesRegex(server.UserError, expected, tt_engine)
+        tag = mock.patch("subprocess.run", return_value=types.SimpleNamespace(stdout="v0.73.1\n"))
+        with tag, mock.patch("importlib.metadata.version", return_value="0.81.1"):
+            differ, versions = server.compare_versions(Path("/tt-metal"))
+        self.assertTrue(differ)
+        self.assertRegex(versions, "ttnn is 0.81.1 and /tt-metal is 0.73.1: git .* checkout v0.81.1.*ttnn==0.73.1")
+
     def test_boards(self) -> None:
         """MESH_DEVICE or all chips; for an 8B model less memory on an N150, and as much for traces as each needs."""
-        small, wide = ("n150", TT_POOL, 25_000_000, "performance", 2), ("n300", 131072, 38_000_000, "performance", 4)
-        large = ("t3k", 131072, 50_000_000, "accuracy", 4)
+        small, wide = ("n150", TT_POOL, 160_000_000, "performance", 2), ("n300", 131072, 256_000_000, "performance", 4)
+        large = ("t3k", 131072, 256_000_000, "accuracy", 4)
         boards = (("N150", 2, small), ("", 2, wide), ("N300", 4, wide), ("", 8, large))
         for name, chips, expected in boards:
             with self.subTest(name, chips=chips), stand_in("2026-06", chips) as card:
@@ -1665,11 +1836,12 @@ class TTEngineTest(unittest.TestCase):
 class TTServerTest(unittest.TestCase):
     """The program on the stand-in's card: the errors of a start, and every way out."""
 
-    def start(self, folder: str, chips: int = 1, **variables: str) -> tuple[ServerProcess, Path]:
-        """A server, not yet ready, and the stand-in's folder."""
+    def start(self, folder: str, chips: int = 1, stall: float = 120, **variables: str) -> tuple[ServerProcess, Path]:
+        """A server, not yet ready, and the stand-in's folder. A step that takes longer than `stall` counts as hung."""
         home = write_stand_in(SCRATCH / "tt-metal" / folder, "2026-06", chips)
         options = ("--model", str(tt_model()), "--max-seq-len", "256")
-        process = ServerProcess(*options, **{**self.variables(home), **variables})
+        code = f"import os, tt_api_server as s; s.Scheduler.STALL_SECONDS = {stall}; os._exit(s.main())"
+        process = ServerProcess(*options, program=("-c", code), **{**self.variables(home), **variables})
         self.addCleanup(process.close)
         return process, home
 
@@ -1721,12 +1893,21 @@ class TTServerTest(unittest.TestCase):
             process.process.send_signal(signal.SIGINT)
             self.assertEqual(process.wait(), 130, process.output)
 
+    def test_a_step_that_hangs_under_systemd(self) -> None:
+        """The process ends, to be started again."""
+        process, folder = self.start("stalls", 1, 1.0, NOTIFY_SOCKET="/nowhere")
+        process.ready()
+        (folder / "hold").write_text("decode")
+        with streamed(process.port, max_tokens=5):
+            process.wait_for("a step has not returned for")
+            self.assertEqual(process.wait(), 1, process.output)
+
     def test_a_card_that_fails_for_good(self) -> None:
         """/health says so until someone stops the server; systemd, which cannot ask, sees it end."""
         for supervised in (False, True):
             with self.subTest(supervised=supervised):
                 variables = {"NOTIFY_SOCKET": "/nowhere"} if supervised else {}
-                process, folder = self.start(f"fails-{supervised}", 1, **variables)
+                process, folder = self.start(f"fails-{supervised}", 1, 120, **variables)
                 port = process.ready().port
                 (folder / "fail").write_text("")
                 for _ in range(3):
@@ -1758,7 +1939,16 @@ class TTServerTest(unittest.TestCase):
         good = self.variables(home)
         cases: list[tuple[str, list[str], dict[str, str]]] = [
             ("--device tt needs a model.*--model", ["--device", "tt"], good),
-            ("not tt-metal's models: git clone", model, {**good, "TT_METAL_HOME": "", "PYTHONPATH": ""}),
+            (
+                "there is no models/tt_transformers .*: git clone",
+                model,
+                {**good, "TT_METAL_HOME": "", "PYTHONPATH": ""},
+            ),
+            (
+                "TT_METAL_HOME, /nowhere, .* models/ttt_compat: git",
+                model,
+                {**good, "TT_METAL_HOME": "/nowhere", "PYTHONPATH": ""},
+            ),
             ("ttnn is not .*pip install ttnn", model, self.variables(home, blind)),
             ("Meta's: hf download", metas, good),
             ("MESH_DEVICE.*2 chips: N150, N300", model, {**good, "MESH_DEVICE": "N333"}),

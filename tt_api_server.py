@@ -58,6 +58,7 @@ import hashlib
 import hmac
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import inspect
 import ipaddress
@@ -77,6 +78,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import subprocess
 import sys
 import tempfile
 import threading
@@ -609,8 +611,9 @@ class Engine(Protocol):
     max_seq_len: int  # tokens that a slot can hold, prompt and answer
     kv_cache_tokens: int  # that all slots together can hold
     # Prompt tokens that a step may read. A prompt may then be read in pieces, and go on from what an earlier request
-    # left in its slot, which takes no room from other slots. 0: prompts are read whole, from the start.
+    # left in its slot. 0: prompts are read whole, from the start.
     prompt_chunk: int
+    resume_align: int  # a prompt goes on at a multiple of this
 
     def reserve(self, slot: int, length: int) -> bool:
         """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back.
@@ -668,6 +671,7 @@ class TorchEngine:
 
     device = "cpu"
     prompt_chunk = 512  # more are no faster
+    resume_align = 1
     SMALL = 200_000_000  # weights; a smaller model is faster on one thread, for threads wait at every operation
 
     def __init__(
@@ -881,27 +885,39 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: R
 # Card engine
 # ======================================================================================================================
 
-# Boards by the names of MESH_DEVICE, (rows, columns) of chips: models/tt_transformers/demo/simple_text_demo.py.
+# The Generator's folder in a tt-metal checkout: its name until 2026-09, and since.
+GENERATOR_FOLDERS = ("tt_transformers", "ttt_compat")
+# Boards by the names of MESH_DEVICE, (rows, columns) of chips: demo/simple_text_demo.py. P300x2 is the QuietBox 2.
 MESH_SHAPES = {
     "N150": (1, 1), "N300": (1, 2), "N150x4": (1, 4), "T3K": (1, 8), "TG": (8, 4),
-    "P100": (1, 1), "P150": (1, 1), "P300": (1, 2), "P150x4": (1, 4), "P150x8": (1, 8), "BHGLX": (8, 4),
+    "P100": (1, 1), "P150": (1, 1), "P300": (1, 2), "P300x2": (1, 4), "P150x4": (1, 4), "P150x8": (1, 8),
+    "BHGLX": (8, 4),
 }  # fmt: skip
 # Boards by the number of chips: model_config's determine_device_name.
 WORMHOLE_BOARDS = {1: "N150", 2: "N300", 4: "N150x4", 8: "T3K", 32: "TG"}
 BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}
-# Bytes of DRAM for traces, by model and board: demo/trace_region_config.py. With too few the first trace fails; with
-# too many an 8B model and its KV cache no longer fit the 12 GB of an N150.
-TRACE_REGION_SIZE = 50_000_000
-TRACE_REGION_SIZES = {
-    "Llama-3.2-3B": {"N150": 10_000_000},
-    "Llama-3.1-8B": {"N150": 25_000_000, "N300": 38_000_000, "P150": 52_000_000, "P300": 52_000_000},
-    "70B": dict.fromkeys(MESH_SHAPES, 90_000_000) | {"P150x4": 96_000_000},
-}
+# Bytes of DRAM for traces. Too few end the warm-up. An 8B model needed more than 25 MB on N150 (tt-metal #48636), 36 on
+# N300 (tt-inference-server #1839), 54 on T3K, 70 on P150 (#4005), 110 on P150x4 (#3436), and a 70B model 93 on P300x2
+# (#3400), all with fewer shapes of prompts than are traced here; models/model_trace_region_sizes.yaml gives 70B 224 MB.
+# Less where weights and KV cache leave little: a 3B model 0.7 GB of an N150, which does not trace its prompts.
+TRACE_REGION_SIZE = 256_000_000
+TRACE_REGION_SIZES_ON_N150 = {"3B": 30_000_000, "8B": 160_000_000}
 # Tokens of KV cache that fit beside the weights: vLLM's figures, generator_vllm.py's get_max_tokens_all_users.
 KV_CACHE_TOKENS, KV_CACHE_TOKENS_8B_ON_N150 = 131_072, 32_768
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows one model; 32 is a tile's height
+SHORT_PREFILL, LONG_PREFILL = 128, 1024  # tokens that a prefill call is padded to at least: get_padded_prefill_len
+PREFILL_CHUNK = 2 * LONG_PREFILL  # prompt tokens in a step
+# Prompts that one prefill call reads together, and the tokens that it reads at most, padding included. Each shape is
+# compiled and traced, so there are few.
+PREFILL_ROWS, PREFILL_ROWS_TOKENS = (16, 4), 4096
 MAX_TOP_K = 32  # tokens that sampling on the card looks at
+TROUBLE = {  # what tt-metal says where loading fails, and what to do
+    "trace buffers of size": "the traces do not fit into {region} bytes: --trace-region-size {twice}",
+    "Out of Memory": "the card is out of memory: --max-seq-len {length} or --max-batch-size {batch} halve the KV cache",
+    "CHIP_IN_USE|[Tt]imed out|[Tt]imeout|[Hh]ang": "the card{users} does not answer: end what else uses it, tt-smi -r",
+    "No chips detected": "ttnn finds no card that works: look what tt-smi shows, and try tt-smi -r",
+}
 
 
 def card_present() -> bool:
@@ -910,20 +926,53 @@ def card_present() -> bool:
     return pretended or any(Path("/dev/tenstorrent").glob("*"))
 
 
-def find_tt_metal() -> Path:
-    """The tt-metal checkout, whose `models` no wheel has: in TT_METAL_HOME, PYTHONPATH or the current folder."""
-    for folder in filter(None, [os.environ.get("TT_METAL_HOME"), *sys.path, os.getcwd()]):
-        root = home_path(folder)
-        if (root / "models" / "tt_transformers").is_dir():
-            return root
+def find_tt_metal() -> tuple[Path, str]:
+    """The tt-metal checkout and the Generator's folder in it, which no wheel has.
+
+    They are looked for in TT_METAL_HOME, PYTHONPATH and the current folder.
+    """
+    named = os.environ.get("TT_METAL_HOME")
+    for root in map(home_path, filter(None, [named, *sys.path, os.getcwd()])):
+        for folder in GENERATOR_FOLDERS:
+            if (root / "models" / folder / "tt" / "generator.py").is_file():  # git leaves empty folders behind
+                return root, folder
+    place = f"TT_METAL_HOME, {named}, has no" if named else "there is no"
     raise UserError(
-        "a Tenstorrent card is here, but not tt-metal's models: git clone --recursive "
-        "https://github.com/tenstorrent/tt-metal ~/tt-metal && export TT_METAL_HOME=~/tt-metal (or use --device cpu)"
+        f"a Tenstorrent card is here, but {place} models/{' or models/'.join(GENERATOR_FOLDERS)}: git clone "
+        "--recursive https://github.com/tenstorrent/tt-metal ~/tt-metal && export TT_METAL_HOME=~/tt-metal (or use "
+        "--device cpu)"
     )
 
 
-def import_tt(root: Path, verbose: bool) -> tuple[Any, Any, Any, Any]:
-    """ttnn, and tt_transformers' modules common, generator and model_config from the checkout `root`."""
+def compare_versions(root: Path) -> tuple[bool, str]:
+    """Whether ttnn and the checkout are of different releases, where both tell; both, and how to make them agree.
+
+    The checkout's version is its nearest tag, as in v0.81.1 or v0.82.0-dev20261104.
+    """
+    ttnn = tag = ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # built from source
+        ttnn = importlib.metadata.version("ttnn")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        describe = ["git", "-C", str(root), "describe", "--tags", "--abbrev=0"]
+        tag = subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip().lstrip("v")
+    differ = bool(ttnn and tag) and ttnn.split(".")[:2] != tag.split(".")[:2]
+    cures = [f"git -C {root} checkout v{ttnn}"] * bool(ttnn) + [f"pip install ttnn=={tag}"] * bool(tag)
+    cure = " or ".join(cures) or "build ttnn from it"
+    return differ, f"ttnn is {ttnn or 'built from source'} and {root} is {tag or 'without a tag'}: {cure}"
+
+
+def users_of_card() -> str:
+    """The other processes that have a card open, as the driver tells."""
+    users = set()
+    with contextlib.suppress(OSError):  # no driver, or a process that has just ended
+        for pids in Path("/proc/driver/tenstorrent").glob("*/pids"):
+            for pid in set(pids.read_text().split()) - {str(os.getpid())}:
+                users.add(f"{Path('/proc', pid, 'comm').read_text().strip()}, process {pid}")
+    return f" ({'; '.join(sorted(users))})" if users else ""
+
+
+def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, Any, Any, Any]:
+    """ttnn, and the checkout's modules common, generator and model_config."""
     try:
         if not verbose:  # silence its loggers and progress bars first: ttnn logs while it is imported
             import loguru
@@ -936,8 +985,8 @@ def import_tt(root: Path, verbose: bool) -> tuple[Any, Any, Any, Any]:
         import ttnn
     except ImportError as error:
         raise UserError(
-            f"a Tenstorrent card is here, but ttnn is not ({error}): pip install ttnn, or source "
-            "~/tt-metal/python_env/bin/activate (or use --device cpu)"
+            f"a Tenstorrent card is here, but ttnn is not ({error}): pip install ttnn with Python 3.10 or 3.12 (this "
+            f"is {sys.version.split()[0]}), or source ~/tt-metal/python_env/bin/activate (or use --device cpu)"
         ) from error
     # llama-models 0.1.1 and later install a regular package `models`, which Python prefers to tt-metal's folder of that
     # name, for it has no __init__.py. Bind the name to the folder; what is used here of llama_models does not need it.
@@ -946,13 +995,13 @@ def import_tt(root: Path, verbose: bool) -> tuple[Any, Any, Any, Any]:
     spec = importlib.machinery.ModuleSpec("models", None, is_package=True)
     spec.submodule_search_locations = [str(root / "models")]
     sys.modules["models"] = importlib.util.module_from_spec(spec)
+    names = (f"models.{folder}.tt.{name}" for name in ("common", "generator", "model_config"))
     try:
-        from models.tt_transformers.tt import common, generator, model_config
+        common, generator, model_config = map(importlib.import_module, names)
     except ImportError as error:
-        raise UserError(
-            f"tt-metal's models do not import ({error}): check out your ttnn's version in {root}, git submodule "
-            "update --init, pip install 'llama-models<0.1'"
-        ) from error
+        other = (error.name or "models").split(".")[0]
+        cure = compare_versions(root)[1] if other in ("models", "ttnn") else f"pip install {other}"
+        raise UserError(f"tt-metal's models do not import ({error}): {cure}") from error
     return ttnn, common, generator, model_config
 
 
@@ -1006,22 +1055,22 @@ def name_model(checkpoint: Checkpoint) -> None:
 
 
 class TTEngine:
-    """Llama 3 on Tenstorrent cards, over the Generator of tt-metal's models.tt_transformers, 2026-02 to 2026-06.
+    """Llama 3 on Tenstorrent cards, over tt-metal's Generator, 2026-02 to 2026-09.
 
-    The releases differ in their calls; what one can do is read from its signatures.
+    The releases differ in their calls; what one can do is read from its signatures and marks.
 
     Memory: each of the `data_parallel` copies of the model has `max_batch_size` slots and one pool of KV blocks. A
     slot's row of the page table lists the blocks that `reserve` gave it, then zeros. Block 0 belongs to no slot: it
     takes what is written for the padding of prompts.
 
-    Prefill reads a prompt whole. `start_pos`, which goes on from what a slot holds, used wrong blocks on some paths
-    until 2026-09, silently (tt-metal #46828, #54435, #55630). The Generator cuts long prompts itself.
+    Prefill reads short prompts together, padded to one length. It reads long ones in pieces, and goes on from what a
+    slot holds, where the Generator aligns `start_pos`. Before, that used wrong blocks on some paths, silently (tt-metal
+    #46828, #54435, #55630): there a prompt is read whole.
 
     Decode, traced and sampling on the card, takes tokens and positions from its own last step. It reads the host's
-    only at a reset: when a request joins, leaves or changes its parameters.
+    only at a reset: after a prefill or a change of the page table, and when a request joins, leaves or changes its
+    parameters.
     """
-
-    prompt_chunk = 0
 
     def __init__(
         self,
@@ -1033,6 +1082,7 @@ class TTEngine:
         accuracy: bool = False,
         data_parallel: int = 1,
         trace: bool = True,
+        trace_region_size: int = 0,
         verbose: bool = False,
     ) -> None:
         """Open the card, load the model, compile and trace it.
@@ -1044,28 +1094,67 @@ class TTEngine:
             raise UserError(f"--max-batch-size is {max_batch_size}, and a card decodes together one of {sizes}")
         self.max_batch_size = max_batch_size * data_parallel
         self.max_seq_len = max_seq_len
+        self.note = ""  # what makes this slower than the card is
         self._slots_per_copy = max_batch_size
         self._traced = trace and "TT_METAL_SLOW_DISPATCH_MODE" not in os.environ
+        self._tracing = False  # once all is compiled
         self._generator: Any = None
         self._opened = contextlib.ExitStack()
+        self._trace_region_size = trace_region_size
+        self._blocks_per_copy = self._padded_seq_len = 1  # until the memory is divided
+        root, folder = find_tt_metal()
         try:
-            ttnn, common, generator, model_config = import_tt(find_tt_metal(), verbose)
+            ttnn, common, generator, model_config = import_tt(root, folder, verbose)
+            differ, versions = compare_versions(root)
+            if differ:
+                logger.warning("%s", versions)
             name_model(checkpoint)
-            board, board_of_copy = choose_board(ttnn, data_parallel)
-            self.device = board.lower()
-            self._divide_memory(checkpoint, common, board_of_copy, data_parallel)
-            progress(f"opening {board}")
-            boards: dict[str, int] = next((v for name, v in TRACE_REGION_SIZES.items() if name in checkpoint.name), {})
-            trace_region_size = boards.get(board_of_copy, TRACE_REGION_SIZE) if self._traced else 0
-            mesh = self._opened.enter_context(open_mesh(ttnn, board, trace_region_size))
+            mesh = self._open(ttnn, common, checkpoint, data_parallel, progress)
             progress(f"loading {checkpoint.name}")
             levels = model_config.DecodersPrecision
             precision = levels.accuracy if accuracy else levels.performance
+            # Concurrent requests with equal seeds get equal answers. Since 2026-08 the card would tell them apart
+            # (tt-metal #53167); no release before reads this.
+            model_config.ModelArgs.salt_duplicate_seeds = False
             self._load(ttnn, common, generator, generator.create_submeshes(mesh, data_parallel), mesh, precision)
+            self._read_capabilities(generator)
+            self._choose_shapes(generator, common)
             self._warm_up(progress)
-        except BaseException:
+        except BaseException as error:
             self.close()
-            raise
+            if not isinstance(error, Exception) or isinstance(error, UserError):
+                raise
+            logger.debug("the load failed", exc_info=error)
+            raise UserError(self._explain(str(error), root)) from error
+
+    def _open(self, ttnn: Any, common: Any, checkpoint: Checkpoint, copies: int, progress: Progress) -> Any:
+        """Open the board, with memory for traces, and lay out the rest."""
+        # ttnn waits without a word, and without an end, for a card that another program has.
+        progress(f"opening the card{users_of_card()}; if that takes a minute, end what else uses it, then tt-smi -r")
+        board, board_of_copy = choose_board(ttnn, copies)
+        self.device = board.lower()
+        self._divide_memory(checkpoint, common, board_of_copy, copies)
+        if self._traced and not self._trace_region_size:
+            less = TRACE_REGION_SIZES_ON_N150 if board_of_copy == "N150" else {}
+            fitting = (size for name, size in less.items() if name in checkpoint.name)
+            self._trace_region_size = next(fitting, TRACE_REGION_SIZE)
+        return self._opened.enter_context(open_mesh(ttnn, board, self._trace_region_size))
+
+    def _explain(self, error: str, root: Path) -> str:
+        """A failed load in one sentence: what is wrong and what to do."""
+        for pattern, sentence in TROUBLE.items():
+            if re.search(pattern, error):
+                half = self._blocks_per_copy // 2 * BLOCK_SIZE
+                length = half // self._slots_per_copy  # below LONG_PREFILL only SHORT_PREFILL takes less
+                return sentence.format(
+                    region=self._trace_region_size,
+                    twice=2 * self._trace_region_size,
+                    length=length if length >= LONG_PREFILL else SHORT_PREFILL,
+                    batch=max(size for size in BATCH_SIZES if size == 1 or size * self._padded_seq_len <= half),
+                    users=users_of_card(),
+                )
+        what = error.partition("info:\n")[2] or error  # of TT_FATAL's text, what comes before the backtrace
+        return f"the model does not load ({printable(what.strip().partition(chr(10))[0])}): {compare_versions(root)[1]}"
 
     def _divide_memory(self, checkpoint: Checkpoint, common: Any, board: str, copies: int) -> None:
         """Lay out the blocks, the page table and what else a decode step reads."""
@@ -1086,7 +1175,7 @@ class TTEngine:
         self._positions = torch.full((self.max_batch_size,), -1, dtype=torch.int64)
 
     def _load(self, ttnn: Any, common: Any, generator: Any, submeshes: Any, mesh: Any, precision: Any) -> None:
-        """Load a copy of the model on each submesh, and find out how this release's Generator is called."""
+        """Load a copy of the model on each submesh."""
         paged = common.PagedAttentionConfig(block_size=BLOCK_SIZE, max_num_blocks=self._blocks_per_copy)
         models, model_args, kv_cache, state_dict = [], [], [], None
         for submesh in submeshes:
@@ -1105,38 +1194,68 @@ class TTEngine:
             kv_cache.append(cache)
         self._generator = generator.Generator(models, model_args, mesh)
         self._generator.already_warmed_up_prefill = True  # _warm_up does it, and tells how far it is
-        longest = min(self.max_seq_len, args.max_prefill_chunk_size)  # longer prompts are read in pieces of this
-        lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
-        self._prompt_lengths = sorted({common.get_padded_prefill_len(length) for length in lengths})
+        self._kv_cache = kv_cache
 
-        prefill = self._generator.prefill_forward_text
-        decode = getattr(self._generator, "decode_forward_text", self._generator.decode_forward)  # until 2026-02
-        self._prefill_forward = functools.partial(prefill, kv_cache=kv_cache, enable_trace=self._traced)
-        self._decode_forward = functools.partial(
-            decode,
-            self._tokens,
-            self._positions,
-            page_table=self._page_table,
-            kv_cache=kv_cache,
-            enable_trace=self._traced,
-        )
-        self._card_samples = bool(models[0]._supports_on_device_sampling)
-        self._card_samples_prefill = self._card_samples and "sampling_params" in inspect.signature(prefill).parameters
+    def _read_capabilities(self, generator: Any) -> None:
+        """Find out how this release's Generator is called, and say what it lacks."""
+        this = self._generator
+        self._prefill_forward = this.prefill_forward_text
+        self._decode_forward = getattr(this, "decode_forward_text", this.decode_forward)  # until 2026-02
+        # Since 2026-09 prefill_forward_text is a wrapper with *args, **kwargs around an _impl, which has the names.
+        prefill = inspect.signature(getattr(this, "_prefill_forward_text_impl", self._prefill_forward)).parameters
+        decode = inspect.signature(self._decode_forward).parameters
+        contract = getattr(this, "decode_input_update_contract", int("reload_sampling_params" in decode))
+        self._has_decode_contract = contract >= 1
+        self._card_samples = bool(getattr(this.model[0], "_supports_on_device_sampling", False))
+        self._card_samples_prefill = self._card_samples and "sampling_params" in prefill
         self._card_sampling_params = generator.SamplingParams
-        self._decoding: dict[int, SamplingParams | None] = {}  # the slots of the last decode step
+        self._decoding: dict[int, SamplingParams | None] = {}  # the slots of the last decode step; empty: reset
         self._sampling_of_batch: Any = None
+        lacks = "" if self._card_samples_prefill else "sampling the first token on the card"
+        lacks = lacks if self._card_samples else "sampling on the card"
+        if lacks or "TT_METAL_SLOW_DISPATCH_MODE" in os.environ:
+            self.note = f"slow, without {lacks or 'traces: TT_METAL_SLOW_DISPATCH_MODE is set'}"
+            logger.warning("%s is %s", self.device, self.note)
+
+    def _choose_shapes(self, generator: Any, common: Any) -> None:
+        """Find out how prompts may be read, and so in what shapes: (position, padded length, rows) of each call."""
+        this, args = self._generator, self._generator.model_args[0]
+        align: Any = getattr(this, "_align_resume_offsets", lambda *_: [])
+        ends = [SHORT_PREFILL + SHORT_PREFILL, SHORT_PREFILL + LONG_PREFILL]
+        resumes = align([SHORT_PREFILL] * 2, ends, self._kv_cache) == [SHORT_PREFILL] * 2  # it would lower others
+        self.prompt_chunk, self.resume_align = (PREFILL_CHUNK, SHORT_PREFILL) if resumes else (0, 1)
+        # Longer prompts are read in pieces of this, here or by the Generator.
+        longest = min(self.max_seq_len, args.max_prefill_chunk_size, LONG_PREFILL if resumes else self.max_seq_len)
+        lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
+        together = len(this.model) == 1 and not getattr(args, "disable_batched_prefill", False)
+        most = PREFILL_ROWS_TOKENS if together and hasattr(generator, "SUPPORTED_PREFILL_BATCH_SIZES") else 0
+        self._rows = {
+            length: [rows for rows in PREFILL_ROWS if rows <= self._slots_per_copy and rows * length <= most] + [1]
+            for length in sorted(set(map(common.get_padded_prefill_len, lengths)))
+        }
+        self._shapes = [(0, length, rows) for length in self._rows for rows in self._rows[length]]
+        if resumes:
+            fitting = (length for length in self._rows if SHORT_PREFILL + length <= self._padded_seq_len)
+            self._shapes += [(SHORT_PREFILL, length, 1) for length in fitting]
 
     def _warm_up(self, progress: Progress) -> None:
-        """Compile and trace every padded prompt length and the decode step, before the first request."""
-        sampling = SamplingParams(temperature=1.0)
-        for number, length in enumerate(self._prompt_lengths):
-            progress(f"compiling prompts of {length} tokens", number / (len(self._prompt_lengths) + 1))
-            for slot in range(0, self.max_batch_size, self._slots_per_copy):  # each copy has its own traces
-                self._prefill(Work(slot, [0] * length, 0, sampling))
-        progress(f"compiling decode of {self.max_batch_size} slots")
-        for position in (0, 1):  # captured, then replayed
-            self._decode([Work(slot, [0], position, sampling) for slot in range(self.max_batch_size)])
-        self._decoding = {}
+        """Compile every shape of prompts and the decode step, then trace them, before the first request.
+
+        What is compiled while a trace is kept, or staged for decode while a prefill trace is, may lie where that
+        trace writes (tt-metal #56215). So all is compiled before the first trace, and decode is the first to be traced.
+        """
+        sampled = SamplingParams(temperature=1.0)
+        stages, stage = (1 + self._traced) * (1 + len(self._shapes)), itertools.count()
+        for doing, tracing in [("compiling", False), ("tracing", True)][: 1 + self._traced]:
+            self._tracing = tracing
+            progress(f"{doing} decode of {self.max_batch_size} slots", next(stage) / stages)
+            for sampling, position in itertools.product((SamplingParams(temperature=0), sampled), (0, 1)):
+                self._decode([Work(slot, [0], position, sampling) for slot in range(self.max_batch_size)])
+            for position, length, rows in self._shapes:
+                progress(f"{doing} {rows} prompts of {length} tokens", next(stage) / stages)
+                for first in range(0, self.max_batch_size, self._slots_per_copy):  # each copy has its own traces
+                    slots = range(first, first + rows)
+                    self._prefill([Work(slot, [0] * length, position, sampled) for slot in slots])
 
     def reserve(self, slot: int, length: int) -> bool:
         """Give the slot the blocks that `length` tokens take; False while its pool lacks them."""
@@ -1150,49 +1269,103 @@ class TTEngine:
             free.append(blocks.pop())
         self._page_table[slot] = 0
         self._page_table[slot, :wanted] = torch.tensor(blocks)
+        self._decoding = {}
         return True
 
     def step(self, batch: Sequence[Work]) -> list[int]:
-        """Prefill the batch's prompts one by one, then decode its other slots together.
+        """Prefill the batch's prompts, those of one padded length together, then decode its other slots together.
 
         After an exception the next step works, though what the slots of this one hold is unknown.
         """
-        tokens = {work.slot: self._prefill(work) for work in batch if not work.position}
-        if decoding := [work for work in batch if work.position]:
+        tokens: dict[int, int] = {}
+        short: dict[int, list[Work]] = {}  # prompts that one call reads, by padded length
+        for work in batch:
+            if work.position == 0 or len(work.tokens) > 1:
+                *pieces, last = self._pieces(work)
+                for piece in pieces:
+                    self._prefill([piece])
+                if last.position:
+                    tokens |= self._prefill([last])
+                else:
+                    padded = next((length for length in self._rows if len(work.tokens) <= length), max(self._rows))
+                    short.setdefault(padded, []).append(work)
+        for padded, works in short.items():
+            while works:
+                rows = next(rows for rows in self._rows[padded] if 3 * rows <= 4 * len(works))
+                tokens |= self._prefill(works[:rows])
+                del works[:rows]
+        if decoding := [work for work in batch if work.slot not in tokens]:
             tokens |= self._decode(decoding)
-        return [tokens[work.slot] for work in batch]
+        return [tokens[work.slot] if work.sampling else -1 for work in batch]
 
-    def _prefill(self, work: Work) -> int:
-        if work.slot in self._decoding:  # a new request: the card must not decode on for the one before it
-            self._decoding = {}
-        on_card = {"sampling_params": self._sampling_on_card([work])} if self._card_samples_prefill else {}
+    def _pieces(self, work: Work) -> list[Work]:
+        """What one call after the other reads of a prompt."""
+        if not self.prompt_chunk:
+            return [work]
+        pieces, begin, total = [], 0, len(work.tokens)
+        while begin < total:
+            # Two short calls cost less than a long one, and the padding must not reach beyond the rotary tables.
+            position = work.position + begin
+            long = total - begin > 2 * SHORT_PREFILL and position + LONG_PREFILL <= self._padded_seq_len
+            end = begin + (LONG_PREFILL if long else SHORT_PREFILL)
+            pieces.append(Work(work.slot, work.tokens[begin:end], position, work.sampling if end >= total else None))
+            begin = end
+        return pieces
+
+    def _prefill(self, works: Sequence[Work]) -> dict[int, int]:
+        """One call of the Generator; each slot's next token."""
+        self._decoding = {}
+        ends = [work.position + len(work.tokens) for work in works]
+        tokens = torch.zeros(len(works), max(ends), dtype=torch.int64)
+        for row, work in zip(tokens, works):
+            row[work.position : work.position + len(work.tokens)] = torch.tensor(work.tokens)
+        slots = [work.slot for work in works]
+        options: dict[str, Any] = {"start_pos": [work.position for work in works]} if works[0].position else {}
+        if self._card_samples_prefill:
+            options["sampling_params"] = self._sampling_on_card(works)
         output = self._prefill_forward(
-            torch.tensor([list(work.tokens)]),
-            page_table=self._page_table[work.slot : work.slot + 1],
-            prompt_lens=[len(work.tokens)],
-            empty_slots=[work.slot],
-            **on_card,
+            tokens,
+            page_table=self._page_table[slots],
+            kv_cache=self._kv_cache,
+            prompt_lens=ends,
+            # Rows that are read together count from 0, as in tt-metal's demo: the page table says which blocks they
+            # fill, and the next decode resets the sampler. With the slots' own numbers the call would span all slots
+            # to the highest, and until 2026-06 go out of bounds.
+            empty_slots=slots if len(works) == 1 else list(range(len(works))),
+            enable_trace=self._tracing,
+            **options,
         )
-        if on_card:
-            return int(output[0])  # (tokens [1, 1], log_probs)
-        return sample(output.view(1, -1), [work.sampling or SamplingParams()], [len(work.tokens)])[0]
+        if self._card_samples_prefill:  # (tokens [works, 1], log_probs)
+            return dict(zip(slots, output[0].flatten().tolist()))
+        params = [work.sampling or SamplingParams() for work in works]
+        return dict(zip(slots, sample(output.view(len(works), -1), params, ends)))
 
     def _decode(self, batch: Sequence[Work]) -> dict[int, int]:
         """One step of these slots, the others idle; each slot's next token."""
         decoding = {work.slot: work.sampling for work in batch}
-        reset_batch = decoding != self._decoding
+        reset = decoding != self._decoding
         self._decoding = {}  # until the step has succeeded
-        if reset_batch:
+        if reset:
             self._positions.fill_(-1)
+            # At a reset the card keeps its own token where its position is the host's or one ahead, unless the slot is
+            # in this set. Here the host's tokens are always right.
+            self._generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
             self._generator.prev_page_table = None  # in 2026-02 a changed page table is what resets all but the seeds
             if self._card_samples:
                 self._sampling_of_batch = self._sampling_on_card(batch, range(self.max_batch_size))
         slots = torch.tensor(list(decoding))
         self._tokens[slots] = torch.tensor([list(work.tokens) for work in batch])
         self._positions[slots] = torch.tensor([work.position for work in batch])
-        on_card = {"sampling_params": self._sampling_of_batch, "reset_batch": reset_batch} if self._card_samples else {}
-        output, _ = self._decode_forward(**on_card)  # the other is log_probs
-        if on_card:  # tokens [slots]
+        output, _ = self._decode_forward(  # the other is log_probs
+            self._tokens,
+            self._positions,
+            page_table=self._page_table,
+            kv_cache=self._kv_cache,
+            enable_trace=self._tracing,
+            sampling_params=self._sampling_of_batch,
+            **self._decode_commands(reset),
+        )
+        if self._card_samples:  # tokens [slots]
             tokens = output.tolist()
             next_tokens = {slot: tokens[slot] for slot in decoding}
         else:  # logits [slots, 1, vocabulary]
@@ -1201,10 +1374,21 @@ class TTEngine:
         self._decoding = decoding
         return next_tokens
 
+    def _decode_commands(self, reset: bool) -> dict[str, bool]:
+        """What a decode step takes from the host, by models/common/decode_contract.py or as before it."""
+        if not self._has_decode_contract:
+            return {"reset_batch": reset and self._card_samples}
+        return {
+            "reload_inputs": reset or not (self._card_samples and self._tracing),
+            "reload_page_table": False,  # alone; here a changed page table is a reset
+            "reload_sampling_params": reset and self._card_samples,
+            "reset_sampling_state": reset and self._card_samples,
+        }
+
     def _sampling_on_card(self, batch: Sequence[Work], slots: Sequence[int] = ()) -> Any:
         """tt-metal's SamplingParams: lists with an entry for each item, or for each slot, where idle ones are greedy.
 
-        In 2026-06 (the default seed is None) the card draws a token from the request's seed and the position, and
+        Since 2026-06 (the default seed is None) the card draws a token from the request's seed and the position, and
         traces the sampling only while no slot has a seed. In 2026-02 a reset seeds all slots anew: with the position
         mixed in, or a request that joins would make the others draw the same numbers again.
         """
@@ -1224,7 +1408,7 @@ class TTEngine:
 
     def close(self) -> None:
         """Release the traces, close the card, reset the fabric; a second call does nothing."""
-        for name in ("_generator", "_prefill_forward", "_decode_forward"):
+        for name in ("_generator", "_prefill_forward", "_decode_forward", "_kv_cache"):
             self.__dict__.pop(name, None)
         # The Generator's destructor releases its traces, which must come before the mesh is closed.
         gc.unfreeze()  # what the CLI froze after the load
@@ -1715,6 +1899,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give free slots to those who wait longest, while the engine has room."""
+        align = self._engine.resume_align
         while self.queue and (free := [slot for slot in self.slots if slot.request is None]):
             request = self.queue[0]
             length = len(request.prompt) + request.max_tokens
@@ -1724,12 +1909,15 @@ class Scheduler:
             common = {slot.index: slot.common(request.prompt) for slot in free}
             own = {slot.index: common[slot.index] if 2 * common[slot.index] > slot.held else 0 for slot in free}
             free.sort(key=lambda slot: (-own[slot.index], bool(slot.held), slot.used))
-            slot = next((slot for slot in free if self._engine.reserve(slot.index, length)), None)
+            # What idle slots hold gives way to the request: the oldest first, and last what it could have reused.
+            kept = sorted((slot for slot in free if slot.held), key=lambda slot: (own[slot.index], slot.used))
+            while not (slot := next((s for s in free if self._engine.reserve(s.index, length)), None)) and kept:
+                self._keep(kept.pop(0), 0)
             if slot is None:
                 return  # until another request has ended
             self.queue.popleft()
             request.admitted = time.monotonic()
-            slot.held = request.cached = common[slot.index]
+            slot.held = request.cached = min(common[slot.index], slot.held) // align * align
             slot.request, slot.tokens = request, list(request.prompt)
 
     def _plan(self) -> list[Work]:
@@ -1738,11 +1926,13 @@ class Scheduler:
         batch = [Work(slot.index, slot.tokens[-1:], slot.held, r.sampling) for slot, r in busy if slot.pending == 1]
         prompts = [(slot, request) for slot, request in busy if slot.pending > 1]
         chunk = self._engine.prompt_chunk
-        budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > len(batch) else self.PROMPT_BUDGET + len(batch)
+        align = max(self._engine.resume_align, 16)  # in bfloat16 such pieces give the same logits as the whole
+        few = max(self.PROMPT_BUDGET + len(batch), align)
+        budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > len(batch) else few
         for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
             end = len(slot.tokens)
             if chunk and slot.pending > budget:
-                end = (slot.held + budget) // 16 * 16  # in bfloat16 such pieces give the same logits as the whole
+                end = (slot.held + budget) // align * align
             if budget <= 0 or end <= slot.held:
                 break
             budget -= end - slot.held
@@ -1791,11 +1981,14 @@ class Scheduler:
             self._failures = 0
         self._finish(slot.request, outcome)
         slot.request, slot.used = None, time.monotonic()
-        if self._engine.prompt_chunk and outcome != "error":
-            del slot.tokens[slot.held :]
-        else:  # what it holds is of no use, or not to be trusted
-            self._engine.reserve(slot.index, 0)
-            slot.tokens, slot.held = [], 0
+        # After an error what it holds is not to be trusted.
+        self._keep(slot, slot.held if self._engine.prompt_chunk and outcome != "error" else 0)
+
+    def _keep(self, slot: Slot, held: int) -> None:
+        """Keep so many tokens of an idle slot, for a request that starts the same way, and give back its other room."""
+        slot.held = held
+        del slot.tokens[held:]
+        self._engine.reserve(slot.index, held)
 
     def _give_up(self, error: str) -> None:
         with self._wake:
@@ -2829,6 +3022,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     copies = "copies of the model, each on its own chips (default: 1)"
     add("--data-parallel", type=whole_number(1, 32), default=1, metavar="N", help=copies)
     add("--no-trace", action="store_true", help="run without traces, to debug; slower")
+    region = "bytes of DRAM for traces (default: by model and board)"
+    add("--trace-region-size", type=whole_number(1, 999_999_999), default=0, metavar="N", help=region)
     add = parser.add_argument_group("on the CPU").add_argument
     dtypes = "arithmetic (default: auto, the fastest); in float32 an answer does not depend on other requests"
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=dtypes)
@@ -2923,8 +3118,8 @@ def choose_device(options: argparse.Namespace, found: Checkpoint | None) -> str:
     Only the demo passes a card over. For all else that is missing there is an error that says how to get it.
     """
     if options.device == "cpu" or (options.device == "auto" and (found is None or not card_present())):
-        if options.accuracy or options.no_trace or options.data_parallel > 1:
-            options_of_cards = "--accuracy, --data-parallel and --no-trace"
+        if options.accuracy or options.no_trace or options.trace_region_size or options.data_parallel > 1:
+            options_of_cards = "--accuracy, --data-parallel, --no-trace and --trace-region-size"
             raise UserError(f"{options_of_cards} are for a model on a card, and this runs on the CPU: leave them out")
         return "cpu"
     if not card_present():
@@ -2960,14 +3155,16 @@ def load(
     if device == "cpu":
         engine = TorchEngine(checkpoint, *size, dtype=options.dtype, threads=options.threads)
     else:
-        engine = TTEngine(
+        engine = card = TTEngine(
             checkpoint,
             *size,
             accuracy=options.accuracy,
             data_parallel=options.data_parallel,
             trace=not options.no_trace,
+            trace_region_size=options.trace_region_size,
             verbose=options.verbose,
         )
+        server.note = card.note
     # What is loaded stays. Looking through it for garbage again and again would hold all threads up for 0.2 s.
     gc.freeze()
     return engine
@@ -2997,14 +3194,28 @@ def serve(options: argparse.Namespace) -> int:
     scheduler = server.scheduler = Scheduler(options.max_queue)
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     threading.Thread(target=stop_on_signals, args=(server,), name="signals", daemon=True).start()
+    if supervised := "NOTIFY_SOCKET" in os.environ:
+        threading.Thread(target=end_on_error, args=(scheduler,), name="watchdog", daemon=True).start()
     scheduler.run(functools.partial(load, server, options, found, device), Terminal(), ready)
-    if scheduler.slots and "NOTIFY_SOCKET" not in os.environ:
+    if scheduler.slots and not supervised:
         scheduler.wait_for_stop()  # at once, unless the engine has failed: then /health says so until someone stops it
     while server.under_way and not server.cut_short:
         time.sleep(0.05)
     status = 1 if scheduler.error else 128 + signal.SIGINT if server.cut_short else 0
     logger.info("Stopped." if status == 0 else "Stopped before all was done.")
     return status
+
+
+def end_on_error(scheduler: Scheduler) -> None:
+    """Under systemd, in a thread of its own: end the process if a step hangs. The next one can reset the card.
+
+    If steps fail, the main thread ends earlier, and closes the card.
+    """
+    while not scheduler.error:
+        time.sleep(1)
+    logger.error("%s", scheduler.error)
+    time.sleep(10)
+    os._exit(1)
 
 
 def stop_on_signals(server: ApiServer) -> None:
@@ -3015,8 +3226,9 @@ def stop_on_signals(server: ApiServer) -> None:
     scheduler = server.scheduler
     signal.sigwait(STOP_SIGNALS)
     notify_systemd("STOPPING=1")
-    logger.info("Stopping when all is answered (%d). Press CTRL+C again to cut it short.", server.under_way)
     healthy = scheduler.state == "healthy"
+    again = f" when all is answered ({server.under_way}). Press CTRL+C again to cut it short."
+    logger.info("Stopping%s", again if healthy else ", in 10 seconds at most.")
     scheduler.stop(drain=True)
     if healthy:
         threading.Timer(DRAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
