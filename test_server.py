@@ -63,7 +63,7 @@ import torch  # noqa: E402  (after import_torch, which keeps torch from complain
 
 SERVER = Path(server.__file__).resolve()
 PATIENCE = 60.0  # seconds until a test gives up on what should have happened long ago
-SOAK_SECONDS = 20.0  # of each soak; --soak changes it
+SOAK_SECONDS = 6.0  # of each soak; --soak changes it
 GREEDY = server.SamplingParams(temperature=0)
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for servers of small models: threads wait for each other on a busy machine
 Body = dict[str, Any]
@@ -334,14 +334,6 @@ def run_to_end(*options: str, **variables: str) -> subprocess.CompletedProcess[s
         return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired as error:
         raise AssertionError(f"the server did not end: {error.output!r}") from None
-
-
-def run_limited(limit: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a server of the demo, which is to end by itself, under a limit of the shell's ulimit."""
-    limited = f"ulimit {limit}; exec {shlex.quote(sys.executable)} {shlex.quote(str(SERVER))} --port 0"
-    return subprocess.run(
-        ["bash", "-c", limited], env=environment(**variables), capture_output=True, text=True, timeout=4 * PATIENCE
-    )
 
 
 class Reply(NamedTuple):
@@ -1937,7 +1929,7 @@ class DemoTest(unittest.TestCase):
         prompts = re.split(r"\s*\| ", TUTORIAL)
         for seed in range(3):
             self.assertEqual(self.answers(prompts, seed=seed), [known[prompt.rstrip("?")] for prompt in prompts])
-        forms = {form: known[p] for p in known for form in (p, f"{p}?", p.lower(), f"{p.lower()}?")}
+        forms = {form: known[p] for p in known for form in (p, f"{p.lower()}?")}
         given = self.answers(list(forms), temperature=0)
         wrong = [form for form, answer in zip(forms, given) if answer != forms[form]]
         self.assertLessEqual(len(wrong), 0.05 * len(forms), wrong)
@@ -1955,20 +1947,36 @@ class DemoTest(unittest.TestCase):
         self.assertEqual((report["model"], report["note"]), (server.DEMO_NAME, server.DEMO_NOTE))
         self.assertRegex(process.output, r"--model.*HF_MODEL.*LLAMA_DIR.*demo")
 
+    def start(self, cache: Path, steps: int = 3, before: str = "") -> ServerProcess:
+        """A start with this cache, and with so many steps of training."""
+        program = f"import os, sys, tt_api_server as s; s.DEMO_STEPS = {steps}; {before}os._exit(s.main(sys.argv[1:]))"
+        variables = {**ONE_THREAD, "PYTHONPATH": str(SERVER.parent), "XDG_CACHE_HOME": str(cache)}
+        process = ServerProcess(program=("-c", program), **variables)
+        self.addCleanup(process.close)
+        return process
+
     def test_the_cache(self) -> None:
         """Two first starts at once train it and do each other no harm; the next start trains nothing."""
-        home = Path(tempfile.mkdtemp(dir=SCRATCH))
-        short = "import sys, tt_api_server as s; s.DEMO_STEPS = 20; sys.exit(s.main(sys.argv[1:]))"
-        variables = {**ONE_THREAD, "PYTHONPATH": str(SERVER.parent), "XDG_CACHE_HOME": str(home)}
+        cache = Path(tempfile.mkdtemp(dir=SCRATCH))
         for starts, trains in ((2, True), (1, False)):
-            processes = [ServerProcess(program=("-c", short), **variables) for _ in range(starts)]
-            for process in processes:
-                self.addCleanup(process.close)
+            processes = [self.start(cache) for _ in range(starts)]
             for process in processes:
                 chat(process.ready().port, max_tokens=1)
             self.assertEqual(any("training" in process.output for process in processes), trains)
-            (folder,) = home.glob("*/*")
+            (folder,) = cache.glob("*/*")
             self.assertEqual(server.read_checkpoint(folder).name, folder.name)  # a checkpoint like any other
+
+    def test_a_training_that_is_not_finished(self) -> None:
+        """On a full disk, or stopped in the middle: it ends without a traceback and leaves nothing behind."""
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
+        full = r"error: the demo model cannot be written to .*: set XDG_CACHE_HOME"
+        for steps, before, status, said in ((3, limit, 2, full), (9999, "", 0, "training")):
+            cache = Path(tempfile.mkdtemp(dir=SCRATCH))
+            process = self.start(cache, steps, before)
+            process.wait_for(said)
+            process.process.terminate()
+            self.assertEqual((process.wait(), "Traceback" in process.output), (status, False), process.output)
+            self.assertEqual([path for path in cache.rglob("*") if path.is_file()], [])
 
 
 # ======================================================================================================================
@@ -1991,6 +1999,16 @@ def check_error(reply: Reply, status: int, expected: str = ".") -> None:
     """It must have this status, and a sentence with this in it."""
     assert (reply.status, reply.headers["Content-Type"]) == (status, "application/json"), reply
     assert re.search(expected, said(reply)), reply
+
+
+def check_unavailable(port: int, status: str) -> Body:
+    """Both endpoints say 503, and /chat when to come back; returns the report of /health."""
+    reply = ask(port, "/chat", ASKED)
+    check_error(reply, 503)
+    assert reply.headers["Retry-After"] == "1", reply
+    reply = ask(port, "/health")
+    assert (reply.status, reply.json["status"], reply.json["model_loaded"]) == (503, status, False), reply
+    return reply.json
 
 
 def head(*lines: str, start: str = "POST /chat HTTP/1.1") -> bytes:
@@ -2292,21 +2310,13 @@ class HttpErrorTest(unittest.TestCase):
             chunked, late = head("Transfer-Encoding: chunked"), (b"", b"5\r\nHe", b"5\r\nHello\r\n", b"0\r\nT: 1\r\n")
             stalled = pool.map(stall, [b"GE", head()[:-2], post(ASKED)[:-5], *(chunked + part for part in late)])
             dripping = pool.map(drip, [head()[:-2], post(b"x" * 999)[:200], chunked + b"9999\r\n"])
+            silent = pool.map(stall, [b"", head(start="GET /health HTTP/1.1")])
             for reply in (*stalled, *dripping):
                 self.assertRegex(reply, rb'^HTTP/1.1 408 (.|\r\n)*{"error": ".*in time')
-            self.assertEqual(raw(api.server_port, b""), b"")
-            self.assertEqual(raw(api.server_port, head(start="GET /health HTTP/1.1")).count(b"HTTP/1.1"), 1)
+            self.assertEqual([reply.count(b"HTTP/1.1") for reply in silent], [0, 1])
 
 
 class StateTest(unittest.TestCase):
-    def check_unavailable(self, port: int, status: str) -> Body:
-        """Both endpoints say 503 and when to come back; returns the report of /health."""
-        reply = ask(port, "/chat", {"prompt": "Hi"})
-        self.assertEqual((reply.status, list(reply.json), reply.headers["Retry-After"]), (503, ["error"], "1"))
-        reply = ask(port, "/health")
-        self.assertEqual((reply.status, reply.json["status"], reply.json["model_loaded"]), (503, status, False))
-        return reply.json
-
     def test_a_full_queue(self) -> None:
         """A stream that waits has its header, so that its client knows; what fails then is told in the stream."""
         gate = Gate(opened=False)
@@ -2339,7 +2349,7 @@ class StateTest(unittest.TestCase):
                 if failures < limit:
                     usage = ask(api.server_port, "/v1/completions", ASKED).json["usage"]
                     self.assertEqual(usage["prompt_tokens_details"]["cached_tokens"], 0)  # the slot is not trusted
-            self.assertIn("RuntimeError", self.check_unavailable(api.server_port, "unhealthy")["error"])
+            self.assertIn("RuntimeError", check_unavailable(api.server_port, "unhealthy")["error"])
             wait_until(lambda: engine.closed)
 
     def test_an_engine_that_fails_in_the_middle_of_a_stream(self) -> None:
@@ -2362,7 +2372,7 @@ class StateTest(unittest.TestCase):
             api.scheduler.STALL_SECONDS = 0.2
             self.assertEqual(list(next(lines)), ["response"])
             wait_until(lambda: api.scheduler.state == "unhealthy")
-            self.assertIn("step", self.check_unavailable(api.server_port, "unhealthy")["error"])
+            self.assertIn("step", check_unavailable(api.server_port, "unhealthy")["error"])
             gate.open()
             self.assertEqual(list(lines)[-1]["tokens_generated"], 5)
             self.assertEqual(ask(api.server_port, "/health").json["status"], "healthy")
@@ -2375,7 +2385,7 @@ class StateTest(unittest.TestCase):
                 replies = [pool.submit(ask, api.server_port, "/chat", {"prompt": "Hi"}) for _ in range(2)]
                 wait_until(lambda: (api.scheduler.busy, api.scheduler.queued) == (1, 1))
                 api.scheduler.stop(drain)
-                self.check_unavailable(api.server_port, "stopping")
+                check_unavailable(api.server_port, "stopping")
                 gate.open()
                 self.assertEqual([reply.result().status for reply in replies], [status] * 2)
 
@@ -2620,12 +2630,6 @@ class AccessTest(unittest.TestCase):
         self.assertNotIn("/", ask(port, "/health", headers=named).json["llama_dir"])
         self.assertNotIn("sesame", process.output)
 
-    def test_keys_that_nobody_could_send(self) -> None:
-        for key in ("", " ", "clé", "a\nb", "key "):  # empty: as $(cat key) gives it where the file is missing
-            ended = run_to_end("--port", "0", "--api-key", key)
-            self.assertEqual(ended.returncode, 2)
-            self.assertIn("printable ASCII, not empty", ended.stderr)
-
     def check_origins(self, port: int, origins: Sequence[str], allowed: bool) -> str:
         """Ask as pages of these sites, and as their browser before that; returns all that was said."""
         text, permitted = "", ["POST", "Content-Type, Authorization, *"] if allowed else [None, None]
@@ -2766,26 +2770,35 @@ class MetricsTest(unittest.TestCase):
 
 
 class OperationTest(unittest.TestCase):
-    def test_systemd_is_told(self) -> None:
-        for address in (str(SCRATCH / "notify"), f"\0tt-api-server-test-{os.getpid()}"):
+    def test_a_start_after_a_kill(self) -> None:
+        """Its port is free at once, and systemd is told of the start and the stop."""
+        port, clients = 0, contextlib.ExitStack()
+        self.addCleanup(clients.close)
+        for address, number in (
+            (str(SCRATCH / "notify"), signal.SIGKILL),
+            (f"\0tt-api-server-test-{os.getpid()}", signal.SIGTERM),
+        ):
             with self.subTest(address), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
                 systemd.bind(address)
                 systemd.settimeout(PATIENCE)
-                process = random_server(NOTIFY_SOCKET=address.replace("\0", "@"))
+                process = random_server("--port", str(port), NOTIFY_SOCKET=address.replace("\0", "@"))
                 self.addCleanup(process.close)
                 self.assertIn("tt_num_requests_running", scrape(process.port))  # while it loads
                 self.assertEqual(systemd.recv(100), b"READY=1")
-                self.assertEqual(ask(process.port, "/health").json["status"], "healthy")
-                process.process.send_signal(signal.SIGTERM)
-                self.assertEqual(systemd.recv(100), b"STOPPING=1")
-                self.assertEqual(process.wait(), 0)
+                port = process.port
+                next(clients.enter_context(streamed(port, max_tokens=200)))
+                process.process.send_signal(number)
+                if number == signal.SIGTERM:
+                    self.assertEqual(systemd.recv(100), b"STOPPING=1")
+                self.assertEqual(process.wait(), 0 if number == signal.SIGTERM else -number)
 
     @unittest.skipUnless(shutil.which("nginx"), "nginx is not installed")
     def test_nginx_over_two_servers_of_which_one_is_killed(self) -> None:
         """With the README's configuration: nothing is lost but answers that had begun on the one that is killed."""
-        servers = [random_server("--max-batch-size", "4").ready() for _ in range(2)]
+        servers = [random_server("--max-batch-size", "4", **ONE_THREAD) for _ in range(2)]
         for process in servers:
             self.addCleanup(process.close)
+            process.ready()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -2806,13 +2819,13 @@ class OperationTest(unittest.TestCase):
 
         def client(number: int) -> list[str]:
             outcomes = []
-            for i in range(15):
+            for i in range(8):
                 late, reason = killed.is_set(), None
-                body = {"prompt": f"{number} {i}", "max_tokens": 40, "stream": (number + i) % 2 == 0}
+                body = {"prompt": f"{number} {i}", "max_tokens": 30, "stream": (number + i) % 2 == 0}
                 with contextlib.suppress(http.client.HTTPException, OSError, ValueError):
                     reason = json.loads(ask(port, "/chat", body).body.splitlines()[-1]).get("finish_reason")
                 outcomes.append("whole" if reason in ("stop", "length") else "lost late" if late else "lost")
-                if next(answered) == 40:
+                if next(answered) == 20:
                     servers[0].process.kill()
                     killed.set()
             return outcomes
@@ -2833,33 +2846,6 @@ class OperationTest(unittest.TestCase):
                     self.assertEqual(reply.status, 500)
                     self.assertNotRegex(reply.json["error"], "(?i)traceback|memory|/")
                     self.assertEqual(chat(api.server_port, max_tokens=5)["tokens_generated"], 5)
-
-    def test_kill_and_start_on_the_same_port(self) -> None:
-        process = random_server().ready()
-        self.addCleanup(process.close)
-        with streamed(process.port, max_tokens=200) as lines:
-            next(lines)
-            process.close()
-            again = random_server("--port", str(process.port)).ready()
-            self.addCleanup(again.close)
-        self.assertEqual(chat(process.port, max_tokens=5, temperature=0)["tokens_generated"], 5)
-
-    def test_a_demo_that_is_not_finished(self) -> None:
-        """On a full disk, or stopped while it is trained: it ends without a traceback and leaves nothing behind."""
-        for cause in ("disk", "signal"):
-            with self.subTest(cause), tempfile.TemporaryDirectory(dir=SCRATCH) as cache:
-                if cause == "disk":  # here, no file may pass a megabyte
-                    done = run_limited("-f 1024", XDG_CACHE_HOME=cache)
-                    self.assertRegex(done.stderr, r"error: the demo model cannot be written to .*: set XDG_CACHE_HOME")
-                    status, output = done.returncode - 2, done.stderr
-                else:
-                    process = ServerProcess(XDG_CACHE_HOME=cache)
-                    self.addCleanup(process.close)
-                    process.wait_for("training")
-                    process.process.terminate()
-                    status, output = process.wait(), process.output
-                left = [path for path in Path(cache).rglob("*") if path.is_file()]
-                self.assertEqual((status, left, "Traceback" in output), (0, [], False), output)
 
 
 def count(what: str, pid: int) -> int:
@@ -2882,20 +2868,20 @@ def meanwhile(port: int, work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 class LoadTest(unittest.TestCase):
-    def test_two_thousand_requests(self) -> None:
-        process = random_server("--max-batch-size", "32", "--max-queue", "2000").ready()
+    def test_a_crowd(self) -> None:
+        process = random_server("--max-batch-size", "32", "--max-queue", "700").ready()
         self.addCleanup(process.close)
         before = count("fd", process.process.pid)
         asked = post({"prompt": "Hello there", "max_tokens": 4, "temperature": 0}, "Connection: close")
 
         def work() -> None:
-            for client in [dial(process.port, asked) for _ in range(2000)]:
+            for client in [dial(process.port, asked) for _ in range(700)]:
                 with client, client.makefile("rb") as file:
                     self.assertRegex(file.read(), rb'^HTTP/1.1 200 (.|\r\n)*"tokens_generated": 4')
 
         _, seconds, longest = meanwhile(process.port, work)
-        print(f"\ntwo thousand requests: {seconds:.1f} s, /health {longest:.3f} s", flush=True)
-        self.assertEqual(finished(scrape(process.port)), [0, 2000, 0, 0])
+        print(f"\n700 requests at once: {seconds:.1f} s, /health {longest:.3f} s", flush=True)
+        self.assertEqual(finished(scrape(process.port)), [0, 700, 0, 0])
         wait_until(lambda: count("fd", process.process.pid) <= before + 2)
 
     def test_more_connections_than_there_is_room_for(self) -> None:
@@ -3480,6 +3466,8 @@ class CliTest(unittest.TestCase):
             (["--allow-origin", "app.example"], "--allow-origin: must be .*https://"),
             (["--device", "cpu", "--port", "0", "--data-parallel", "2"], "--data-parallel .* a card"),
             ([model], f"did you mean --model {re.escape(model)}[?]"),
+            # A key that nobody could send. Empty: as $(cat key) gives it where the file is missing.
+            *((["--api-key", key], "printable ASCII, not empty") for key in ("", " ", "clé", "a\nb", "key ")),
         ]
         if not Path("/dev/tenstorrent").exists():
             cases.append((["--port", "0", "--model", model, "--device", "tt"], "no Tenstorrent card.*--device cpu"))
@@ -3490,10 +3478,10 @@ class CliTest(unittest.TestCase):
                     self.assertRegex(ended.stderr.strip().splitlines()[-1], f"^error: .*{expected}")
                     self.assertNotRegex(ended.stderr, "Traceback|importing PyTorch")  # it is said before the load
 
-    def test_a_start(self) -> None:
-        """/health answers while it loads; then the banner says what is served, and where."""
-        process = self.start()
-        self.assertEqual(ask(process.port, "/health").json["status"], "loading")
+    def test_a_start_and_ctrl_c(self) -> None:
+        """/health answers while it loads, and the banner says what is served, and where; a stream may finish."""
+        process = self.start("--dtype", "bfloat16", "--threads", "8")
+        check_unavailable(process.port, "loading")
         process.ready()
         url, folder = f"http://127.0.0.1:{process.port}", str(random_checkpoint("meta", Shape()))
         for part in (folder, "loading the weights", f"{url}/health", f"POST {url}/chat\n", f"curl -s {url}/chat "):
@@ -3501,51 +3489,25 @@ class CliTest(unittest.TestCase):
         if shutil.which("curl"):
             answer = subprocess.check_output(process.wait_for(r"\n  (curl .*)")[1], shell=True)
             self.assertTrue(json.loads(answer)["success"])
-
-    def test_dtype_and_threads(self) -> None:
-        counts = []
-        for dtype, threads in (("bfloat16", "1"), ("float32", "4")):
-            with self.subTest(dtype=dtype):
-                process = self.start("--dtype", dtype, "--threads", threads).ready()
-                self.assertEqual(chat(process.port, max_tokens=5)["tokens_generated"], 5)
-                counts.append(len(os.listdir(f"/proc/{process.process.pid}/task")) if os.path.isdir("/proc") else 0)
-        self.assertTrue(counts[0] + 2 <= counts[-1] or not counts[0], counts)
-
-    def test_a_signal_lets_streams_finish_and_a_second_cuts_them_short(self) -> None:
-        for numbers, status in ([signal.SIGINT], 0), ([signal.SIGTERM], 0), ([signal.SIGINT] * 2, 130):
-            with self.subTest(numbers):
-                process, tokens = self.start().ready(), 8000 if status else 1000
-                with streamed(process.port, max_tokens=tokens, temperature=0) as lines:
-                    next(lines)
-                    for number in numbers:
-                        process.process.send_signal(number)
-                        process.wait_for("Stopping when all is answered .1.. Press CTRL.C again")
-                    if status == 0:
-                        self.assertEqual(ask(process.port, "/health").json["status"], "stopping")
-                        self.assertEqual(ask(process.port, "/chat", {"prompt": "Hi"}).status, 503)
-                    ends = []
-                    with contextlib.suppress(OSError, http.client.HTTPException):
-                        ends = [line["tokens_generated"] for line in lines if line.get("done")]
-                self.assertEqual((ends, process.wait()), ([] if status else [tokens], status), process.output)
-                self.assertNotIn("Traceback", process.output)
-
-    def test_a_signal_while_it_loads(self) -> None:
-        process = self.start()
-        process.process.send_signal(signal.SIGINT)
+        self.assertGreater(count("task", process.process.pid), 10)  # with one thread for PyTorch there are five or six
+        with streamed(process.port, max_tokens=200, temperature=0) as lines:
+            next(lines)
+            process.process.send_signal(signal.SIGINT)
+            self.assertEqual(list(lines)[-1]["tokens_generated"], 200)
         self.assertEqual(process.wait(), 0, process.output)
         self.assertNotIn("Traceback", process.output)
-        self.assertNotIn("Press CTRL+C to stop", process.output)
 
-    def test_an_engine_that_fails_for_good(self) -> None:
-        """Weights without sense: it says so until it is stopped, and then ends with 1."""
-        folder = write_checkpoint(SCRATCH / "nan", "meta", change=lambda all: all["norm.weight"].fill_(math.nan))
-        process = ServerProcess("--model", str(folder), **ONE_THREAD).ready()
-        self.addCleanup(process.close)
-        for _ in range(server.Scheduler.FAILURES):
-            self.assertEqual(ask(process.port, "/chat", {"prompt": "Hi"}).status, 500)
-        self.assertEqual(ask(process.port, "/health").json["status"], "unhealthy")
-        process.process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(), 1, process.output)
+    def test_a_second_signal_cuts_streams_short(self) -> None:
+        process = self.start().ready()
+        with streamed(process.port, max_tokens=8000, temperature=0) as lines:
+            next(lines)
+            for _ in range(2):
+                process.process.send_signal(signal.SIGINT)
+                process.wait_for("Stopping when all is answered .1.. Press CTRL.C again")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self.assertFalse([line for line in lines if line.get("done")])
+        self.assertEqual(process.wait(), 130, process.output)
+        self.assertNotIn("Traceback", process.output)
 
     def test_a_stop_waits_until_the_answer_is_delivered(self) -> None:
         events, body = queue.SimpleQueue[str](), {"prompt": " " * 400_000, "max_tokens": 1}
@@ -3585,8 +3547,8 @@ class CliTest(unittest.TestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_a_low_limit_of_open_files(self) -> None:
-        """Fewer connections than it would like; those beyond are refused, and it goes on."""
-        with self.wrapped("ulimit -n 150;", subprocess.DEVNULL) as port:
+        """Fewer connections than it would like; those beyond are refused. And its standard streams are closed."""
+        with self.wrapped("ulimit -n 150; exec <&- >&- 2>&-;") as port:
             with contextlib.ExitStack() as crowd:
                 crowded = [crowd.enter_context(dial(port, b"GET /health HTTP/1.1\r\n\r\n")) for _ in range(60)]
                 statuses = collections.Counter(connection.recv(4096)[9:12] for connection in crowded)
@@ -3594,18 +3556,14 @@ class CliTest(unittest.TestCase):
             wait_until(lambda: ask(port, "/health").status == 200)
 
     def test_nobody_reads_what_it_says(self) -> None:
-        """A pipe is full or broken, or all three streams are closed: it serves, and stops in order."""
+        """Its output is a pipe that is full, and then broken: it serves, and stops in order."""
         reading, output = os.pipe()
         fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, 4096)
-        with self.subTest("a pipe that nobody reads"), self.wrapped("", output) as port:
+        with self.wrapped("", output) as port:
             for _ in range(200):  # a line of the log each
                 self.assertEqual(ask(port, "/health").status, 200)
-        os.close(reading)
-        with self.subTest("a pipe that nobody will read"), self.wrapped("", output):
-            pass
+            os.close(reading)
         os.close(output)
-        with self.subTest("closed"), self.wrapped("exec <&- >&- 2>&-;"):
-            pass
 
 
 # ======================================================================================================================
