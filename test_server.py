@@ -14,7 +14,6 @@ No test depends on the machine's speed: they wait for what must happen, and give
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import base64
 import collections
@@ -148,63 +147,38 @@ class Shape:
         """As Meta's code has it: 8/3 of the width, rounded up to a multiple of 32."""
         return math.ceil(int(8 * self.dim / 3) / 32) * 32
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Under Meta's names, in Meta's order, in bfloat16.
+    def weights(self, layout: str) -> dict[str, torch.Tensor]:
+        """In bfloat16, under the names of the layout "meta" or "hf".
 
         Uniform numbers, because the generator makes these bit by bit the same everywhere. Large enough that the answer
         wanders about: the text must depend on all that came before, and not fall into a loop.
         """
-        generator = torch.Generator().manual_seed(3)
-        kv = self.n_kv_heads * self.dim // self.n_heads
-
-        def uniform(*shape: int, std: float, mean: float = 0.0) -> torch.Tensor:
-            return (mean + (torch.rand(shape, generator=generator) - 0.5) * (std * math.sqrt(12))).bfloat16()
-
-        weights = {"tok_embeddings.weight": uniform(server.VOCAB_SIZE, self.dim, std=0.05)}
-        for i in range(self.n_layers):
-            shapes = {
-                "attention.wq": (self.dim, self.dim),
-                "attention.wk": (kv, self.dim),
-                "attention.wv": (kv, self.dim),
-                "attention.wo": (self.dim, self.dim),
-                "feed_forward.w1": (self.ffn_dim, self.dim),
-                "feed_forward.w2": (self.dim, self.ffn_dim),
-                "feed_forward.w3": (self.ffn_dim, self.dim),
-            }
-            for name, shape in shapes.items():
-                weights[f"layers.{i}.{name}.weight"] = uniform(*shape, std=0.2)
-            for name in ("attention_norm", "ffn_norm"):
-                weights[f"layers.{i}.{name}.weight"] = uniform(self.dim, std=0.1, mean=1.0)
-        weights["norm.weight"] = uniform(self.dim, std=0.1, mean=1.0)
-        if not self.tied:
-            weights["output.weight"] = uniform(server.VOCAB_SIZE, self.dim, std=0.05)
-        return weights
-
-    def hf_weights(self) -> dict[str, torch.Tensor]:
-        """The same under Hugging Face's names, the rotary pairs half a head apart, as its converter has them."""
-        names = {
-            "tok_embeddings": "model.embed_tokens",
-            "output": "lm_head",
-            "norm": "model.norm",
-            "attention_norm": "input_layernorm",
-            "attention.wq": "self_attn.q_proj",
-            "attention.wk": "self_attn.k_proj",
-            "attention.wv": "self_attn.v_proj",
-            "attention.wo": "self_attn.o_proj",
-            "ffn_norm": "post_attention_layernorm",
-            "feed_forward.w1": "mlp.gate_proj",
-            "feed_forward.w2": "mlp.down_proj",
-            "feed_forward.w3": "mlp.up_proj",
+        generator, dim, kv = torch.Generator().manual_seed(3), self.dim, self.n_kv_heads * self.dim // self.n_heads
+        layer: dict[str, tuple[Any, ...]] = {
+            "attention.wq": ("self_attn.q_proj", dim, dim),
+            "attention.wk": ("self_attn.k_proj", kv, dim),
+            "attention.wv": ("self_attn.v_proj", kv, dim),
+            "attention.wo": ("self_attn.o_proj", dim, dim),
+            "feed_forward.w1": ("mlp.gate_proj", self.ffn_dim, dim),
+            "feed_forward.w2": ("mlp.down_proj", dim, self.ffn_dim),
+            "feed_forward.w3": ("mlp.up_proj", self.ffn_dim, dim),
+            "attention_norm": ("input_layernorm", dim),
+            "ffn_norm": ("post_attention_layernorm", dim),
         }
+        table: dict[str, tuple[Any, ...]] = {"tok_embeddings": ("model.embed_tokens", server.VOCAB_SIZE, dim)}
+        for i, (name, (theirs, *shape)) in itertools.product(range(self.n_layers), layer.items()):
+            table[f"layers.{i}.{name}"] = (f"model.layers.{i}.{theirs}", *shape)
+        table["norm"] = ("model.norm", dim)
+        if not self.tied:
+            table["output"] = ("lm_head", server.VOCAB_SIZE, dim)
         weights = {}
-        for name, weight in self.weights().items():
-            match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
-            assert match is not None
-            layer, own = match[1] or "", match[2]
-            if own in ("attention.wq", "attention.wk"):
-                half = self.dim // self.n_heads // 2
-                weight = weight.view(-1, half, 2, self.dim).transpose(1, 2).reshape(weight.shape).contiguous()
-            weights[f"{'model.' if layer else ''}{layer}{names[own]}.weight"] = weight
+        for name, (theirs, *shape) in table.items():
+            mean, std = (1.0, 0.1) if len(shape) == 1 else (0.0, 0.2 if "layers" in name else 0.05)
+            weight = (mean + (torch.rand(shape, generator=generator) - 0.5) * (std * math.sqrt(12))).bfloat16()
+            if layout == "hf" and name.endswith(("wq", "wk")):  # the rotary pairs half a head apart
+                half = dim // self.n_heads // 2
+                weight = weight.view(-1, half, 2, dim).transpose(1, 2).reshape(shape).contiguous()
+            weights[f"{theirs if layout == 'hf' else name}.weight"] = weight
         return weights
 
 
@@ -216,7 +190,7 @@ Change = Callable[[dict[str, Any]], object]
 def write_checkpoint(folder: Path, layout: str, shape: Shape = TINY, change: Change | None = None) -> Path:
     """Write a random checkpoint in the layout "meta" or "hf" and return its folder; `change` may damage its weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = shape.weights() if layout == "meta" else shape.hf_weights()
+    weights = shape.weights(layout)
     if change:
         change(weights)
     if layout == "meta":
@@ -268,7 +242,6 @@ class ServerProcess:
         )
         atexit.register(self.close)
         self.output = ""
-        self.began = time.monotonic()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.port = int(self.wait_for(r"http://[\w.]+:(\d+)/health")[1])
@@ -330,10 +303,7 @@ def shared_server(kind: str) -> ServerProcess:
 def run_to_end(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a server that is to end by itself."""
     command = [sys.executable, str(SERVER), *options]
-    try:
-        return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=PATIENCE)
-    except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"the server did not end: {error.output!r}") from None
+    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=PATIENCE)
 
 
 class Reply(NamedTuple):
@@ -571,37 +541,28 @@ class Gate:
     """Holds the engine's steps up while it is shut, and makes each take `delay` seconds while it is open."""
 
     def __init__(self, delay: float = 0.0, opened: bool = True) -> None:
-        self.delay = delay
-        self._open = threading.Event()
+        event = threading.Event()
+        self.delay, self.wait, self.open, self.shut = delay, event.wait, event.set, event.clear
         if opened:
-            self._open.set()
+            self.open()
 
     def __call__(self, batch: Sequence[server.Work]) -> None:
-        self._open.wait(PATIENCE)
+        self.wait(PATIENCE)
         time.sleep(self.delay)
-
-    def open(self) -> None:
-        """Let the steps go."""
-        self._open.set()
-
-    def shut(self) -> None:
-        """Hold the next step up."""
-        self._open.clear()
 
 
 class Failing:
     """Lets the engine fail in its next `count` steps, once `after` more have gone well."""
 
-    def __init__(self, count: int = 0, after: int = 0, error: Exception | None = None) -> None:
+    def __init__(self, count: int = 0, after: int = 0) -> None:
         self.count, self.after = count, after
-        self.error = error or RuntimeError("the card is on fire")
 
     def __call__(self, batch: Sequence[server.Work]) -> None:
         if self.after:
             self.after -= 1
         elif self.count:
             self.count -= 1
-            raise self.error
+            raise RuntimeError("the card is on fire")
 
 
 # ======================================================================================================================
@@ -693,28 +654,21 @@ class CheckpointTest(unittest.TestCase):
                     found = server.find_checkpoint(model)
                     self.assertEqual(found and (found.name, found.folder), ("Llama-3.2-1B", folder))
 
-    def test_tokens_that_end_an_answer_and_chat_templates(self) -> None:
-        llama, other = "{{ '<|start_header_id|>' + role }}", "<|im_start|>{{ role }}"
-        for config, generation, expected, text in ((5, None, {5}, llama), ([5, 6], 7, {5, 6, 7}, other)):
-            files = {"config.json": {**Shape().config, "eos_token_id": config}, "model.safetensors": None}
-            files |= {
-                "generation_config.json": {"eos_token_id": generation},
-                "tokenizer_config.json": {"chat_template": text},
-            }
-            with (self.assertLogs if text == other else self.assertNoLogs)(server.logger):
-                self.assertEqual(server.read_checkpoint(folder_of(files)).stop_tokens, expected)
-
     def test_a_fine_tuned_model(self) -> None:
-        """Its generation_config.json names the token that ends an answer."""
+        """Its own tokens end an answer, whichever file names them; a chat template of its own is not used."""
         engine, tokens = float32_engine(random_checkpoint("meta", Shape())), tokenizer().encode_document("Hello")
         for _ in range(8):
             tokens += engine.step([server.Work(0, tokens, 0, GREEDY)])
         answer = tokens[-8:]
         end = next(i for i in range(3, 8) if answer[i] not in answer[:i])
         folder = shutil.copytree(random_checkpoint("meta", Shape()), SCRATCH / "checkpoints" / "tuned")
+        (folder / "config.json").write_text(json.dumps({**Shape().config, "eos_token_id": 5}))
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [128001, answer[end]]}))
+        self.assertEqual(server.read_checkpoint(folder).stop_tokens, {5, 128001, answer[end]})
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "<|im_start|>{{ role }}"}))
         tuned = ServerProcess("--model", str(folder), "--dtype", "float32", **ONE_THREAD).ready()
         self.addCleanup(tuned.close)
+        self.assertIn("tuned has a chat template", tuned.output)
         reply = ask(tuned.port, "/v1/completions", {"prompt": "Hello", "max_tokens": 8, "temperature": 0}).json
         self.assertEqual((reply["choices"][0]["finish_reason"], reply["usage"]["completion_tokens"]), ("stop", end))
 
@@ -839,12 +793,6 @@ print("llama_models.llama3.tokenizer" in sys.modules, tokens)
         expected = tokenizer().encode_chat([("user", "Hello, <|eot_id|>!")])
         self.assertEqual(ended.stdout.strip(), f"True {expected}", ended.stderr)
 
-    def test_text_and_back(self) -> None:
-        for text in ("", "naïve 日本語 🦙👩‍🚀", "a\x00b", " \n\t ", "x" * 100_000, "\ufffd", " " * 30_000):
-            self.assertEqual(tokenizer().decode_bytes(tokenizer().encode_text(text)), text.encode())
-        self.assertEqual(tokenizer().decode_bytes(tokenizer().encode_text("\ud83d!")), "\ufffd!".encode())
-        self.assertEqual(tokenizer().decode_bytes([128000, *tokenizer().encode_text("hello"), 128255]), b"hello")
-
 
 class TextStreamTest(unittest.TestCase):
     """Token ids to text, piece by piece. A token here is a single byte, the hardest cut of all."""
@@ -937,18 +885,6 @@ class SamplingTest(unittest.TestCase):
             with self.assertRaises(ArithmeticError):
                 server.sample(torch.full((1, 3), float("nan")), [server.SamplingParams(*settings)], [0])
 
-    def test_a_row_does_not_depend_on_its_neighbours(self) -> None:
-        """With logits of the true size and type, where the draw must not lie beyond the end."""
-        some = self.random
-        params = [
-            server.SamplingParams(some.choice([0, 0.5, 1.5]), some.random(), some.randrange(9), i) for i in range(32)
-        ]
-        logits = torch.randn(32, server.VOCAB_SIZE, generator=torch.Generator().manual_seed(1)).bfloat16()
-        together = server.sample(logits, params, list(range(32)))
-        for i, (row, param) in enumerate(zip(logits, params)):
-            self.assertEqual(server.sample(row[None], [param], [i]), [together[i]])
-            self.assertGreaterEqual(row[together[i]], row.topk(param.top_k or 32000).values[-1])
-
 
 # ======================================================================================================================
 # CPU engine
@@ -984,7 +920,7 @@ class TorchEngineTest(unittest.TestCase):
 
         for shape, expected in REFERENCE.items():
             parts = folder_of({"config.json": shape.config})
-            weights = [*shape.hf_weights().items(), ("model.layers.0.rotary_emb.inv_freq", torch.zeros(8))]
+            weights = [*shape.weights("hf").items(), ("model.layers.0.rotary_emb.inv_freq", torch.zeros(8))]
             save_file(dict(weights[:5]), parts / "1.safetensors")
             save_file(dict(weights[5:]), parts / "2.safetensors")
             index = {name: f"{1 + (i >= 5)}.safetensors" for i, (name, _) in enumerate(weights)}
@@ -1031,27 +967,6 @@ class TorchEngineTest(unittest.TestCase):
                         self.assert_close(logits[0, ::EVERY].float(), expected, bound)
                     if engine.dtype == torch.bfloat16 and cuts[0] == 16:
                         self.assertTrue(torch.equal(pieces, whole), cuts)
-
-    def test_greedy_text_is_the_same_alone_and_in_a_crowd(self) -> None:
-        """Token for token: 24 requests, long and short, through 8 slots, at random times, their prompts in chunks."""
-        folder, chance = random_checkpoint("meta", Shape()), random.Random(11)
-        prompts = [[chance.randrange(128000) for _ in range(chance.choice((1, 5, 30, 200)))] for _ in range(24)]
-        counts = [chance.randint(1, 40) for _ in prompts]
-
-        def run(slots: int, pause: float) -> list[list[int]]:
-            engine = float32_engine(folder, slots)
-            engine.prompt_chunk = 48
-            requests = [request(prompt, count) for prompt, count in zip(prompts, counts)]
-            with scheduling(engine) as scheduler:
-                for asked in requests:
-                    scheduler.submit(asked)
-                    time.sleep(chance.random() * pause)
-                return [collect(asked) for asked in requests]
-
-        alone = run(1, 0.0)
-        self.assertEqual([len(answer) for answer in alone], counts)
-        self.assertGreater(len({token for answer in alone for token in answer}), sum(counts) / 2, "the text is dull")
-        self.assertEqual(run(8, 0.05), alone)
 
 
 # ======================================================================================================================
@@ -1758,27 +1673,11 @@ class RealCardTest(unittest.TestCase):
 class SchedulerTest(unittest.TestCase):
     """Continuous batching, over an engine that checks every call."""
 
-    def test_the_queue(self) -> None:
-        """First come, first served. Its bound is on those who wait, and nobody waits while a slot is free."""
-        for slots, max_queue in ((1, 11), (3, 9), (2, 0)):
-            gate = Gate(opened=False)
-            engine = FakeEngine(slots, before_step=gate)
-            with self.subTest(slots=slots, max_queue=max_queue), scheduling(engine, max_queue) as scheduler:
-                requests = [request([i] * 20, 3) for i in range(slots + max_queue)]
-                for asked in requests:
-                    scheduler.submit(asked)
-                self.assertRaisesRegex(server.ApiError, "queue is full", scheduler.submit, request([99], 3))
-                gate.open()
-                self.assertEqual([len(collect(asked)) for asked in requests], [3] * len(requests))
-                firsts = [asked.first_token for asked in requests]
-                self.assertEqual(firsts, sorted(firsts))
-
-    def test_an_engine_that_fails_for_good(self) -> None:
+    def test_an_engine_that_is_lost(self) -> None:
         """Not even its slots can be released; nobody waits for ever nevertheless."""
-        gate = Gate(opened=False)
 
         def step(batch: Sequence[server.Work]) -> None:
-            gate(batch)
+            wait_until(lambda: scheduler.queued == 2)
             engine.broken = True
             raise RuntimeError("the card is on fire")
 
@@ -1787,11 +1686,9 @@ class SchedulerTest(unittest.TestCase):
             requests = [request([i, i], 5) for i in range(6)]
             for asked in requests:
                 scheduler.submit(asked)
-            gate.open()
             for asked in requests:
                 self.assertRaisesRegex(server.ApiError, "engine failed", collect, asked)
             wait_until(lambda: scheduler.state == "unhealthy")
-            self.assertEqual((scheduler.statistics.accepted, scheduler.statistics.finished["error"]), (6, 6))
 
     def test_room_that_is_short(self) -> None:
         """Where the engine has no room the oldest request waits, and no younger one passes it."""
@@ -1806,6 +1703,8 @@ class SchedulerTest(unittest.TestCase):
             gate.open()
             for asked in requests:
                 self.assertEqual(collect(asked), fake_answer(asked.prompt, asked.max_tokens))
+            firsts = [asked.first_token for asked in requests]
+            self.assertEqual(firsts, sorted(firsts))
             never = request([4] * 150, 20)
             scheduler.submit(never)
             self.assertRaises(server.ApiError, collect, never)
@@ -1935,17 +1834,14 @@ class DemoTest(unittest.TestCase):
         self.assertLessEqual(len(wrong), 0.05 * len(forms), wrong)
 
     def test_what_it_does_not_know(self) -> None:
-        """It says so, and how to get a real model."""
+        """It says so, as do the log and /health, and how to get a real model."""
         self.assertRegex(server.DEMO_UNKNOWN, "demo.*--model.*HF_MODEL")
+        self.assertRegex(shared_server("demo").output, r"--model.*HF_MODEL.*LLAMA_DIR.*demo")
+        report = ask(shared_server("demo").port, "/health").json
+        self.assertEqual((report["model"], report["note"]), (server.DEMO_NAME, server.DEMO_NOTE))
         prompts = re.split(r"\s*\| ", UNKNOWN)
         wrong = [pair for pair in zip(prompts, self.answers(prompts, temperature=0)) if pair[1] != server.DEMO_UNKNOWN]
         self.assertLessEqual(len(wrong), 0.2 * len(prompts), wrong)
-
-    def test_it_is_named_as_a_demo(self) -> None:
-        process = shared_server("demo")
-        report = ask(process.port, "/health").json
-        self.assertEqual((report["model"], report["note"]), (server.DEMO_NAME, server.DEMO_NOTE))
-        self.assertRegex(process.output, r"--model.*HF_MODEL.*LLAMA_DIR.*demo")
 
     def start(self, cache: Path, steps: int = 3, before: str = "") -> ServerProcess:
         """A start with this cache, and with so many steps of training."""
@@ -2120,7 +2016,6 @@ class ChatTest(unittest.TestCase):
         old_header, _, old = raw(self.port, post(body, version="HTTP/1.0")).partition(b"\r\n\r\n")
         self.assertNotIn(b"Transfer-Encoding", old_header)
         plain = chat(self.port, "Hi", max_tokens=60, seed=5)
-        self.assertNotEqual(chat(self.port, "Hi", max_tokens=60)["response"], plain["response"])  # without the seed
         for *pieces, last in (map(json.loads, lines), map(json.loads, old.splitlines())):
             self.assertEqual({(*piece,) for piece in pieces}, {("response",)})
             self.assertEqual("".join(piece["response"] for piece in pieces), plain["response"])
@@ -2148,18 +2043,6 @@ class ChatTest(unittest.TestCase):
         for body, expected in refused_bodies():
             with self.subTest(str(body)[:80]):
                 check_error(ask(self.port, "/chat", body), 400, f"^.*({expected}).*$")
-
-    @unittest.skipUnless(shutil.which("curl") and shutil.which("jq"), "curl and jq are not installed")
-    def test_curl_and_jq(self) -> None:
-        def jq(expression: str, **fields: object) -> str:
-            command = 'curl -sN "$0" -H "Content-Type: application/json" -d "$1" | jq -j --unbuffered "$2"'
-            body = json.dumps({"prompt": "Tell me", "max_tokens": 20, "seed": 4, **fields})
-            run = ["bash", "-c", command, f"http://localhost:{self.port}/chat", body, expression]
-            return subprocess.check_output(run, timeout=PATIENCE).decode()
-
-        self.assertEqual(jq("select(.done | not).response", stream=True), jq(".response"))
-        self.assertEqual(jq("select(.done).response", stream=True), jq(".response"))
-        self.assertIn("temperature", jq(".error", temperature="hot"))
 
 
 class HttpErrorTest(unittest.TestCase):
@@ -2378,16 +2261,15 @@ class StateTest(unittest.TestCase):
             self.assertEqual(ask(api.server_port, "/health").json["status"], "healthy")
 
     def test_stopping(self) -> None:
-        """With `drain` what is under way is answered; without, it is told."""
-        for drain, status in ((True, 200), (False, 503)):
-            gate, pool = Gate(opened=False), concurrent.futures.ThreadPoolExecutor(2)
-            with serving(FakeEngine(1, before_step=gate)) as api, pool:
-                replies = [pool.submit(ask, api.server_port, "/chat", {"prompt": "Hi"}) for _ in range(2)]
-                wait_until(lambda: (api.scheduler.busy, api.scheduler.queued) == (1, 1))
-                api.scheduler.stop(drain)
-                check_unavailable(api.server_port, "stopping")
-                gate.open()
-                self.assertEqual([reply.result().status for reply in replies], [status] * 2)
+        """What is under way and what waits are answered; what comes then is not."""
+        gate, pool = Gate(opened=False), concurrent.futures.ThreadPoolExecutor(2)
+        with serving(FakeEngine(1, before_step=gate)) as api, pool:
+            replies = [pool.submit(ask, api.server_port, "/chat", ASKED) for _ in range(2)]
+            wait_until(lambda: (api.scheduler.busy, api.scheduler.queued) == (1, 1))
+            api.scheduler.stop(drain=True)
+            check_unavailable(api.server_port, "stopping")
+            gate.open()
+            self.assertEqual([reply.result().status for reply in replies], [200] * 2)
 
 
 def events(data: bytes) -> list[Body]:
@@ -2550,18 +2432,6 @@ class OpenAIClientTest(unittest.TestCase):
                 with self.assertRaises(kind) as refused:
                     create(**{**self.settings, name: value})
                 self.assertEqual((refused.exception.code, refused.exception.param), (code, name))
-
-    def test_the_asynchronous_client(self) -> None:
-        import openai
-
-        async def nine() -> list[Any]:
-            async with openai.AsyncOpenAI(base_url=self.url, api_key="none") as client:
-                stream = await client.chat.completions.create(**self.settings, stream=True)
-                text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-                answers = await asyncio.gather(*(client.chat.completions.create(**self.settings) for _ in range(8)))
-                return [text, *(answer.choices[0].message.content for answer in answers)]
-
-        self.assertEqual(["learns from examples" in text for text in asyncio.run(nine())], [True] * 9)
 
     def test_an_error_in_a_stream_reaches_the_client(self) -> None:
         import openai
@@ -2759,7 +2629,6 @@ class MetricsTest(unittest.TestCase):
         names += " num_requests_running num_requests_waiting kv_cache_usage_perc"
         self.assertLessEqual({f"tt_{name}" for name in names.split()}, set(families))
         for name, family in families.items():
-            self.assertTrue(family.documentation, name)
             self.assertEqual({sample.labels["model_name"] for sample in family.samples}, {"Llama-random"}, name)
 
     @unittest.skipUnless(shutil.which("promtool"), "promtool is not installed")
@@ -2836,35 +2705,10 @@ class OperationTest(unittest.TestCase):
         self.assertLessEqual(outcomes["lost"], 8, outcomes)  # streams that had begun there
         wait_for_figure(servers[1].port, "num_requests_running", 0, 0)
 
-    def test_out_of_memory_in_any_step(self) -> None:
-        """MemoryError and PyTorch's own: the step's requests fail with 500, the next is served."""
-        for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
-            for number in (0, 1, 3):  # prefill, the first decode, a later one
-                engine = FakeEngine(before_step=Failing(1, number, error))
-                with self.subTest(error=error, step=number), serving(engine) as api:
-                    reply = ask(api.server_port, "/chat", {"prompt": "Hello", "max_tokens": 9})
-                    self.assertEqual(reply.status, 500)
-                    self.assertNotRegex(reply.json["error"], "(?i)traceback|memory|/")
-                    self.assertEqual(chat(api.server_port, max_tokens=5)["tokens_generated"], 5)
-
 
 def count(what: str, pid: int) -> int:
     """How many files ("fd") or threads ("task") a process of this machine has open."""
     return len(os.listdir(f"/proc/{pid}/{what}"))
-
-
-def meanwhile(port: int, work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Do the work while /health is asked for again and again; returns its result, its seconds and /health's longest."""
-    longest, began = 0.0, time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        working = pool.submit(work)
-        while not working.done() or not longest:
-            asked = time.monotonic()
-            assert ask(port, "/health").status == 200
-            longest = max(longest, time.monotonic() - asked)
-            time.sleep(0.02)
-    assert longest < 30, f"/health took {longest:.1f} s"
-    return working.result(), time.monotonic() - began, longest
 
 
 class LoadTest(unittest.TestCase):
@@ -2872,40 +2716,18 @@ class LoadTest(unittest.TestCase):
         process = random_server("--max-batch-size", "32", "--max-queue", "700").ready()
         self.addCleanup(process.close)
         before = count("fd", process.process.pid)
-        asked = post({"prompt": "Hello there", "max_tokens": 4, "temperature": 0}, "Connection: close")
-
-        def work() -> None:
-            for client in [dial(process.port, asked) for _ in range(700)]:
-                with client, client.makefile("rb") as file:
-                    self.assertRegex(file.read(), rb'^HTTP/1.1 200 (.|\r\n)*"tokens_generated": 4')
-
-        _, seconds, longest = meanwhile(process.port, work)
-        print(f"\n700 requests at once: {seconds:.1f} s, /health {longest:.3f} s", flush=True)
+        asked = post({"prompt": "Hello there", "max_tokens": 4, "temperature": 0}, CLOSE)
+        crowd = [dial(process.port, asked) for _ in range(700)]
+        self.assertEqual(ask(process.port, "/health").status, 200)
+        for client in crowd:
+            with client, client.makefile("rb") as file:
+                self.assertRegex(file.read(), rb'^HTTP/1.1 200 (.|\r\n)*"tokens_generated": 4')
         self.assertEqual(finished(scrape(process.port)), [0, 700, 0, 0])
         wait_until(lambda: count("fd", process.process.pid) <= before + 2)
 
-    def test_more_connections_than_there_is_room_for(self) -> None:
-        """Those beyond the limit get 503 at once; idle connections and answers under way go on."""
-        gate, asked = Gate(opened=False), post({"prompt": "Hi", "max_tokens": 2}, "Connection: close")
-        with serving(FakeEngine(before_step=gate), connections=8) as api, contextlib.ExitStack() as clients:
-            port = api.server_port
-            kept = [clients.enter_context(dial(port, data)) for data in (asked, b"") for _ in range(4)]
-            wait_until(lambda: len(api.connections) == 8 and api.under_way == 4)
-            for _ in range(100):
-                self.assertRegex(raw(port, b""), b"^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n")
-            gate.open()
-            for client in kept[4:]:
-                client.sendall(asked)
-            for client in kept:
-                self.assertIn(b" 200 ", client.recv(65536)[:20])
-            clients.close()
-            wait_until(lambda: not api.connections)
-            self.assertEqual(chat(port, max_tokens=2)["tokens_generated"], 2)
-
     def test_a_reader_that_stops(self) -> None:
         """It is cut off after a while and its slot is free; others are answered meanwhile."""
-        engine = FakeEngine(max_seq_len=60_000, before_step=Gate(0.001))
-        with serving(engine, patience=0.2) as api:
+        with serving(FakeEngine(max_seq_len=60_000), patience=0.2) as api:
             port = api.server_port
             api.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             body = {"prompt": "Hello", "stream": True, "max_tokens": 50_000}
@@ -2939,33 +2761,6 @@ class LoadTest(unittest.TestCase):
                 self.assertEqual(finished(scrape(port)), [0, 0, 0, 2])
                 self.assertEqual(scrape(port)["tt_time_to_first_token_seconds_count"], stage != "prefill")
 
-    def test_who_leaves_at_any_moment(self) -> None:
-        """Then every slot is free, no thread and no descriptor is left."""
-        chance, pid = random.Random(6), os.getpid()
-        asked = post({"prompt": "Tell me all about rivers and stones", "stream": True, "max_tokens": 40})
-        with serving(FakeEngine(before_step=Gate(0.001))) as api:
-            chat(api.server_port)
-            wait_until(lambda: not api.connections)
-            before = count("task", pid) + count("fd", pid)
-
-            def leave(stage: str) -> None:
-                cut = {"header": chance.randrange(1, 80), "body": chance.randrange(100, len(asked))}
-                with dial(api.server_port, asked[: cut.get(stage, len(asked))]) as client:
-                    if stage == "half-closed":
-                        client.shutdown(socket.SHUT_WR)
-                    elif stage == "decode":
-                        client.recv(chance.randrange(1, 2000))
-                    elif stage == "reset":
-                        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    time.sleep(chance.random() * 0.01)
-
-            with concurrent.futures.ThreadPoolExecutor(16) as pool:
-                list(pool.map(leave, ["header", "body", "queued", "half-closed", "decode", "reset"] * 100))
-            wait_until(lambda: not api.connections and api.scheduler.busy == 0)
-            wait_until(lambda: count("task", pid) + count("fd", pid) <= before)
-            after = scrape(api.server_port)
-            self.assertEqual(after["tt_requests_accepted_total"], sum(finished(after)))
-
 
 class TextAttackTest(unittest.TestCase):
     def test_two_megabytes(self) -> None:
@@ -2974,11 +2769,13 @@ class TextAttackTest(unittest.TestCase):
         for text in (" ", "a", "\n", "🦙", "hello ", "".join(random.Random(1).choices("abcdefgh", k=9999))):
             size = len(json.dumps(text, ensure_ascii=False).encode()) - 2
             body = {"prompt": text * ((server.MAX_BODY - 100) // size), "max_tokens": 1}
-            data = json.dumps(body, ensure_ascii=False).encode()
-            reply, seconds, longest = meanwhile(port, functools.partial(ask, port, "/chat", data))
-            print(f"\ntwo megabytes of {text[:8]!r}: {seconds:.2f} s, /health {longest:.3f} s", end="", flush=True)
-            self.assertEqual(reply.status, 400)
-            self.assertRegex(reply.json["error"], r"^the prompt has \d{5,} tokens, and the context holds")
+            data, answers = json.dumps(body, ensure_ascii=False).encode(), 0
+            with self.subTest(text[:9]), concurrent.futures.ThreadPoolExecutor(1) as pool:
+                reply = pool.submit(ask, port, "/chat", data)
+                while not reply.done():
+                    answers += ask(port, "/health").status == 200
+                check_error(reply.result(), 400, r"^the prompt has \d{5,} tokens, and the context holds")
+                self.assertGreater(answers, 2)
 
     def test_special_tokens_in_every_field(self) -> None:
         """They are text: the prompt is as long as for text."""
@@ -3106,6 +2903,8 @@ class SoakTest(unittest.TestCase):
                     with dial(port, post({"prompt": prompt, "stream": True, "max_tokens": 200})) as connection:
                         time.sleep(chance.random() * 0.1)
                         connection.recv(chance.randrange(1, 500))
+                        if chance.random() < 0.5:  # by a reset
+                            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 else:
                     assert ask(port, "/chat", {"prompt": prompt, "max_tokens": 0}).status == 400
                 assert answer == alone[prompt], (kind, prompt, answer)
@@ -3120,8 +2919,8 @@ class SoakTest(unittest.TestCase):
             future.result()
         wait_for_figure(port, "num_requests_running", 0, 0)
         after, left = scrape(port), kinds.count("left")
-        self.assertEqual(after["tt_requests_accepted_total"], len(kinds) - kinds.count("wrong"))
-        self.assertEqual(sum(finished(after)), len(kinds) - kinds.count("wrong"))
+        expected = len(kinds) - kinds.count("wrong")
+        self.assertEqual((after["tt_requests_accepted_total"], sum(finished(after))), (expected, expected))
         self.assertTrue(finished(after)[2] == 0 and finished(after)[3] <= left, finished(after))
         self.assertEqual(after["tt_generation_tokens_total"], after["tt_request_generation_tokens_sum"])
         print(f"\n{collections.Counter(kinds)}; memory {memory[0]} to {memory[-1]} MB", flush=True)
@@ -3141,15 +2940,13 @@ class Speaker(FakeEngine):
     def __init__(self, text: str, before_step: Callable[[Sequence[server.Work]], object] = lambda batch: None) -> None:
         super().__init__(max_seq_len=4096, before_step=before_step)
         self._script = [*tokenizer().encode_text(text), tokenizer().end_of_turn]
-        self._said = [0] * self.max_batch_size
 
     def step(self, batch: Sequence[server.Work]) -> list[int]:
         result = super().step(batch)
         for i, work in enumerate(batch):
-            said = 0 if len(work.tokens) > 1 else self._said[work.slot]  # of a known prompt a single token is read
             if work.sampling is not None:
-                result[i] = self._script[said]
-                self._said[work.slot] = (said + 1) % len(self._script)
+                behind_header = self.held[work.slot][::-1].index(128007)  # two line ends, and what it has said
+                result[i] = self._script[behind_header - 1]
         return result
 
 
@@ -3180,12 +2977,6 @@ class Browser:
         self.wait_for("#status", status)
         if question:
             self.press(question, ENTER)
-
-    def emulate(self, width: int = 1200, height: int = 800, scheme: str = "light") -> None:
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        likes = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", likes)
 
     def texts(self, selector: str) -> list[str]:
         """The text of all elements that the selector finds, visible or not, as it is in the document."""
@@ -3234,7 +3025,6 @@ class PageTest(unittest.TestCase):
         entries = self.page.driver.get_log("browser")  # answers that are not 200 are news there too
         self.assertEqual([entry for entry in entries if entry["source"] != "network"], [])
         self.page.driver.get("about:blank")
-        self.page.emulate()
 
     def test_from_a_question_to_a_server_that_is_gone(self) -> None:
         process, page = random_server("--max-batch-size", "1", **ONE_THREAD).ready(), self.page
@@ -3257,6 +3047,7 @@ class PageTest(unittest.TestCase):
         self.assertEqual(page.driver.get_log("browser"), [])  # not even of the network
         process.close()
         page.press("And now?")
+        page.script("poll()")  # which it does every few seconds
         page.wait_for("#status", "gone · cpu")
         page.wait_for("#state", ".*cannot be reached")
         page.press(ENTER)
@@ -3317,12 +3108,8 @@ class PageTest(unittest.TestCase):
         self.assertEqual(set(reply.headers["Content-Security-Policy"].split("; ")), policy)
 
     def test_loading_and_an_answer_that_comes_as_it_is_generated(self) -> None:
-        gate, loaded, page, text = (
-            Gate(opened=False),
-            threading.Event(),
-            self.page,
-            "First comes this.\n\n  Then, that.",
-        )
+        page, text = self.page, "First comes this.\n\n  Then, that."
+        gate, loaded = Gate(opened=False), threading.Event()
         engine = Speaker(text, before_step=lambda batch: gate(batch) if len(engine.steps) > 4 else None)
 
         def load(progress: server.Progress) -> server.Engine:
@@ -3367,58 +3154,40 @@ class PageTest(unittest.TestCase):
             self.assertTrue(nothing == "" < part and text.startswith(part), part)
             question = [{"role": "user", "content": "Where?"}]  # what failed is not sent again
             self.assertEqual(page.script("return sent.map((body) => body.messages)"), [question] * 3)
-            self.check_colours()
             page.script("fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
             page.press("And when?", ENTER)
             self.assertIn("connection to the server broke", page.ended(4)[1])
             self.assertEqual(page.typed, "And when?")
 
-    def check_colours(self) -> None:
-        """Both schemes, each with the contrasts of WCAG's level AA: of an answer, and of one that failed."""
-
-        def luminance(selector: str, name: str = "backgroundColor") -> float:
-            colour = self.page.script(f"return getComputedStyle(document.querySelector({selector!r})).{name}")
-            channels = [int(channel) / 255 for channel in re.findall(r"\d+", colour)[:3]]
-            linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-            return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-        on_page = (".assistant", ".failed small", "article:not(.failed) small", "#status", "#state")
-        grounds = dict.fromkeys(on_page, "header") | {"label": "#settings"}
-        grounds |= {selector: selector for selector in (".user", "#input", "#send")}
-        for scheme, (darkest, lightest) in {"light": (0.8, 1.0), "dark": (0.0, 0.1)}.items():
-            self.page.emulate(scheme=scheme)
-            self.assertTrue(darkest <= luminance("header") <= lightest, scheme)
-            for selector, ground in grounds.items():
-                low, high = sorted([luminance(selector, "color"), luminance(ground)])
-                self.assertGreaterEqual((high + 0.05) / (low + 0.05), 4.5, (scheme, selector))
-
     def test_an_unhealthy_and_a_stopping_server(self) -> None:
-        failing, page = Failing(), self.page
-        failing.count = server.Scheduler.FAILURES
-        with serving(FakeEngine(before_step=failing)) as api:
-            for _ in range(failing.count):
-                ask(api.server_port, "/chat", {"prompt": "Hi"})
+        page, gate, failures = self.page, Gate(opened=False), server.Scheduler.FAILURES
+        with serving(FakeEngine(before_step=Failing(failures))) as api:
+            for _ in range(failures):
+                ask(api.server_port, "/chat", ASKED)
             page.open(api.server_port, "unhealthy")
             page.wait_for("#state", ".*cannot answer: .*RuntimeError")
-        with serving(FakeEngine(max_seq_len=4096, before_step=Gate(delay=0.01))) as api:
+        with serving(FakeEngine(max_seq_len=4096, before_step=gate)) as api:
             page.open(api.server_port, question="Hello")
             wait_until(lambda: api.scheduler.busy == 1)
             api.scheduler.stop(drain=True)
+            page.script("poll()")
             page.wait_for("#status", "stopping")
             page.wait_for("#state", ".*is stopping")
+            gate.open()
             self.assertEqual(len(page.ended(1)[0]), 512)
 
     def test_the_view_follows_only_a_reader_at_the_end(self) -> None:
         page = self.page
 
         def beyond(axis: str = "Height", less: str = "0") -> int:  # how much of the document is not in view
-            return int(
-                page.script(f"const e = document.documentElement; return e.scroll{axis} - e.client{axis} - {less}")
-            )
+            size = f"return document.documentElement.scroll{axis} - document.documentElement.client{axis}"
+            return int(page.script(f"{size} - {less}"))
 
         with serving(FakeEngine(max_seq_len=8192, before_step=Gate(delay=0.005))) as api:
             page.open(api.server_port)
-            page.emulate(360, 400)
+            narrow = {"width": 360, "height": 400, "deviceScaleFactor": 1, "mobile": False}
+            page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
+            self.addCleanup(page.driver.execute_cdp_cmd, "Emulation.clearDeviceMetricsOverride", {})
             page.script("$('#max-tokens').value = 4000")
             page.press("Hello", ENTER)
             wait_until(lambda: beyond() > 100 and abs(beyond(less="scrollY")) < 2)
@@ -3549,10 +3318,18 @@ class CliTest(unittest.TestCase):
     def test_a_low_limit_of_open_files(self) -> None:
         """Fewer connections than it would like; those beyond are refused. And its standard streams are closed."""
         with self.wrapped("ulimit -n 150; exec <&- >&- 2>&-;") as port:
+            get = head(start="GET /health HTTP/1.1")
             with contextlib.ExitStack() as crowd:
-                crowded = [crowd.enter_context(dial(port, b"GET /health HTTP/1.1\r\n\r\n")) for _ in range(60)]
-                statuses = collections.Counter(connection.recv(4096)[9:12] for connection in crowded)
-            self.assertTrue(set(statuses) == {b"200", b"503"} and statuses[b"200"] >= 10, statuses)
+                crowded = [crowd.enter_context(dial(port, get)) for _ in range(60)]
+                replies = [client.recv(4096) for client in crowded]
+                statuses = collections.Counter(reply[9:12] for reply in replies)
+                self.assertTrue(set(statuses) == {b"200", b"503"} and statuses[b"200"] >= 10, statuses)
+                for client, reply in zip(crowded, replies):
+                    if reply[9:12] == b"200":  # it goes on
+                        client.sendall(get)
+                        self.assertIn(b" 200 OK", client.recv(4096))
+                    else:
+                        self.assertIn(b"\r\nRetry-After: 1\r\n", reply)
             wait_until(lambda: ask(port, "/health").status == 200)
 
     def test_nobody_reads_what_it_says(self) -> None:
@@ -3595,12 +3372,6 @@ class CountingResult(unittest.TextTestResult):
         super().addSuccess(test)
         self.passed += 1
 
-    @property
-    def failed(self) -> int:
-        """Tests of which a part failed, and classes that could not be set up."""
-        broken = [test for test, _ in [*self.failures, *self.errors]]
-        return len({getattr(test, "test_case", test) for test in broken}) + len(self.unexpectedSuccesses)
-
 
 def main(arguments: Sequence[str]) -> int:
     """Run the tests that are named, or all; returns the exit status."""
@@ -3617,8 +3388,9 @@ def main(arguments: Sequence[str]) -> int:
     assert isinstance(result, CountingResult)
     for name in sorted(result.seconds, key=result.seconds.__getitem__)[:-11:-1]:
         print(f"{result.seconds[name]:6.1f} s  {name}")
+    failed = {getattr(test, "test_case", test) for test, _ in [*result.failures, *result.errors]}
     skipped = f", {len(result.skipped)} skipped" if result.skipped else ""
-    print(f"{result.passed} passed, {result.failed} failed{skipped}", flush=True)
+    print(f"{result.passed} passed, {len(failed)} failed{skipped}", flush=True)
     return 0 if result.passed and result.wasSuccessful() else 1
 
 
