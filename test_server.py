@@ -5,11 +5,9 @@
     python3 test_server.py ChatTest.test_stream -v    # one of them, or one class
     python3 test_server.py --soak 3600                # the soaks alone, each for so many seconds
 
-They need what requirements.txt has. A test that can use more (transformers, safetensors, curl, jq, chromium ...) is
-skipped where that is absent, and says so. What a socket cannot show is tested below it: the text stream, the sampler,
-the logits, and the scheduler over an engine that checks the engine's contract.
-
-No test depends on the machine's speed: they wait for what must happen, and give up after many times as long.
+They need what requirements.txt has. A test that can use more (safetensors, openai, chromium, nginx ...) is skipped
+where that is absent. What a socket cannot show is tested below it: the checkpoint, the text stream, the sampler, the
+logits, and the scheduler over an engine that checks the engine's contract. No test depends on the machine's speed.
 """
 
 from __future__ import annotations
@@ -119,13 +117,8 @@ class Shape:
     @property
     def config(self) -> dict[str, Any]:
         """Hugging Face's config.json."""
-        rope = {
-            "rope_type": "llama3",
-            "factor": self.scaling,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
+        rope = {"rope_type": "llama3", "factor": self.scaling, "original_max_position_embeddings": 64}
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -253,7 +246,7 @@ class ServerProcess:
 
     def wait_for(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
         """Wait until the pattern stands in the output."""
-        wait_until(lambda: re.search(pattern, self.output) or self.process.poll() is not None, seconds)
+        wait_until(lambda: re.search(pattern, self.output) or not self._reader.is_alive(), seconds)
         match = re.search(pattern, self.output)
         if match is None:
             raise AssertionError(f"no {pattern!r} in the output of the server:\n{self.output}")
@@ -316,9 +309,7 @@ class Reply(NamedTuple):
     @property
     def json(self) -> dict[str, Any]:
         """The body, which must be one JSON object."""
-        value = json.loads(self.body)
-        assert isinstance(value, dict), value
-        return value
+        return dict(json.loads(self.body))
 
 
 def ask(
@@ -716,18 +707,6 @@ class CheckpointErrorTest(unittest.TestCase):
         missing: Any = {"safetensors": None}  # how Python marks what cannot be imported
         with mock.patch.dict(sys.modules, missing):
             self.check((folder_of(HF), "pip install safetensors"))
-
-    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("setpriv"), "only root can be another user, with setpriv")
-    def test_no_home_directory(self) -> None:
-        """Nor an entry in /etc/passwd, as in a container that runs under any number."""
-        nobody = ["setpriv", "--reuid", "54321", "--clear-groups", sys.executable, str(SERVER), "--port", "0"]
-        variables = {name: value for name, value in environment().items() if name not in ("HOME", "XDG_CACHE_HOME")}
-        for options in ([], ["--model", "~/model"], ["--model", "meta-llama/Llama-3.2-1B"]):
-            ended = subprocess.run([*nobody, *options], env=variables, cwd="/", capture_output=True, text=True)
-            if re.search("Permission denied|No module named", ended.stderr):
-                self.skipTest("Python or the server cannot be read by other users here")
-            self.assertEqual(ended.returncode, 2)
-            self.assertRegex(ended.stderr, r"^(  importing PyTorch\n)?\nerror: .*HOME.*\n$")
 
     def check_weights(self, layout: str, file: str, query: str, head: str) -> None:
         """Damage one file, the query projection and the output."""
@@ -2334,13 +2313,11 @@ class OpenAITest(unittest.TestCase):
     def test_what_a_chat_may_carry(self) -> None:
         """Other names for the same, what asks for nothing, and at every level what this server does not know."""
         plain = self.chat()["choices"]
-        parts: Any = [{"type": "text", "text": text, "cache_control": {}} for text in ("What is ", "machine learning?")]
         message = {**QUESTION[0], "name": "me", "tool_calls": None, "function_call": None, "contnet": 1}
         for body in (
             {"max_completion_tokens": 6, "max_tokens": None, "system": "Be brief.", "model": None, "stop": ["\0"]},
             {"user": "me", "metadata": {}, "store": False, "num_ctx": 4096, "max_tokns": 3, "\ud800": 1, "seed": -1},
             {"messages": [message], "stream_options": {"include_usage": True, "include_obfuscation": True}},
-            {"messages": [{"role": "user", "content": parts}], "stream_options": None},
             {"n": 1, "logprobs": False, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}},
             {"presence_penalty": 0, "frequency_penalty": 0.0, "min_p": 0, "top_k": -1, "logit_bias": {}},
         ):
@@ -2424,14 +2401,9 @@ class OpenAIClientTest(unittest.TestCase):
             endless = create(**self.settings, max_tokens=200, extra_body={"ignore_eos": True})
             self.assertEqual((endless.choices[0].finish_reason, endless.usage.completion_tokens), ("length", 200))
             self.assertTrue(client.completions.create(model=self.model, prompt="Machine", max_tokens=3).choices[0].text)
-            for kind, name, value, code in (
-                (openai.NotFoundError, "model", "gpt-4", "model_not_found"),
-                (openai.BadRequestError, "max_tokens", 10**6, "context_length_exceeded"),
-                (openai.BadRequestError, "n", 2, "unsupported_parameter"),
-            ):
-                with self.assertRaises(kind) as refused:
-                    create(**{**self.settings, name: value})
-                self.assertEqual((refused.exception.code, refused.exception.param), (code, name))
+            with self.assertRaises(openai.BadRequestError) as refused:
+                create(**self.settings, n=2)
+            self.assertEqual((refused.exception.code, refused.exception.param), ("unsupported_parameter", "n"))
 
     def test_an_error_in_a_stream_reaches_the_client(self) -> None:
         import openai
@@ -2571,9 +2543,7 @@ def finished(samples: Mapping[str, float]) -> list[float]:
 class MetricsTest(unittest.TestCase):
     def test_the_figures_add_up(self) -> None:
         """Answers that end, are stopped by a text, given up, failed or refused: each is counted once."""
-        gate, failing = Gate(), Failing()
-        both: tuple[Callable[[Sequence[server.Work]], object], ...] = (gate, failing)
-        engine = FakeEngine(4, before_step=lambda batch: [call(batch) for call in both])
+        engine = FakeEngine(4, before_step=(gate := Gate()))
         with serving(engine, max_queue=2) as api:
             port = api.server_port
             whole = [chat(port, f"Question {i}", max_tokens=20) for i in range(10)]
@@ -2582,9 +2552,10 @@ class MetricsTest(unittest.TestCase):
             stopped = chat(port, "Question 0", max_tokens=200, stop=whole[0]["response"][5:7])
             gate.delay = 0.0
             wait_for_figure(port, "num_requests_running", 0, 0)
+            engine.before_step = Failing(1)
             with self.assertLogs(server.logger, "ERROR"):
-                failing.count = 1
                 self.assertEqual(ask(port, "/chat", {"prompt": "Hi"}).status, 500)
+            engine.before_step = gate
             self.assertEqual(ask(port, "/chat", {"prompt": 5}).status, 400)
             self.assertEqual(ask(port, "/etc/passwd").status, 404)
             gate.shut()
@@ -2643,10 +2614,8 @@ class OperationTest(unittest.TestCase):
         """Its port is free at once, and systemd is told of the start and the stop."""
         port, clients = 0, contextlib.ExitStack()
         self.addCleanup(clients.close)
-        for address, number in (
-            (str(SCRATCH / "notify"), signal.SIGKILL),
-            (f"\0tt-api-server-test-{os.getpid()}", signal.SIGTERM),
-        ):
+        path, abstract = str(SCRATCH / "notify"), f"\0tt-api-server-test-{os.getpid()}"
+        for address, number in ((path, signal.SIGKILL), (abstract, signal.SIGTERM)):
             with self.subTest(address), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
                 systemd.bind(address)
                 systemd.settimeout(PATIENCE)
@@ -2684,19 +2653,17 @@ class OperationTest(unittest.TestCase):
         self.addCleanup(nginx.wait)
         self.addCleanup(nginx.terminate)
         wait_until(lambda: (folder / "pid").exists())  # it listens by then
-        answered, killed = itertools.count(), threading.Event()
 
         def client(number: int) -> list[str]:
             outcomes = []
             for i in range(8):
-                late, reason = killed.is_set(), None
+                late, reason = servers[0].process.poll() is not None, None
                 body = {"prompt": f"{number} {i}", "max_tokens": 30, "stream": (number + i) % 2 == 0}
                 with contextlib.suppress(http.client.HTTPException, OSError, ValueError):
                     reason = json.loads(ask(port, "/chat", body).body.splitlines()[-1]).get("finish_reason")
                 outcomes.append("whole" if reason in ("stop", "length") else "lost late" if late else "lost")
-                if next(answered) == 20:
+                if (number, i) == (0, 2):
                     servers[0].process.kill()
-                    killed.set()
             return outcomes
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -2727,7 +2694,7 @@ class LoadTest(unittest.TestCase):
 
     def test_a_reader_that_stops(self) -> None:
         """It is cut off after a while and its slot is free; others are answered meanwhile."""
-        with serving(FakeEngine(max_seq_len=60_000), patience=0.2) as api:
+        with serving(FakeEngine(max_seq_len=60_000, before_step=Gate(0.001)), patience=0.2) as api:
             port = api.server_port
             api.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             body = {"prompt": "Hello", "stream": True, "max_tokens": 50_000}
@@ -2889,16 +2856,13 @@ class SoakTest(unittest.TestCase):
         def client(seed: int) -> None:
             chance = random.Random(seed)
             while time.monotonic() < deadline:
-                prompt, kind = chance.choice(prompts), chance.choice(("plain", "stream", "openai", "left", "wrong"))
+                prompt, kind = chance.choice(prompts), chance.choice(("plain", "stream", "left", "wrong"))
                 answer = alone[prompt]
                 if kind == "plain":
                     answer = chat(port, prompt, **fields)["response"]
                 elif kind == "stream":
                     with streamed(port, prompt, **fields) as lines:
                         answer = "".join(line["response"] for line in lines if not line.get("done"))
-                elif kind == "openai":
-                    body = {"messages": [{"role": "user", "content": prompt}], **fields}
-                    answer = ask(port, "/v1/chat/completions", body).json["choices"][0]["message"]["content"]
                 elif kind == "left":
                     with dial(port, post({"prompt": prompt, "stream": True, "max_tokens": 200})) as connection:
                         time.sleep(chance.random() * 0.1)
