@@ -3196,18 +3196,18 @@ class CliTest(unittest.TestCase):
 
     def test_a_start_and_ctrl_c(self) -> None:
         """/health answers while it loads, and the banner says what is served, and where; a stream may finish."""
-        process = random_server(self, "--dtype", "bfloat16", "--threads", "8")
+        process = random_server(self, "--dtype", "bfloat16", "--threads", "4")
         check_unavailable(process.port, "loading")
         process.ready()
         url, folder = f"http://127.0.0.1:{process.port}", str(random_checkpoint("meta", Shape()))
         for part in (folder, "loading the weights", f"{url}/health", f"POST {url}/chat\n", f"curl -s {url}/chat "):
             self.assertIn(part, process.output)
-        if shutil.which("curl"):
-            answer = subprocess.check_output(process.wait_for(r"\n  (curl .*)")[1], shell=True)
-            self.assertTrue(json.loads(answer)["success"])
+        if shutil.which("curl") and shutil.which("jq"):
+            curl = process.wait_for(r"\n  (curl .*)")[1]
+            self.assertEqual(subprocess.check_output(f"{curl} | jq .success", shell=True), b"true\n")
         with streamed(process.port, max_tokens=200, temperature=0) as lines:
             next(lines)
-            self.assertGreater(count("task", process.process.pid), 10)  # of which PyTorch has eight
+            self.assertGreater(count("task", process.process.pid), 8)  # with one for PyTorch it has five
             process.process.send_signal(signal.SIGINT)
             self.assertEqual(list(lines)[-1]["tokens_generated"], 200)
         self.assertEqual(process.wait(), 0, process.output)
