@@ -5,16 +5,13 @@
     python3 test_server.py ChatTest.test_stream -v    # one of them, or one class
     python3 test_server.py --soak 3600                # the soaks alone, each for so many seconds
 
-They need what requirements.txt has. A test that can use more (transformers, safetensors, curl, jq, chromium ...) is
-skipped where that is absent, and says so. What a socket cannot show is tested below it: the text stream, the sampler,
-the logits, and the scheduler over an engine that checks the engine's contract.
-
-No test depends on the machine's speed: they wait for what must happen, and give up after many times as long.
+They need what requirements.txt has. A test that can use more (safetensors, openai, chromium, nginx ...) is skipped
+where that is absent. What a socket cannot show is tested below it: the checkpoint, the text stream, the sampler, the
+logits, and the scheduler over an engine that checks the engine's contract. No test depends on the machine's speed.
 """
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import base64
 import collections
@@ -24,7 +21,6 @@ import faulthandler
 import fcntl
 import functools
 import gzip
-import hashlib
 import http.client
 import http.server
 import importlib.util
@@ -62,7 +58,7 @@ import torch  # noqa: E402  (after import_torch, which keeps torch from complain
 
 SERVER = Path(server.__file__).resolve()
 PATIENCE = 60.0  # seconds until a test gives up on what should have happened long ago
-SOAK_SECONDS = 20.0  # of each soak; --soak changes it
+SOAK_SECONDS = 6.0  # of each soak; --soak changes it
 GREEDY = server.SamplingParams(temperature=0)
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for servers of small models: threads wait for each other on a busy machine
 Body = dict[str, Any]
@@ -119,13 +115,8 @@ class Shape:
     @property
     def config(self) -> dict[str, Any]:
         """Hugging Face's config.json."""
-        rope = {
-            "rope_type": "llama3",
-            "factor": self.scaling,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
+        rope = {"rope_type": "llama3", "factor": self.scaling, "original_max_position_embeddings": 64}
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -147,63 +138,38 @@ class Shape:
         """As Meta's code has it: 8/3 of the width, rounded up to a multiple of 32."""
         return math.ceil(int(8 * self.dim / 3) / 32) * 32
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Under Meta's names, in Meta's order, in bfloat16.
+    def weights(self, layout: str) -> dict[str, torch.Tensor]:
+        """In bfloat16, under the names of the layout "meta" or "hf".
 
         Uniform numbers, because the generator makes these bit by bit the same everywhere. Large enough that the answer
         wanders about: the text must depend on all that came before, and not fall into a loop.
         """
-        generator = torch.Generator().manual_seed(3)
-        kv = self.n_kv_heads * self.dim // self.n_heads
-
-        def uniform(*shape: int, std: float, mean: float = 0.0) -> torch.Tensor:
-            return (mean + (torch.rand(shape, generator=generator) - 0.5) * (std * math.sqrt(12))).bfloat16()
-
-        weights = {"tok_embeddings.weight": uniform(server.VOCAB_SIZE, self.dim, std=0.05)}
-        for i in range(self.n_layers):
-            shapes = {
-                "attention.wq": (self.dim, self.dim),
-                "attention.wk": (kv, self.dim),
-                "attention.wv": (kv, self.dim),
-                "attention.wo": (self.dim, self.dim),
-                "feed_forward.w1": (self.ffn_dim, self.dim),
-                "feed_forward.w2": (self.dim, self.ffn_dim),
-                "feed_forward.w3": (self.ffn_dim, self.dim),
-            }
-            for name, shape in shapes.items():
-                weights[f"layers.{i}.{name}.weight"] = uniform(*shape, std=0.2)
-            for name in ("attention_norm", "ffn_norm"):
-                weights[f"layers.{i}.{name}.weight"] = uniform(self.dim, std=0.1, mean=1.0)
-        weights["norm.weight"] = uniform(self.dim, std=0.1, mean=1.0)
-        if not self.tied:
-            weights["output.weight"] = uniform(server.VOCAB_SIZE, self.dim, std=0.05)
-        return weights
-
-    def hf_weights(self) -> dict[str, torch.Tensor]:
-        """The same under Hugging Face's names, the rotary pairs half a head apart, as its converter has them."""
-        names = {
-            "tok_embeddings": "model.embed_tokens",
-            "output": "lm_head",
-            "norm": "model.norm",
-            "attention_norm": "input_layernorm",
-            "attention.wq": "self_attn.q_proj",
-            "attention.wk": "self_attn.k_proj",
-            "attention.wv": "self_attn.v_proj",
-            "attention.wo": "self_attn.o_proj",
-            "ffn_norm": "post_attention_layernorm",
-            "feed_forward.w1": "mlp.gate_proj",
-            "feed_forward.w2": "mlp.down_proj",
-            "feed_forward.w3": "mlp.up_proj",
+        generator, dim, kv = torch.Generator().manual_seed(3), self.dim, self.n_kv_heads * self.dim // self.n_heads
+        layer: dict[str, tuple[Any, ...]] = {
+            "attention.wq": ("self_attn.q_proj", dim, dim),
+            "attention.wk": ("self_attn.k_proj", kv, dim),
+            "attention.wv": ("self_attn.v_proj", kv, dim),
+            "attention.wo": ("self_attn.o_proj", dim, dim),
+            "feed_forward.w1": ("mlp.gate_proj", self.ffn_dim, dim),
+            "feed_forward.w2": ("mlp.down_proj", dim, self.ffn_dim),
+            "feed_forward.w3": ("mlp.up_proj", self.ffn_dim, dim),
+            "attention_norm": ("input_layernorm", dim),
+            "ffn_norm": ("post_attention_layernorm", dim),
         }
+        table: dict[str, tuple[Any, ...]] = {"tok_embeddings": ("model.embed_tokens", server.VOCAB_SIZE, dim)}
+        for i, (name, (theirs, *shape)) in itertools.product(range(self.n_layers), layer.items()):
+            table[f"layers.{i}.{name}"] = (f"model.layers.{i}.{theirs}", *shape)
+        table["norm"] = ("model.norm", dim)
+        if not self.tied:
+            table["output"] = ("lm_head", server.VOCAB_SIZE, dim)
         weights = {}
-        for name, weight in self.weights().items():
-            match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
-            assert match is not None
-            layer, own = match[1] or "", match[2]
-            if own in ("attention.wq", "attention.wk"):
-                half = self.dim // self.n_heads // 2
-                weight = weight.view(-1, half, 2, self.dim).transpose(1, 2).reshape(weight.shape).contiguous()
-            weights[f"{'model.' if layer else ''}{layer}{names[own]}.weight"] = weight
+        for name, (theirs, *shape) in table.items():
+            mean, std = (1.0, 0.1) if len(shape) == 1 else (0.0, 0.2 if "layers" in name else 0.05)
+            weight = (mean + (torch.rand(shape, generator=generator) - 0.5) * (std * math.sqrt(12))).bfloat16()
+            if layout == "hf" and name.endswith(("wq", "wk")):  # the rotary pairs half a head apart
+                half = dim // self.n_heads // 2
+                weight = weight.view(-1, half, 2, dim).transpose(1, 2).reshape(shape).contiguous()
+            weights[f"{theirs if layout == 'hf' else name}.weight"] = weight
         return weights
 
 
@@ -215,7 +181,7 @@ Change = Callable[[dict[str, Any]], object]
 def write_checkpoint(folder: Path, layout: str, shape: Shape = TINY, change: Change | None = None) -> Path:
     """Write a random checkpoint in the layout "meta" or "hf" and return its folder; `change` may damage its weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = shape.weights() if layout == "meta" else shape.hf_weights()
+    weights = shape.weights(layout)
     if change:
         change(weights)
     if layout == "meta":
@@ -267,7 +233,6 @@ class ServerProcess:
         )
         atexit.register(self.close)
         self.output = ""
-        self.began = time.monotonic()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.port = int(self.wait_for(r"http://[\w.]+:(\d+)/health")[1])
@@ -279,7 +244,7 @@ class ServerProcess:
 
     def wait_for(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
         """Wait until the pattern stands in the output."""
-        wait_until(lambda: re.search(pattern, self.output) or self.process.poll() is not None, seconds)
+        wait_until(lambda: re.search(pattern, self.output) or not self._reader.is_alive(), seconds)
         match = re.search(pattern, self.output)
         if match is None:
             raise AssertionError(f"no {pattern!r} in the output of the server:\n{self.output}")
@@ -305,10 +270,12 @@ class ServerProcess:
         atexit.unregister(self.close)
 
 
-def random_server(*options: str, **variables: str) -> ServerProcess:
-    """A server of a random checkpoint, whose answers end only at max_tokens, in arithmetic that repeats itself."""
+def random_server(test: unittest.TestCase, *options: str, **variables: str) -> ServerProcess:
+    """A server for this test alone, of a random checkpoint whose answers end only at max_tokens."""
     folder = random_checkpoint("meta", Shape())
-    return ServerProcess("--model", str(folder), "--dtype", "float32", *options, **variables)
+    process = ServerProcess("--model", str(folder), "--dtype", "float32", *options, **{**ONE_THREAD, **variables})
+    test.addCleanup(process.close)
+    return process
 
 
 @functools.cache
@@ -329,18 +296,7 @@ def shared_server(kind: str) -> ServerProcess:
 def run_to_end(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a server that is to end by itself."""
     command = [sys.executable, str(SERVER), *options]
-    try:
-        return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=PATIENCE)
-    except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"the server did not end: {error.output!r}") from None
-
-
-def run_limited(limit: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a server of the demo, which is to end by itself, under a limit of the shell's ulimit."""
-    limited = f"ulimit {limit}; exec {shlex.quote(sys.executable)} {shlex.quote(str(SERVER))} --port 0"
-    return subprocess.run(
-        ["bash", "-c", limited], env=environment(**variables), capture_output=True, text=True, timeout=4 * PATIENCE
-    )
+    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=PATIENCE)
 
 
 class Reply(NamedTuple):
@@ -353,9 +309,7 @@ class Reply(NamedTuple):
     @property
     def json(self) -> dict[str, Any]:
         """The body, which must be one JSON object."""
-        value = json.loads(self.body)
-        assert isinstance(value, dict), value
-        return value
+        return dict(json.loads(self.body))
 
 
 def ask(
@@ -539,19 +493,16 @@ def collect(asked: server.Request) -> list[int]:
     return tokens
 
 
-def run_scheduler(scheduler: server.Scheduler, load: Callable[[server.Progress], server.Engine]) -> threading.Thread:
-    """The thread that runs it."""
-    thread = threading.Thread(target=scheduler.run, args=(load, no_progress, lambda: None), daemon=True)
-    thread.start()
-    return thread
-
-
 @contextlib.contextmanager
-def scheduling(engine: server.Engine, max_queue: int = 1000) -> Iterator[server.Scheduler]:
-    """A scheduler on this engine, started and, at the end, stopped; a fake engine must have no breach to show."""
+def scheduling(
+    engine: server.Engine, max_queue: int = 1000, load: Callable[[server.Progress], server.Engine] | None = None
+) -> Iterator[server.Scheduler]:
+    """A scheduler on this engine, loaded by now or by `load`; at the end a fake engine must have no breach to show."""
     scheduler = server.Scheduler(max_queue)
-    thread = run_scheduler(scheduler, lambda progress: engine)
-    wait_until(lambda: scheduler.state != "loading")
+    arguments = (load or (lambda progress: engine), no_progress, lambda: None)
+    thread = threading.Thread(target=scheduler.run, args=arguments, daemon=True)
+    thread.start()
+    wait_until(lambda: load or scheduler.state != "loading")
     try:
         yield scheduler
     finally:
@@ -570,67 +521,40 @@ def serving(
     patience: float = 60.0,
     connections: int = 512,
 ) -> Iterator[server.ApiServer]:
-    """The real HTTP server, tokenizer and scheduler in this process, for states that are hard to come by.
-
-    Without `load` the engine is loaded when this returns. A fake engine must have no breach to show at the end.
-    """
-    with server.ApiServer("127.0.0.1", 0, patience) as api:
+    """The real HTTP server, tokenizer and scheduler in this process, for states that are hard to come by."""
+    with server.ApiServer("127.0.0.1", 0, patience) as api, scheduling(engine, max_queue, load) as api.scheduler:
         api.model, api.tokenizer, api.max_connections = "fake-llama", tokenizer(), connections
-        api.scheduler = server.Scheduler(max_queue)
         threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        thread = run_scheduler(api.scheduler, load or (lambda progress: engine))
-        if load is None:
-            wait_until(lambda: api.scheduler.state != "loading")
         try:
             yield api
         finally:
-            api.scheduler.stop(drain=False)
-            thread.join(PATIENCE)
             api.shutdown()
-    breaches = engine.breaches if isinstance(engine, FakeEngine) else []
-    assert not breaches, f"the engine's contract was broken: {set(breaches)}"
 
 
 class Gate:
     """Holds the engine's steps up while it is shut, and makes each take `delay` seconds while it is open."""
 
     def __init__(self, delay: float = 0.0, opened: bool = True) -> None:
-        self.delay = delay
-        self._open = threading.Event()
+        event = threading.Event()
+        self.delay, self.wait, self.open, self.shut = delay, event.wait, event.set, event.clear
         if opened:
-            self._open.set()
+            self.open()
 
     def __call__(self, batch: Sequence[server.Work]) -> None:
-        self._open.wait(PATIENCE)
+        self.wait(PATIENCE)
         time.sleep(self.delay)
-
-    def open(self) -> None:
-        """Let the steps go."""
-        self._open.set()
-
-    def shut(self) -> None:
-        """Hold the next step up."""
-        self._open.clear()
-
-
-def fail_at(number: int) -> Callable[[Sequence[server.Work]], None]:
-    """Lets the engine fail in this step, the first being 0."""
-    steps = itertools.count()
-
-    def before_step(batch: Sequence[server.Work]) -> None:
-        if next(steps) == number:
-            raise RuntimeError("the card is on fire")
-
-    return before_step
 
 
 class Failing:
-    """Lets the engine fail in its next `count` steps."""
+    """Lets the engine fail in its next `count` steps, once `after` more have gone well."""
 
-    count = 0
+    def __init__(self, count: int = 0, after: int = 0) -> None:
+        self.count, self.after = count, after
 
     def __call__(self, batch: Sequence[server.Work]) -> None:
-        if self.count:
+        if self.after:
+            self.after -= 1
+        elif self.count:
             self.count -= 1
             raise RuntimeError("the card is on fire")
 
@@ -723,73 +647,56 @@ class CheckpointTest(unittest.TestCase):
                     found = server.find_checkpoint(model)
                     self.assertEqual(found and (found.name, found.folder), ("Llama-3.2-1B", folder))
 
-    def test_tokens_that_end_an_answer_and_chat_templates(self) -> None:
-        llama, other = "{{ '<|start_header_id|>' + role }}", "<|im_start|>{{ role }}"
-        for config, generation, expected, text in ((5, None, {5}, llama), ([5, 6], 7, {5, 6, 7}, other)):
-            files = {"config.json": {**Shape().config, "eos_token_id": config}, "model.safetensors": None}
-            files |= {
-                "generation_config.json": {"eos_token_id": generation},
-                "tokenizer_config.json": {"chat_template": text},
-            }
-            with (self.assertLogs if text == other else self.assertNoLogs)(server.logger):
-                self.assertEqual(server.read_checkpoint(folder_of(files)).stop_tokens, expected)
-
     def test_a_fine_tuned_model(self) -> None:
-        """Its generation_config.json names the token that ends an answer."""
+        """Its own tokens end an answer, whichever file names them; a chat template of its own is not used."""
         engine, tokens = float32_engine(random_checkpoint("meta", Shape())), tokenizer().encode_document("Hello")
         for _ in range(8):
             tokens += engine.step([server.Work(0, tokens, 0, GREEDY)])
         answer = tokens[-8:]
         end = next(i for i in range(3, 8) if answer[i] not in answer[:i])
         folder = shutil.copytree(random_checkpoint("meta", Shape()), SCRATCH / "checkpoints" / "tuned")
+        (folder / "config.json").write_text(json.dumps({**Shape().config, "eos_token_id": 5}))
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [128001, answer[end]]}))
-        tuned = ServerProcess("--model", str(folder), "--dtype", "float32", **ONE_THREAD).ready()
-        self.addCleanup(tuned.close)
+        self.assertEqual(server.read_checkpoint(folder).stop_tokens, {5, 128001, answer[end]})
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "<|im_start|>{{ role }}"}))
+        tuned = random_server(self, "--model", str(folder)).ready()
+        self.assertIn("tuned has a chat template", tuned.output)
         reply = ask(tuned.port, "/v1/completions", {"prompt": "Hello", "max_tokens": 8, "temperature": 0}).json
         self.assertEqual((reply["choices"][0]["finish_reason"], reply["usage"]["completion_tokens"]), ("stop", end))
 
 
 class CheckpointErrorTest(unittest.TestCase):
-    """What is wrong with a checkpoint is said in one line, and what to do; the exit status is 2."""
+    """What is wrong with a checkpoint is said in one line, and what to do."""
 
-    def check_output(self, ended: subprocess.CompletedProcess[str]) -> str:
-        """The server must have refused; returns its one line."""
-        self.assertEqual(ended.returncode, 2, ended.stdout + ended.stderr)
-        self.assertNotIn("Traceback", ended.stdout + ended.stderr)
-        errors = re.findall(r"^error: .*$", ended.stderr, re.MULTILINE)
-        self.assertEqual(ended.stderr.strip().splitlines()[-1:], errors, ended.stderr)
-        return str(errors[0])
-
-    def check(self, cases: Sequence[tuple[Path | str, str]], **variables: str) -> None:
-        """Pairs of --model and a pattern for the line. Two at a time: a start takes seconds."""
-        run = functools.partial(run_to_end, "--port", "0", "--model", **ONE_THREAD, **variables)
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            ends = [pool.submit(run, str(model)) for model, _ in cases]
-        for end, (model, pattern) in zip(ends, cases):
-            with self.subTest(pattern, model=model):
-                self.assertRegex(self.check_output(end.result()), pattern)
+    def check(self, *cases: tuple[Path | str, str]) -> None:
+        """Pairs of --model and a pattern for the line."""
+        for model, pattern in cases:
+            with self.subTest(pattern, model=model), self.assertRaisesRegex(server.UserError, f"^.*{pattern}.*$"):
+                checkpoint = server.find_checkpoint(str(model))
+                assert checkpoint
+                server.ChatTokenizer(checkpoint.tokenizer_model)
+                float32_engine(checkpoint.folder)
 
     def test_what_is_wrong_with_the_folder(self) -> None:
         def config(**changes: object) -> Path:
             return folder_of({**HF, "config.json": {**Shape().config, **changes}})
 
-        def params(**changes: object) -> Path:
-            return folder_of({**META, "params.json": {**Shape().params, **changes}})
-
-        parts = {f"consolidated.0{i}.pth": None for i in range(8)}
-        cases: list[tuple[Path | str, str]] = [
-            ("/no/such/folder", "--model is /no/such/folder, .*does not exist"),
+        self.check(
+            ("/no/such/folder", "--model is /no/such/folder, which is not a folder here"),
             ("meta-llama/Llama-3.2-1B-Instruct", "hf download meta-llama/Llama-3.2-1B-Instruct"),
-            (folder_of(META) / "params.json", "is a file: name the folder"),
+            (folder_of(META) / "params.json", "is not a folder here: name"),
             ("~no-such-user/model", "~no-such-user/model.* does not exist"),
             (folder_of({"x": ""}), r"no Llama 3 checkpoint.* params\.json .*safetensors"),
             (folder_of({"params.json": Shape().params}), r"consolidated\.00\.pth"),
-            (folder_of({**META, **parts}), "8 parts.*safetensors"),
+            (folder_of({**META, **{f"consolidated.0{i}.pth": None for i in range(8)}}), "8 parts.*safetensors"),
             (folder_of({**META, "params.json": "{"}), r"params\.json.*download"),
             (folder_of({**HF, "config.json": []}), r"config\.json.*download"),
             (folder_of({**META, "params.json": {"dim": 64}}), "n_heads.*download"),
+            (
+                folder_of({**META, "params.json": {**Shape().params, "vision_chunk_size": 5}}),
+                "vision_chunk_size.*Llama 3",
+            ),
             (config(hidden_size=None), "configuration.*download"),
-            (params(vision_chunk_size=560), r"params\.json has vision_chunk_size.*Llama 3"),
             (config(vocab_size=32000), "vocab_size is 32000.*Llama 3"),
             (config(model_type="mistral"), "model_type.*mistral.*Llama 3"),
             (config(rope_scaling={"rope_type": "linear", "factor": 4.0}), "rope_type.*linear.*Llama 3"),
@@ -797,25 +704,10 @@ class CheckpointErrorTest(unittest.TestCase):
             (config(hidden_act="gelu"), "hidden_act.*gelu.*Llama 3"),
             (config(partial_rotary_factor=0.5), r"partial_rotary_factor is 0\.5.*Llama 3"),
             (config(quantization_config={"bits": 4}), "quantization_config.*bfloat16"),
-        ]
-        self.check(cases)
-        stub = folder_of({"safetensors.py": "raise ImportError('not installed')"})
-        self.check([(folder_of(HF), "pip install safetensors")], PYTHONPATH=str(stub))
-        self.assertIn("LLAMA_DIR is ~/none", self.check_output(run_to_end("--port", "0", LLAMA_DIR="~/none")))
-
-    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("setpriv"), "only root can be another user, with setpriv")
-    def test_no_home_directory(self) -> None:
-        """Nor an entry in /etc/passwd, as in a container that runs under any number."""
-        variables = {name: value for name, value in environment().items() if name not in ("HOME", "XDG_CACHE_HOME")}
-
-        def run(*command: str) -> subprocess.CompletedProcess[str]:
-            other = ["setpriv", "--reuid", "54321", "--clear-groups", sys.executable, *command]
-            return subprocess.run(other, env=variables, cwd="/", capture_output=True, text=True, timeout=PATIENCE)
-
-        if run("-c", f"import sys; sys.path.append({str(SERVER.parent)!r}); import tt_api_server, torch").returncode:
-            self.skipTest("Python or the server cannot be read by other users here")
-        for options in ([], ["--model", "~/model"], ["--model", "meta-llama/Llama-3.2-1B"]):
-            self.assertIn("HOME", self.check_output(run(str(SERVER), "--port", "0", *options)))
+        )
+        missing: Any = {"safetensors": None}  # how Python marks what cannot be imported
+        with mock.patch.dict(sys.modules, missing):
+            self.check((folder_of(HF), "pip install safetensors"))
 
     def check_weights(self, layout: str, file: str, query: str, head: str) -> None:
         """Damage one file, the query projection and the output."""
@@ -828,15 +720,14 @@ class CheckpointErrorTest(unittest.TestCase):
         untied, weight, bias = Shape(dim=16, n_layers=1, n_heads=2, n_kv_heads=1), f"{query}.weight", f"{query}.bias"
         (link := damaged(None) / file).unlink()
         link.symlink_to("/no/such/blob")
-        cases = [
+        self.check(
             (damaged(None, by=1), f"{file} is cut short.*download"),
             (link.parent, f"{file} cannot be read"),
             (damaged(lambda w: w.pop(weight)), f"{weight} is missing.*download"),
             (damaged(lambda w: w.update({weight: torch.zeros(16, 8)})), rf"{weight} .*16, 8\D.*16, 16\D"),
             (damaged(lambda w: w.pop(head), untied), f"{head} is missing"),
             (damaged(lambda w: w.update({bias: torch.zeros(16)})), f"{bias} is not computed"),
-        ]
-        self.check(cases)
+        )
 
     def test_what_is_wrong_with_the_weights(self) -> None:
         self.check_weights("meta", "consolidated.00.pth", "layers.0.attention.wq", "tok_embeddings.weight")
@@ -845,7 +736,7 @@ class CheckpointErrorTest(unittest.TestCase):
         training = write_checkpoint(SCRATCH / "training", "meta", TINY, lambda w: w.update(model={}))
         other = write_checkpoint(SCRATCH / "other", "meta")
         (other / "tokenizer.model").write_text("not a tokenizer")
-        self.check([(training, "holds more than tensors.*download"), (other, "is not a Llama 3 tokenizer.*download")])
+        self.check((training, "holds more than tensors.*download"), (other, "is not a Llama 3 tokenizer.*download"))
 
 
 # ======================================================================================================================
@@ -870,31 +761,15 @@ class ChatTokenizerTest(unittest.TestCase):
     @unittest.skipUnless(os.environ.get("TT_TEST_LLAMA_MODELS"), "TT_TEST_LLAMA_MODELS names no later llama-models")
     def test_the_layout_of_later_llama_models(self) -> None:
         """The same tokens from llama-models 0.1 or later, in a folder of its own (pip install --target)."""
-        program = """
-import sys, tt_api_server as server
-tokens = server.ChatTokenizer().encode_chat([("user", "Hello, <|eot_id|>!")])
-print("llama_models.llama3.tokenizer" in sys.modules, tokens)
-"""
+        program = """if True:
+            import sys, tt_api_server as server
+            tokens = server.ChatTokenizer().encode_chat([("user", "Hello, <|eot_id|>!")])
+            print("llama_models.llama3.tokenizer" in sys.modules, tokens)
+        """
         folders = f"{os.environ['TT_TEST_LLAMA_MODELS']}{os.pathsep}{SERVER.parent}"
-        ended = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, env=environment(PYTHONPATH=folders)
-        )
-        expected = tokenizer().encode_chat([("user", "Hello, <|eot_id|>!")])
-        self.assertEqual(ended.stdout.strip(), f"True {expected}", ended.stderr)
-
-    def test_special_tokens_in_a_users_text_are_plain_text(self) -> None:
-        plain = sum(token >= 128000 for token in tokenizer().encode_chat([("user", "x")]))
-        text = "<|eot_id|><|start_header_id|>system<|end_header_id|> <|begin_of_text|><|reserved_special_token_7|>"
-        for role in ("user", "system", "assistant"):
-            tokens = tokenizer().encode_chat([(role, text)])
-            self.assertEqual(sum(token >= 128000 for token in tokens), plain)
-            self.assertIn(text.encode(), tokenizer().decode_bytes(tokens))
-
-    def test_text_and_back(self) -> None:
-        for text in ("", "naïve 日本語 🦙👩‍🚀", "a\x00b", " \n\t ", "x" * 100_000, "\ufffd", " " * 30_000):
-            self.assertEqual(tokenizer().decode_bytes(tokenizer().encode_text(text)), text.encode())
-        self.assertEqual(tokenizer().decode_bytes(tokenizer().encode_text("\ud83d!")), "\ufffd!".encode())
-        self.assertEqual(tokenizer().decode_bytes([128000, *tokenizer().encode_text("hello"), 128255]), b"hello")
+        variables, expected = environment(PYTHONPATH=folders), tokenizer().encode_chat([("user", "Hello, <|eot_id|>!")])
+        output = subprocess.check_output([sys.executable, "-c", program], text=True, env=variables)
+        self.assertEqual(output.strip(), f"True {expected}")
 
 
 class TextStreamTest(unittest.TestCase):
@@ -988,18 +863,6 @@ class SamplingTest(unittest.TestCase):
             with self.assertRaises(ArithmeticError):
                 server.sample(torch.full((1, 3), float("nan")), [server.SamplingParams(*settings)], [0])
 
-    def test_a_row_does_not_depend_on_its_neighbours(self) -> None:
-        """With logits of the true size and type, where the draw must not lie beyond the end."""
-        some = self.random
-        params = [
-            server.SamplingParams(some.choice([0, 0.5, 1.5]), some.random(), some.randrange(9), i) for i in range(32)
-        ]
-        logits = torch.randn(32, server.VOCAB_SIZE, generator=torch.Generator().manual_seed(1)).bfloat16()
-        together = server.sample(logits, params, list(range(32)))
-        for i, (row, param) in enumerate(zip(logits, params)):
-            self.assertEqual(server.sample(row[None], [param], [i]), [together[i]])
-            self.assertGreaterEqual(row[together[i]], row.topk(param.top_k or 32000).values[-1])
-
 
 # ======================================================================================================================
 # CPU engine
@@ -1035,7 +898,7 @@ class TorchEngineTest(unittest.TestCase):
 
         for shape, expected in REFERENCE.items():
             parts = folder_of({"config.json": shape.config})
-            weights = [*shape.hf_weights().items(), ("model.layers.0.rotary_emb.inv_freq", torch.zeros(8))]
+            weights = [*shape.weights("hf").items(), ("model.layers.0.rotary_emb.inv_freq", torch.zeros(8))]
             save_file(dict(weights[:5]), parts / "1.safetensors")
             save_file(dict(weights[5:]), parts / "2.safetensors")
             index = {name: f"{1 + (i >= 5)}.safetensors" for i, (name, _) in enumerate(weights)}
@@ -1082,38 +945,6 @@ class TorchEngineTest(unittest.TestCase):
                         self.assert_close(logits[0, ::EVERY].float(), expected, bound)
                     if engine.dtype == torch.bfloat16 and cuts[0] == 16:
                         self.assertTrue(torch.equal(pieces, whole), cuts)
-
-    def test_greedy_text_is_the_same_alone_and_in_a_crowd(self) -> None:
-        """Token for token: 24 requests, long and short, through 8 slots, at random times, their prompts in chunks."""
-        folder, chance = random_checkpoint("meta", Shape()), random.Random(11)
-        prompts = [[chance.randrange(128000) for _ in range(chance.choice((1, 5, 30, 200)))] for _ in range(24)]
-        counts = [chance.randint(1, 40) for _ in prompts]
-
-        def run(slots: int, pause: float) -> list[list[int]]:
-            engine = float32_engine(folder, slots)
-            engine.prompt_chunk = 48
-            requests = [request(prompt, count) for prompt, count in zip(prompts, counts)]
-            with scheduling(engine) as scheduler:
-                for asked in requests:
-                    scheduler.submit(asked)
-                    time.sleep(chance.random() * pause)
-                return [collect(asked) for asked in requests]
-
-        alone = run(1, 0.0)
-        self.assertEqual([len(answer) for answer in alone], counts)
-        self.assertGreater(len({token for answer in alone for token in answer}), sum(counts) / 2, "the text is dull")
-        self.assertEqual(run(8, 0.05), alone)
-
-    def test_a_second_turn_reuses_the_first_and_reads_the_same(self) -> None:
-        with scheduling(float32_engine(random_checkpoint("meta", Shape()), 4)) as scheduler:
-            scheduler.submit(first := request(PROMPT, 20))
-            prompt = PROMPT + collect(first) + PROMPT[:7]
-            scheduler.submit(second := request(prompt, 30))
-            answer = collect(second)
-        with scheduling(float32_engine(random_checkpoint("meta", Shape()), 1)) as scheduler:
-            scheduler.submit(fresh := request(prompt, 30))
-            self.assertEqual(answer, collect(fresh))
-        self.assertEqual((fresh.cached, second.cached), (0, len(PROMPT) + 19))
 
 
 # ======================================================================================================================
@@ -2009,72 +1840,11 @@ class RealCardTest(unittest.TestCase):
 class SchedulerTest(unittest.TestCase):
     """Continuous batching, over an engine that checks every call."""
 
-    def test_answers_and_finish_reasons(self) -> None:
-        prompt = list(range(50))
-        endless = fake_answer(prompt, 12)
-        with scheduling(FakeEngine()) as scheduler:
-            for stop_tokens, count, reason in ((frozenset[int](), 12, "length"), (frozenset(endless[5:6]), 5, "stop")):
-                asked = request(prompt, 12, stop_tokens)
-                scheduler.submit(asked)
-                self.assertEqual(collect(asked), endless[:count])
-                self.assertEqual((asked.finish_reason, asked.generated, asked.count), (reason, count, count))
-
-    def test_the_queue(self) -> None:
-        """First come, first served. Its bound is on those who wait, and nobody waits while a slot is free."""
-        for slots, max_queue in ((1, 11), (3, 9), (2, 0)):
-            gate = Gate(opened=False)
-            engine = FakeEngine(slots, before_step=gate)
-            with self.subTest(slots=slots, max_queue=max_queue), scheduling(engine, max_queue) as scheduler:
-                requests = [request([i] * 20, 3) for i in range(slots + max_queue)]
-                for asked in requests:
-                    scheduler.submit(asked)
-                self.assertRaisesRegex(server.ApiError, "queue is full", scheduler.submit, request([99], 3))
-                gate.open()
-                self.assertEqual([len(collect(asked)) for asked in requests], [3] * len(requests))
-                firsts = [asked.first_token for asked in requests]
-                self.assertEqual(firsts, sorted(firsts))
-
-    def test_cancellation_frees_the_slot_in_every_state(self) -> None:
-        for state, generated in (("prefill", 0), ("decode", 3)):
-            engine = FakeEngine(1, max_seq_len=2000, before_step=Gate(delay=0.01))
-            running, waiting, last = request(list(range(1500)), 500), request([1], 50), request([2], 9)
-            with self.subTest(state), scheduling(engine) as scheduler:
-                for asked in (running, waiting, last):
-                    scheduler.submit(asked)
-                scheduler.cancel(waiting)  # in the queue
-                wait_until(lambda: engine.steps and running.generated >= generated)  # noqa: B023
-                scheduler.cancel(running)
-                self.assertEqual(collect(last), fake_answer([2], 9))
-                for asked in (waiting, running):
-                    self.assertRaisesRegex(server.ApiError, "stopped before", collect, asked)
-                self.assertLess(running.generated, 500)
-                scheduler.cancel(last)  # which is over: nothing happens
-                self.assertEqual([r.outcome for r in (running, waiting, last)], ["cancelled", "cancelled", "length"])
-
-    def test_a_failed_step_ends_its_own_requests_alone(self) -> None:
-        failing, limit = Failing(), server.Scheduler.FAILURES
-        engine = FakeEngine(1, before_step=failing)
-        with self.assertLogs(server.logger, "ERROR"), scheduling(engine) as scheduler:
-            for failures in (limit - 1, limit - 1, limit):  # those with a whole answer between them are not in a row
-                failing.count = failures
-                requests = [request([1, 2, 3]) for _ in range(min(failures + 1, limit))]
-                for asked in requests:
-                    scheduler.submit(asked)
-                for asked in requests[:failures]:
-                    self.assertRaisesRegex(server.ApiError, "engine failed", collect, asked)
-                for asked in requests[failures:]:
-                    self.assertEqual(collect(asked), fake_answer([1, 2, 3], 8))
-                    self.assertEqual((asked.cached, scheduler.state), (0, "healthy"))  # the slot is not trusted
-            wait_until(lambda: scheduler.state == "unhealthy")
-            self.assertRaisesRegex(server.ApiError, "started again", scheduler.submit, request([1]))
-            wait_until(lambda: engine.closed)
-
-    def test_an_engine_that_fails_for_good(self) -> None:
+    def test_an_engine_that_is_lost(self) -> None:
         """Not even its slots can be released; nobody waits for ever nevertheless."""
-        gate = Gate(opened=False)
 
         def step(batch: Sequence[server.Work]) -> None:
-            gate(batch)
+            wait_until(lambda: scheduler.statistics.accepted == 6)
             engine.broken = True
             raise RuntimeError("the card is on fire")
 
@@ -2083,23 +1853,9 @@ class SchedulerTest(unittest.TestCase):
             requests = [request([i, i], 5) for i in range(6)]
             for asked in requests:
                 scheduler.submit(asked)
-            gate.open()
             for asked in requests:
                 self.assertRaisesRegex(server.ApiError, "engine failed", collect, asked)
             wait_until(lambda: scheduler.state == "unhealthy")
-            self.assertEqual((scheduler.statistics.accepted, scheduler.statistics.finished["error"]), (6, 6))
-
-    def test_a_step_that_hangs(self) -> None:
-        gate = Gate(opened=False)
-        with scheduling(FakeEngine(before_step=gate)) as scheduler:
-            scheduler.STALL_SECONDS = 0.2
-            asked = request([1, 2])
-            scheduler.submit(asked)
-            wait_until(lambda: scheduler.state == "unhealthy")
-            self.assertRaisesRegex(server.ApiError, "has not returned", scheduler.submit, request([1]))
-            gate.open()
-            self.assertEqual(collect(asked), fake_answer([1, 2], 8))
-            self.assertEqual(scheduler.state, "healthy")
 
     def test_room_that_is_short(self) -> None:
         """Where the engine has no room the oldest request waits, and no younger one passes it."""
@@ -2114,6 +1870,8 @@ class SchedulerTest(unittest.TestCase):
             gate.open()
             for asked in requests:
                 self.assertEqual(collect(asked), fake_answer(asked.prompt, asked.max_tokens))
+            firsts = [asked.first_token for asked in requests]
+            self.assertEqual(firsts, sorted(firsts))
 
     def test_the_prompt_budget(self) -> None:
         """Few prompt tokens in a step beside streams, whole chunks while more prompts wait than streams run."""
@@ -2234,38 +1992,51 @@ class DemoTest(unittest.TestCase):
         prompts = re.split(r"\s*\| ", TUTORIAL)
         for seed in range(3):
             self.assertEqual(self.answers(prompts, seed=seed), [known[prompt.rstrip("?")] for prompt in prompts])
-        forms = {form: known[p] for p in known for form in (p, f"{p}?", p.lower(), f"{p.lower()}?")}
+        forms = {form: known[p] for p in known for form in (p, f"{p.lower()}?")}
         given = self.answers(list(forms), temperature=0)
         wrong = [form for form, answer in zip(forms, given) if answer != forms[form]]
         self.assertLessEqual(len(wrong), 0.05 * len(forms), wrong)
 
     def test_what_it_does_not_know(self) -> None:
-        """It says so, and how to get a real model."""
+        """It says so, as do the log and /health, and how to get a real model."""
         self.assertRegex(server.DEMO_UNKNOWN, "demo.*--model.*HF_MODEL")
+        self.assertRegex(shared_server("demo").output, r"--model.*HF_MODEL.*LLAMA_DIR.*demo")
+        report = ask(shared_server("demo").port, "/health").json
+        self.assertEqual((report["model"], report["note"]), (server.DEMO_NAME, server.DEMO_NOTE))
         prompts = re.split(r"\s*\| ", UNKNOWN)
         wrong = [pair for pair in zip(prompts, self.answers(prompts, temperature=0)) if pair[1] != server.DEMO_UNKNOWN]
         self.assertLessEqual(len(wrong), 0.2 * len(prompts), wrong)
 
-    def test_it_is_named_as_a_demo(self) -> None:
-        process = shared_server("demo")
-        report = ask(process.port, "/health").json
-        self.assertEqual((report["model"], report["note"]), (server.DEMO_NAME, server.DEMO_NOTE))
-        self.assertRegex(process.output, r"--model.*HF_MODEL.*LLAMA_DIR.*demo")
+    def start(self, cache: Path, steps: int = 3, before: str = "") -> ServerProcess:
+        """A start with this cache, and with so many steps of training."""
+        program = f"import os, sys, tt_api_server as s; s.DEMO_STEPS = {steps}; {before}os._exit(s.main(sys.argv[1:]))"
+        variables = {**ONE_THREAD, "PYTHONPATH": str(SERVER.parent), "XDG_CACHE_HOME": str(cache)}
+        process = ServerProcess(program=("-c", program), **variables)
+        self.addCleanup(process.close)
+        return process
 
     def test_the_cache(self) -> None:
         """Two first starts at once train it and do each other no harm; the next start trains nothing."""
-        home = Path(tempfile.mkdtemp(dir=SCRATCH))
-        short = "import sys, tt_api_server as s; s.DEMO_STEPS = 20; sys.exit(s.main(sys.argv[1:]))"
-        variables = {**ONE_THREAD, "PYTHONPATH": str(SERVER.parent), "XDG_CACHE_HOME": str(home)}
+        cache = Path(tempfile.mkdtemp(dir=SCRATCH))
         for starts, trains in ((2, True), (1, False)):
-            processes = [ServerProcess(program=("-c", short), **variables) for _ in range(starts)]
-            for process in processes:
-                self.addCleanup(process.close)
+            processes = [self.start(cache) for _ in range(starts)]
             for process in processes:
                 chat(process.ready().port, max_tokens=1)
             self.assertEqual(any("training" in process.output for process in processes), trains)
-            (folder,) = home.glob("*/*")
+            (folder,) = cache.glob("*/*/*")
             self.assertEqual(server.read_checkpoint(folder).name, folder.name)  # a checkpoint like any other
+
+    def test_a_training_that_is_not_finished(self) -> None:
+        """On a full disk, or stopped in the middle: it ends without a traceback and leaves nothing behind."""
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
+        full = r"error: the demo model cannot be written to .*: set XDG_CACHE_HOME"
+        for steps, before, status, said in ((3, limit, 2, full), (9999, "", 0, "training")):
+            cache = Path(tempfile.mkdtemp(dir=SCRATCH))
+            process = self.start(cache, steps, before)
+            process.wait_for(said)
+            process.process.terminate()
+            self.assertEqual((process.wait(), "Traceback" in process.output), (status, False), process.output)
+            self.assertEqual([path for path in cache.rglob("*") if path.is_file()], [])
 
 
 # ======================================================================================================================
@@ -2288,6 +2059,16 @@ def check_error(reply: Reply, status: int, expected: str = ".") -> None:
     """It must have this status, and a sentence with this in it."""
     assert (reply.status, reply.headers["Content-Type"]) == (status, "application/json"), reply
     assert re.search(expected, said(reply)), reply
+
+
+def check_unavailable(port: int, status: str) -> Body:
+    """Both endpoints say 503, and /chat when to come back; returns the report of /health."""
+    reply = ask(port, "/chat", ASKED)
+    check_error(reply, 503)
+    assert reply.headers["Retry-After"] == "1", reply
+    reply = ask(port, "/health")
+    assert (reply.status, reply.json["status"], reply.json["model_loaded"]) == (503, status, False), reply
+    return reply.json
 
 
 def head(*lines: str, start: str = "POST /chat HTTP/1.1") -> bytes:
@@ -2399,7 +2180,6 @@ class ChatTest(unittest.TestCase):
         old_header, _, old = raw(self.port, post(body, version="HTTP/1.0")).partition(b"\r\n\r\n")
         self.assertNotIn(b"Transfer-Encoding", old_header)
         plain = chat(self.port, "Hi", max_tokens=60, seed=5)
-        self.assertNotEqual(chat(self.port, "Hi", max_tokens=60)["response"], plain["response"])  # without the seed
         for *pieces, last in (map(json.loads, lines), map(json.loads, old.splitlines())):
             self.assertEqual({(*piece,) for piece in pieces}, {("response",)})
             self.assertEqual("".join(piece["response"] for piece in pieces), plain["response"])
@@ -2427,18 +2207,6 @@ class ChatTest(unittest.TestCase):
         for body, expected in refused_bodies():
             with self.subTest(str(body)[:80]):
                 check_error(ask(self.port, "/chat", body), 400, f"^.*({expected}).*$")
-
-    @unittest.skipUnless(shutil.which("curl") and shutil.which("jq"), "curl and jq are not installed")
-    def test_curl_and_jq(self) -> None:
-        def jq(expression: str, **fields: object) -> str:
-            command = 'curl -sN "$0" -H "Content-Type: application/json" -d "$1" | jq -j --unbuffered "$2"'
-            body = json.dumps({"prompt": "Tell me", "max_tokens": 20, "seed": 4, **fields})
-            run = ["bash", "-c", command, f"http://localhost:{self.port}/chat", body, expression]
-            return subprocess.check_output(run, timeout=PATIENCE).decode()
-
-        self.assertEqual(jq("select(.done | not).response", stream=True), jq(".response"))
-        self.assertEqual(jq("select(.done).response", stream=True), jq(".response"))
-        self.assertIn("temperature", jq(".error", temperature="hot"))
 
 
 class HttpErrorTest(unittest.TestCase):
@@ -2516,7 +2284,6 @@ class HttpErrorTest(unittest.TestCase):
             self.assertIn(b"100 Continue", client.recv(100))
             client.sendall(self.SMALL)
             self.assertIn(b" 200 OK", client.recv(1000))
-        self.assertRegex(raw(self.port, head("Expect: 100-continue", "Content-Length: 9999999")), b"^HTTP/1.1 413 ")
 
     def test_chunked_bodies(self) -> None:
         chunked, size, rest = head("Transfer-Encoding: Chunked"), len(self.SMALL) - 4, self.SMALL[4:]
@@ -2572,38 +2339,30 @@ class HttpErrorTest(unittest.TestCase):
                 check_error(first_answer(self.port, f"{data}\r\n\r\n".encode()), status)
 
     def test_what_does_not_come_in_time(self) -> None:
-        with serving(FakeEngine(), patience=0.3) as api:
+        """The whole must come in time, not only each byte; who has nothing to say is cut off without a word."""
+        with serving(FakeEngine(), patience=0.5) as api, concurrent.futures.ThreadPoolExecutor(16) as pool:
+
+            def stall(data: bytes) -> bytes:
+                return raw(api.server_port, data)
+
+            def drip(data: bytes) -> bytes:
+                with dial(api.server_port, data) as client:
+                    for _ in range(200):
+                        if select.select([client], [], [], 0.05)[0]:
+                            break
+                        client.sendall(b"x")
+                    return client.recv(65536)
+
             chunked, late = head("Transfer-Encoding: chunked"), (b"", b"5\r\nHe", b"5\r\nHello\r\n", b"0\r\nT: 1\r\n")
-            body = post({"prompt": "Hello"})[:-5]
-            for data in (b"GE", b"GET /hea", head()[:-2], body, *(chunked + part for part in late)):
-                with self.subTest(data[-30:]):
-                    self.assertRegex(raw(api.server_port, data), rb'^HTTP/1.1 408 (.|\r\n)*{"error": ".*in time')
+            stalled = pool.map(stall, [b"GE", head()[:-2], post(ASKED)[:-5], *(chunked + part for part in late)])
+            dripping = pool.map(drip, [head()[:-2], post(b"x" * 999)[:200], chunked + b"9999\r\n"])
+            silent = pool.map(stall, [b"", head(start="GET /health HTTP/1.1")])
+            for reply in (*stalled, *dripping):
+                self.assertRegex(reply, rb'^HTTP/1.1 408 (.|\r\n)*{"error": ".*in time')
+            self.assertEqual([reply.count(b"HTTP/1.1") for reply in silent], [0, 1])
 
 
 class StateTest(unittest.TestCase):
-    def check_unavailable(self, port: int, status: str) -> Body:
-        """Both endpoints say 503 and when to come back; returns the report of /health."""
-        reply = ask(port, "/chat", {"prompt": "Hi"})
-        self.assertEqual((reply.status, list(reply.json), reply.headers["Retry-After"]), (503, ["error"], "1"))
-        reply = ask(port, "/health")
-        self.assertEqual((reply.status, reply.json["status"], reply.json["model_loaded"]), (503, status, False))
-        return reply.json
-
-    def test_loading(self) -> None:
-        engine, loaded = FakeEngine(), threading.Event()
-
-        def load(progress: server.Progress) -> server.Engine:
-            progress("reading the stars", 0.5)
-            loaded.wait(PATIENCE)
-            return engine
-
-        with serving(engine, load=load) as api:
-            wait_until(lambda: api.scheduler.doing[1])
-            progress = self.check_unavailable(api.server_port, "loading")["progress"]
-            self.assertEqual((progress["doing"], progress["done"]), ("reading the stars", 0.5))
-            loaded.set()
-            wait_until(lambda: ask(api.server_port, "/health").status == 200)
-
     def test_a_full_queue(self) -> None:
         """A stream that waits has its header, so that its client knows; what fails then is told in the stream."""
         gate = Gate(opened=False)
@@ -2623,37 +2382,31 @@ class StateTest(unittest.TestCase):
             self.assertEqual((other["error"]["type"], other["error"]["message"]), ("server_error", error["error"]))
             gate.open()
 
-    def test_a_client_that_goes_away_frees_its_slot(self) -> None:
-        """And its place in the queue, whether or not it reads, and with another request sent behind."""
-        body = {"prompt": "Hi", "max_tokens": 10**6}
-        with serving(FakeEngine(1, 10**7, before_step=Gate(delay=0.005))) as api:
-            for data in (2 * post(body), post({**body, "stream": True}), post(body, version="HTTP/1.0")):
-                with dial(api.server_port, data):
-                    wait_until(lambda: api.scheduler.busy == 1)
-                    with dial(api.server_port, data):
-                        wait_until(lambda: len(api.scheduler.queue) == 1)
-                    wait_until(lambda: (api.scheduler.busy, len(api.scheduler.queue)) == (1, 0))
-                wait_until(lambda: api.scheduler.busy == 0)
-
     def test_an_engine_that_fails(self) -> None:
-        failing = Failing()
-        with serving(FakeEngine(1, before_step=failing)) as api, self.assertLogs(server.logger, "ERROR"):
-            failing.count = 3
-            for _ in range(3):
-                check_error(ask(api.server_port, "/chat", {"prompt": "Hi"}), 500, "engine failed .*(?<!on fire)$")
-            self.assertIn("RuntimeError", self.check_unavailable(api.server_port, "unhealthy")["error"])
+        """A step's own requests have failed; if the next ones fail as well, it is given up."""
+        limit, failing = server.Scheduler.FAILURES, Failing()
+        engine = FakeEngine(1, before_step=failing)
+        with serving(engine) as api, self.assertLogs(server.logger, "ERROR"):
+            for failures in (limit - 1, limit - 1, limit):  # those with a whole answer between them are not in a row
+                failing.count = failures
+                for _ in range(failures):
+                    reply = ask(api.server_port, "/v1/completions", ASKED)
+                    check_error(reply, 500, "engine failed .*(?<!on fire)$")
+                if failures < limit:
+                    usage = ask(api.server_port, "/v1/completions", ASKED).json["usage"]
+                    self.assertEqual(usage["prompt_tokens_details"]["cached_tokens"], 0)  # the slot is not trusted
+            self.assertIn("RuntimeError", check_unavailable(api.server_port, "unhealthy")["error"])
+            wait_until(lambda: engine.closed)
 
     def test_an_engine_that_fails_in_the_middle_of_a_stream(self) -> None:
         """The stream ends with the error, and the connection goes on."""
-        for path in ("/chat", "/v1/completions"):
-            asked = [post({"prompt": "Hi", "stream": True}, path=path), post({"prompt": "Hi", "max_tokens": 5}, CLOSE)]
-            with serving(FakeEngine(before_step=fail_at(5))) as api, self.assertLogs(server.logger, "ERROR"):
-                data = raw(api.server_port, b"".join(asked))
-            stream, _, second = data.partition(b"\r\n0\r\n\r\nHTTP/1.1 200")
-            pieces = re.findall(rb'\r\n(?:data: )?{"(\w+)', stream)
-            self.assertGreater(len(pieces), 1)
-            self.assertEqual([piece == b"error" for piece in pieces], [False] * (len(pieces) - 1) + [True])
-            self.assertIn(b'"tokens_generated": 5', second)
+        asked = post({"prompt": "Hi", "stream": True}) + post({"prompt": "Hi", "max_tokens": 5}, CLOSE)
+        with serving(FakeEngine(before_step=Failing(1, after=5))) as api, self.assertLogs(server.logger, "ERROR"):
+            data = raw(api.server_port, asked)
+        stream, _, second = data.partition(b"\r\n0\r\n\r\nHTTP/1.1 200")
+        *pieces, last = re.findall(rb'\r\n{"(\w+)', stream)
+        self.assertEqual((set(pieces), last), ({b"response"}, b"error"))
+        self.assertIn(b'"tokens_generated": 5', second)
 
     def test_an_engine_that_hangs(self) -> None:
         """What it has generated is here already."""
@@ -2663,22 +2416,21 @@ class StateTest(unittest.TestCase):
             api.scheduler.STALL_SECONDS = 0.2
             self.assertEqual(list(next(lines)), ["response"])
             wait_until(lambda: api.scheduler.state == "unhealthy")
-            self.assertIn("step", self.check_unavailable(api.server_port, "unhealthy")["error"])
+            self.assertIn("step", check_unavailable(api.server_port, "unhealthy")["error"])
             gate.open()
             self.assertEqual(list(lines)[-1]["tokens_generated"], 5)
             self.assertEqual(ask(api.server_port, "/health").json["status"], "healthy")
 
     def test_stopping(self) -> None:
-        """With `drain` what is under way is answered; without, it is told."""
-        for drain, status in ((True, 200), (False, 503)):
-            gate, pool = Gate(opened=False), concurrent.futures.ThreadPoolExecutor(2)
-            with serving(FakeEngine(1, before_step=gate)) as api, pool:
-                replies = [pool.submit(ask, api.server_port, "/chat", {"prompt": "Hi"}) for _ in range(2)]
-                wait_until(lambda: (api.scheduler.busy, len(api.scheduler.queue)) == (1, 1))
-                api.scheduler.stop(drain)
-                self.check_unavailable(api.server_port, "stopping")
-                gate.open()
-                self.assertEqual([reply.result().status for reply in replies], [status] * 2)
+        """What is under way and what waits are answered; what comes then is not."""
+        gate, pool = Gate(opened=False), concurrent.futures.ThreadPoolExecutor(2)
+        with serving(FakeEngine(1, before_step=gate)) as api, pool:
+            replies = [pool.submit(ask, api.server_port, "/chat", ASKED) for _ in range(2)]
+            wait_until(lambda: (api.scheduler.busy, len(api.scheduler.queue)) == (1, 1))
+            api.scheduler.stop(drain=True)
+            check_unavailable(api.server_port, "stopping")
+            gate.open()
+            self.assertEqual([reply.result().status for reply in replies], [200] * 2)
 
 
 def events(data: bytes) -> list[Body]:
@@ -2743,13 +2495,11 @@ class OpenAITest(unittest.TestCase):
     def test_what_a_chat_may_carry(self) -> None:
         """Other names for the same, what asks for nothing, and at every level what this server does not know."""
         plain = self.chat()["choices"]
-        parts: Any = [{"type": "text", "text": text, "cache_control": {}} for text in ("What is ", "machine learning?")]
         message = {**QUESTION[0], "name": "me", "tool_calls": None, "function_call": None, "contnet": 1}
         for body in (
             {"max_completion_tokens": 6, "max_tokens": None, "system": "Be brief.", "model": None, "stop": ["\0"]},
             {"user": "me", "metadata": {}, "store": False, "num_ctx": 4096, "max_tokns": 3, "\ud800": 1, "seed": -1},
             {"messages": [message], "stream_options": {"include_usage": True, "include_obfuscation": True}},
-            {"messages": [{"role": "user", "content": parts}], "stream_options": None},
             {"n": 1, "logprobs": False, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}},
             {"presence_penalty": 0, "frequency_penalty": 0.0, "min_p": 0, "top_k": -1, "logit_bias": {}},
         ):
@@ -2833,31 +2583,14 @@ class OpenAIClientTest(unittest.TestCase):
             endless = create(**self.settings, max_tokens=200, extra_body={"ignore_eos": True})
             self.assertEqual((endless.choices[0].finish_reason, endless.usage.completion_tokens), ("length", 200))
             self.assertTrue(client.completions.create(model=self.model, prompt="Machine", max_tokens=3).choices[0].text)
-            for kind, name, value, code in (
-                (openai.NotFoundError, "model", "gpt-4", "model_not_found"),
-                (openai.BadRequestError, "max_tokens", 10**6, "context_length_exceeded"),
-                (openai.BadRequestError, "n", 2, "unsupported_parameter"),
-            ):
-                with self.assertRaises(kind) as refused:
-                    create(**{**self.settings, name: value})
-                self.assertEqual((refused.exception.code, refused.exception.param), (code, name))
-
-    def test_the_asynchronous_client(self) -> None:
-        import openai
-
-        async def nine() -> list[Any]:
-            async with openai.AsyncOpenAI(base_url=self.url, api_key="none") as client:
-                stream = await client.chat.completions.create(**self.settings, stream=True)
-                text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-                answers = await asyncio.gather(*(client.chat.completions.create(**self.settings) for _ in range(8)))
-                return [text, *(answer.choices[0].message.content for answer in answers)]
-
-        self.assertEqual(["learns from examples" in text for text in asyncio.run(nine())], [True] * 9)
+            with self.assertRaises(openai.BadRequestError) as refused:
+                create(**self.settings, n=2)
+            self.assertEqual((refused.exception.code, refused.exception.param), ("unsupported_parameter", "n"))
 
     def test_an_error_in_a_stream_reaches_the_client(self) -> None:
         import openai
 
-        with serving(FakeEngine(before_step=fail_at(5))) as api, self.assertLogs(server.logger, "ERROR"):
+        with serving(FakeEngine(before_step=Failing(1, after=5))) as api, self.assertLogs(server.logger, "ERROR"):
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{api.server_port}/v1", api_key="none", max_retries=0)
             with client, self.assertRaisesRegex(openai.APIError, "the engine failed"):
                 list(client.completions.create(model=api.model, prompt="Hi", stream=True))
@@ -2897,8 +2630,7 @@ class OpenAIClientTest(unittest.TestCase):
 
 class AccessTest(unittest.TestCase):
     def test_the_key(self) -> None:
-        process = random_server("--max-batch-size", "2", TT_API_KEY="open sesame").ready()
-        self.addCleanup(process.close)
+        process = random_server(self, "--max-batch-size", "2", TT_API_KEY="open sesame").ready()
         port = process.port
         basic, half = ("Basic " + base64.b64encode(b"me:" + key).decode() for key in (b"open sesame", b"open"))
         wrong = ("open sesame", "Bearer", "Bearer open", "Bearer open sesame!", "Basic %", "Token open sesame")
@@ -2920,12 +2652,6 @@ class AccessTest(unittest.TestCase):
         self.assertEqual(ask(port, "/chat", ASKED, headers=named).status, 200)
         self.assertNotIn("/", ask(port, "/health", headers=named).json["llama_dir"])
         self.assertNotIn("sesame", process.output)
-
-    def test_keys_that_nobody_could_send(self) -> None:
-        for key in ("", " ", "clé", "a\nb", "key "):  # empty: as $(cat key) gives it where the file is missing
-            ended = run_to_end("--port", "0", "--api-key", key)
-            self.assertEqual(ended.returncode, 2)
-            self.assertIn("printable ASCII, not empty", ended.stderr)
 
     def check_origins(self, port: int, origins: Sequence[str], allowed: bool) -> str:
         """Ask as pages of these sites, and as their browser before that; returns all that was said."""
@@ -2949,8 +2675,7 @@ class AccessTest(unittest.TestCase):
         self.check_origins(port, here, True)
         advice = re.findall(r"--allow-origin \S+", self.check_origins(port, sites, False))
         options = " ".join([*advice, "--host 0.0.0.0 --allow-origin https://slash.example/"]).split()
-        process = random_server(*options).ready()
-        self.addCleanup(process.close)
+        process = random_server(self, *options).ready()
         process.wait_for("set TT_API_KEY")  # anyone may ask this one
         self.check_origins(process.port, [*sites, *here, "https://slash.example"], True)
         evil = ["http://app.example", "https://app.example.evil.example", "http://127.0.0.1.evil.example:8080"]
@@ -2998,9 +2723,7 @@ def finished(samples: Mapping[str, float]) -> list[float]:
 class MetricsTest(unittest.TestCase):
     def test_the_figures_add_up(self) -> None:
         """Answers that end, are stopped by a text, given up, failed or refused: each is counted once."""
-        gate, failing = Gate(), Failing()
-        both: tuple[Callable[[Sequence[server.Work]], object], ...] = (gate, failing)
-        engine = FakeEngine(4, before_step=lambda batch: [call(batch) for call in both])
+        engine = FakeEngine(4, before_step=(gate := Gate()))
         with serving(engine, max_queue=2) as api:
             port = api.server_port
             whole = [chat(port, f"Question {i}", max_tokens=20) for i in range(10)]
@@ -3009,9 +2732,10 @@ class MetricsTest(unittest.TestCase):
             stopped = chat(port, "Question 0", max_tokens=200, stop=whole[0]["response"][5:7])
             gate.delay = 0.0
             wait_for_figure(port, "num_requests_running", 0, 0)
+            engine.before_step = Failing(1)
             with self.assertLogs(server.logger, "ERROR"):
-                failing.count = 1
                 self.assertEqual(ask(port, "/chat", {"prompt": "Hi"}).status, 500)
+            engine.before_step = gate
             self.assertEqual(ask(port, "/chat", {"prompt": 5}).status, 400)
             self.assertEqual(ask(port, "/etc/passwd").status, 404)
             gate.shut()
@@ -3056,7 +2780,6 @@ class MetricsTest(unittest.TestCase):
         names += " num_requests_running num_requests_waiting kv_cache_usage_perc"
         self.assertLessEqual({f"tt_{name}" for name in names.split()}, set(families))
         for name, family in families.items():
-            self.assertTrue(family.documentation, name)
             self.assertEqual({sample.labels["model_name"] for sample in family.samples}, {"Llama-random"}, name)
 
     @unittest.skipUnless(shutil.which("promtool"), "promtool is not installed")
@@ -3067,26 +2790,31 @@ class MetricsTest(unittest.TestCase):
 
 
 class OperationTest(unittest.TestCase):
-    def test_systemd_is_told(self) -> None:
-        for address in (str(SCRATCH / "notify"), f"\0tt-api-server-test-{os.getpid()}"):
+    def test_a_start_after_a_kill(self) -> None:
+        """Its port is free at once, and systemd is told of the start and the stop."""
+        port, clients = 0, contextlib.ExitStack()
+        self.addCleanup(clients.close)
+        path, abstract = str(SCRATCH / "notify"), f"\0tt-api-server-test-{os.getpid()}"
+        for address, number in ((path, signal.SIGKILL), (abstract, signal.SIGTERM)):
             with self.subTest(address), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
                 systemd.bind(address)
                 systemd.settimeout(PATIENCE)
-                process = random_server(NOTIFY_SOCKET=address.replace("\0", "@"))
-                self.addCleanup(process.close)
+                process = random_server(self, "--port", str(port), NOTIFY_SOCKET=address.replace("\0", "@"))
                 self.assertIn("tt_num_requests_running", scrape(process.port))  # while it loads
                 self.assertEqual(systemd.recv(100), b"READY=1")
-                self.assertEqual(ask(process.port, "/health").json["status"], "healthy")
-                process.process.send_signal(signal.SIGTERM)
-                self.assertEqual(systemd.recv(100), b"STOPPING=1")
-                self.assertEqual(process.wait(), 0)
+                port = process.port
+                next(clients.enter_context(streamed(port, max_tokens=200)))
+                process.process.send_signal(number)
+                if number == signal.SIGTERM:
+                    self.assertEqual(systemd.recv(100), b"STOPPING=1")
+                self.assertEqual(process.wait(), 0 if number == signal.SIGTERM else -number)
 
     @unittest.skipUnless(shutil.which("nginx"), "nginx is not installed")
     def test_nginx_over_two_servers_of_which_one_is_killed(self) -> None:
         """With the README's configuration: nothing is lost but answers that had begun on the one that is killed."""
-        servers = [random_server("--max-batch-size", "4").ready() for _ in range(2)]
+        servers = [random_server(self, "--max-batch-size", "4") for _ in range(2)]
         for process in servers:
-            self.addCleanup(process.close)
+            process.ready()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -3103,19 +2831,17 @@ class OperationTest(unittest.TestCase):
         self.addCleanup(nginx.wait)
         self.addCleanup(nginx.terminate)
         wait_until(lambda: (folder / "pid").exists())  # it listens by then
-        answered, killed = itertools.count(), threading.Event()
 
         def client(number: int) -> list[str]:
             outcomes = []
-            for i in range(15):
-                late, reason = killed.is_set(), None
-                body = {"prompt": f"{number} {i}", "max_tokens": 40, "stream": (number + i) % 2 == 0}
+            for i in range(8):
+                late, reason = servers[0].process.poll() is not None, None
+                body = {"prompt": f"{number} {i}", "max_tokens": 30, "stream": (number + i) % 2 == 0}
                 with contextlib.suppress(http.client.HTTPException, OSError, ValueError):
                     reason = json.loads(ask(port, "/chat", body).body.splitlines()[-1]).get("finish_reason")
                 outcomes.append("whole" if reason in ("stop", "length") else "lost late" if late else "lost")
-                if next(answered) == 40:
+                if (number, i) == (0, 2):
                     servers[0].process.kill()
-                    killed.set()
             return outcomes
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -3124,118 +2850,28 @@ class OperationTest(unittest.TestCase):
         self.assertLessEqual(outcomes["lost"], 8, outcomes)  # streams that had begun there
         wait_for_figure(servers[1].port, "num_requests_running", 0, 0)
 
-    def test_out_of_memory_in_any_step(self) -> None:
-        """MemoryError and PyTorch's own: the step's requests fail with 500, the next is served."""
-        for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")):
-            for number in (0, 1, 3):  # prefill, the first decode, a later one
-                failing = mock.Mock(side_effect=[*[None] * number, error, *[None] * 1000])
-                with self.subTest(error=error, step=number), serving(FakeEngine(before_step=failing)) as api:
-                    reply = ask(api.server_port, "/chat", {"prompt": "Hello", "max_tokens": 9})
-                    self.assertEqual(reply.status, 500)
-                    self.assertNotRegex(reply.json["error"], "(?i)traceback|memory|/")
-                    self.assertEqual(chat(api.server_port, max_tokens=5)["tokens_generated"], 5)
-
-    def test_kill_and_start_on_the_same_port(self) -> None:
-        process = random_server().ready()
-        self.addCleanup(process.close)
-        with streamed(process.port, max_tokens=200) as lines:
-            next(lines)
-            process.close()
-            again = random_server("--port", str(process.port)).ready()
-            self.addCleanup(again.close)
-        self.assertEqual(chat(process.port, max_tokens=5, temperature=0)["tokens_generated"], 5)
-
-    def test_a_demo_that_is_not_finished(self) -> None:
-        """On a full disk, or stopped while it is trained: it ends without a traceback and leaves nothing behind."""
-        for cause in ("disk", "signal"):
-            with self.subTest(cause), tempfile.TemporaryDirectory(dir=SCRATCH) as cache:
-                if cause == "disk":  # here, no file may pass a megabyte
-                    done = run_limited("-f 1024", XDG_CACHE_HOME=cache)
-                    self.assertRegex(done.stderr, r"error: the demo model cannot be written to .*: set XDG_CACHE_HOME")
-                    status, output = done.returncode - 2, done.stderr
-                else:
-                    process = ServerProcess(XDG_CACHE_HOME=cache)
-                    self.addCleanup(process.close)
-                    process.wait_for("training")
-                    process.process.terminate()
-                    status, output = process.wait(), process.output
-                left = [path for path in Path(cache).rglob("*") if path.is_file()]
-                self.assertEqual((status, left, "Traceback" in output), (0, [], False), output)
-
 
 def count(what: str, pid: int) -> int:
     """How many files ("fd") or threads ("task") a process of this machine has open."""
     return len(os.listdir(f"/proc/{pid}/{what}"))
 
 
-def meanwhile(port: int, work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Do the work while /health is asked for again and again; returns its result, its seconds and /health's longest."""
-    longest, began = 0.0, time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        working = pool.submit(work)
-        while not working.done() or not longest:
-            asked = time.monotonic()
-            assert ask(port, "/health").status == 200
-            longest = max(longest, time.monotonic() - asked)
-            time.sleep(0.02)
-    assert longest < 30, f"/health took {longest:.1f} s"
-    return working.result(), time.monotonic() - began, longest
-
-
 class LoadTest(unittest.TestCase):
-    def test_two_thousand_requests(self) -> None:
-        process = random_server("--max-batch-size", "32", "--max-queue", "2000").ready()
-        self.addCleanup(process.close)
+    def test_a_crowd(self) -> None:
+        process = random_server(self, "--max-batch-size", "32", "--max-queue", "500").ready()
         before = count("fd", process.process.pid)
-        asked = post({"prompt": "Hello there", "max_tokens": 4, "temperature": 0}, "Connection: close")
-
-        def work() -> None:
-            for client in [dial(process.port, asked) for _ in range(2000)]:
-                with client, client.makefile("rb") as file:
-                    self.assertRegex(file.read(), rb'^HTTP/1.1 200 (.|\r\n)*"tokens_generated": 4')
-
-        _, seconds, longest = meanwhile(process.port, work)
-        print(f"\ntwo thousand requests: {seconds:.1f} s, /health {longest:.3f} s", flush=True)
-        self.assertEqual(finished(scrape(process.port)), [0, 2000, 0, 0])
+        asked = post({"prompt": "Hello there", "max_tokens": 4, "temperature": 0}, CLOSE)
+        crowd = [dial(process.port, asked) for _ in range(500)]
+        self.assertEqual(ask(process.port, "/health").status, 200)
+        for client in crowd:
+            with client, client.makefile("rb") as file:
+                self.assertRegex(file.read(), rb'^HTTP/1.1 200 (.|\r\n)*"tokens_generated": 4')
+        self.assertEqual(finished(scrape(process.port)), [0, 500, 0, 0])
         wait_until(lambda: count("fd", process.process.pid) <= before + 2)
-
-    def test_more_connections_than_there_is_room_for(self) -> None:
-        """Those beyond the limit get 503 at once; idle connections and answers under way go on."""
-        gate, asked = Gate(opened=False), post({"prompt": "Hi", "max_tokens": 2}, "Connection: close")
-        with serving(FakeEngine(before_step=gate), connections=8) as api, contextlib.ExitStack() as clients:
-            port = api.server_port
-            kept = [clients.enter_context(dial(port, data)) for data in (asked, b"") for _ in range(4)]
-            wait_until(lambda: len(api.connections) == 8 and api.under_way == 4)
-            for _ in range(100):
-                self.assertRegex(raw(port, b""), b"^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n")
-            gate.open()
-            for client in kept[4:]:
-                client.sendall(asked)
-            for client in kept:
-                self.assertIn(b" 200 ", client.recv(65536)[:20])
-            clients.close()
-            wait_until(lambda: not api.connections)
-            self.assertEqual(chat(port, max_tokens=2)["tokens_generated"], 2)
-
-    def test_what_comes_byte_by_byte(self) -> None:
-        """The whole must come in time, not only each byte; who has nothing to say is cut off without a word."""
-        with serving(FakeEngine(), patience=0.5) as api:
-            chunked = b"POST /chat HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n100000\r\n"
-            for begun in (b"GET /health HT", b"GET / HTTP/1.1\r\nX: ", post(b"x" * 99999)[:200], chunked):
-                with self.subTest(begun), dial(api.server_port, begun) as client:
-                    for _ in range(1000):
-                        if select.select([client], [], [], 0.05)[0]:
-                            break
-                        client.sendall(b"x")
-                    self.assertIn(b" 408 ", client.recv(65536)[:20])
-            self.assertEqual(raw(api.server_port, b""), b"")
-            reply = raw(api.server_port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            self.assertEqual(reply.count(b"HTTP/1.1"), 1)
 
     def test_a_reader_that_stops(self) -> None:
         """It is cut off after a while and its slot is free; others are answered meanwhile."""
-        engine = FakeEngine(max_seq_len=60_000, before_step=Gate(0.001))
-        with serving(engine, patience=0.2) as api:
+        with serving(FakeEngine(max_seq_len=60_000, before_step=Gate(0.001)), patience=0.2) as api:
             port = api.server_port
             api.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             body = {"prompt": "Hello", "stream": True, "max_tokens": 50_000}
@@ -3247,12 +2883,18 @@ class LoadTest(unittest.TestCase):
 
     def test_who_leaves_frees_the_slot_at_every_stage(self) -> None:
         """In the queue, while the prompt is read, before a plain answer, in a stream: long before its work is done."""
-        stages: dict[str, Body] = {"prefill": {"prompt": "word " * 40_000}, "plain": {}, "stream": {"stream": True}}
-        for stage, fields in stages.items():
+        body = {"prompt": "Hello", "max_tokens": 10**5}
+        stages = {
+            "prefill": post({**body, "prompt": "word " * 40_000}),
+            "plain": 2 * post(body),  # with another request sent behind
+            "HTTP/1.0": post(body, version="HTTP/1.0"),
+            "stream": post({**body, "stream": True}),
+        }
+        for stage, data in stages.items():
             reached = "num_requests_running" if stage == "prefill" else "inter_token_latency_seconds_count"
             engine = FakeEngine(1, 10**6, prompt_chunk=16, before_step=Gate(0.01))
             with self.subTest(stage), serving(engine) as api:
-                port, data = api.server_port, post({"prompt": "Hello", "max_tokens": 10**5, **fields})
+                port = api.server_port
                 with dial(port, data):
                     wait_for_figure(port, reached, 1)
                     with dial(port, data):
@@ -3263,33 +2905,6 @@ class LoadTest(unittest.TestCase):
                 self.assertEqual(finished(scrape(port)), [0, 0, 0, 2])
                 self.assertEqual(scrape(port)["tt_time_to_first_token_seconds_count"], stage != "prefill")
 
-    def test_who_leaves_at_any_moment(self) -> None:
-        """Two hundred at each stage: then every slot is free, no thread and no descriptor is left."""
-        chance, pid = random.Random(6), os.getpid()
-        asked = post({"prompt": "Tell me all about rivers and stones", "stream": True, "max_tokens": 40})
-        with serving(FakeEngine(before_step=Gate(0.001))) as api:
-            chat(api.server_port)
-            wait_until(lambda: not api.connections)
-            before = count("task", pid) + count("fd", pid)
-
-            def leave(stage: str) -> None:
-                cut = {"header": chance.randrange(1, 80), "body": chance.randrange(100, len(asked))}
-                with dial(api.server_port, asked[: cut.get(stage, len(asked))]) as client:
-                    if stage == "half-closed":
-                        client.shutdown(socket.SHUT_WR)
-                    elif stage == "decode":
-                        client.recv(chance.randrange(1, 2000))
-                    elif stage == "reset":
-                        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    time.sleep(chance.random() * 0.01)
-
-            with concurrent.futures.ThreadPoolExecutor(16) as pool:
-                list(pool.map(leave, ["header", "body", "queued", "half-closed", "decode", "reset"] * 200))
-            wait_until(lambda: not api.connections and api.scheduler.busy == 0)
-            wait_until(lambda: count("task", pid) + count("fd", pid) <= before)
-            after = scrape(api.server_port)
-            self.assertEqual(after["tt_requests_accepted_total"], sum(finished(after)))
-
 
 class TextAttackTest(unittest.TestCase):
     def test_two_megabytes(self) -> None:
@@ -3298,11 +2913,13 @@ class TextAttackTest(unittest.TestCase):
         for text in (" ", "a", "\n", "🦙", "hello ", "".join(random.Random(1).choices("abcdefgh", k=9999))):
             size = len(json.dumps(text, ensure_ascii=False).encode()) - 2
             body = {"prompt": text * ((server.MAX_BODY - 100) // size), "max_tokens": 1}
-            data = json.dumps(body, ensure_ascii=False).encode()
-            reply, seconds, longest = meanwhile(port, functools.partial(ask, port, "/chat", data))
-            print(f"\ntwo megabytes of {text[:8]!r}: {seconds:.2f} s, /health {longest:.3f} s", end="", flush=True)
-            self.assertEqual(reply.status, 400)
-            self.assertRegex(reply.json["error"], r"^the prompt has \d{5,} tokens, and the context holds")
+            data, answers = json.dumps(body, ensure_ascii=False).encode(), 0
+            with self.subTest(text[:9]), concurrent.futures.ThreadPoolExecutor(1) as pool:
+                reply = pool.submit(ask, port, "/chat", data)
+                while not reply.done():
+                    answers += ask(port, "/health").status == 200
+                check_error(reply.result(), 400, r"^the prompt has \d{5,} tokens.*, and the context holds")
+                self.assertGreater(answers, 2)
 
     def test_special_tokens_in_every_field(self) -> None:
         """They are text: the prompt is as long as for text."""
@@ -3322,8 +2939,7 @@ class TextAttackTest(unittest.TestCase):
 
     def test_the_log_and_the_answers_carry_no_escapes(self) -> None:
         """Neither control characters of a client reach the log, nor paths or versions of this machine a client."""
-        process = random_server("--verbose").ready()
-        self.addCleanup(process.close)
+        process = random_server(self, "--verbose").ready()
         host = "HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         paths = ("/\x1b[31mred%0a%1b", "/%0d%0aX: y\x85", "/%E2%80%AE", "/nowhere", "/v1/models/%1b%5b31m")
         requests = [f"GET {path} {host}X: \x1b]0;title\x07\r\n\r\n".encode("latin-1") for path in paths]
@@ -3400,12 +3016,11 @@ class SoakTest(unittest.TestCase):
             wait_until(lambda: count("task", os.getpid()) <= before)
             self.assertEqual(chat(api.server_port, max_tokens=5)["tokens_generated"], 5)
         print(f"\n{sum(statuses.values())} malformed inputs: {dict(statuses)}", flush=True)
-        self.assertLessEqual({"200", "400", "closed"}, set(statuses))
+        self.assertLessEqual({"200", "400"}, set(statuses))
 
     def test_mixed_traffic(self) -> None:
         """Answers are what each prompt gives alone, whoever leaves; nothing grows, and the figures add up exactly."""
-        process = random_server("--max-batch-size", "8", "--max-seq-len", "512").ready()
-        self.addCleanup(process.close)
+        process = random_server(self, "--max-batch-size", "8", "--max-seq-len", "512").ready()
         port, pid, page = process.port, process.process.pid, os.sysconf("SC_PAGE_SIZE")
         prompts = ["river stone green walk " * (1 + i) for i in range(12)]
         kinds, memory = ["plain"] * len(prompts), list[int]()
@@ -3416,20 +3031,19 @@ class SoakTest(unittest.TestCase):
         def client(seed: int) -> None:
             chance = random.Random(seed)
             while time.monotonic() < deadline:
-                prompt, kind = chance.choice(prompts), chance.choice(("plain", "stream", "openai", "left", "wrong"))
+                prompt, kind = chance.choice(prompts), chance.choice(("plain", "stream", "left", "wrong"))
                 answer = alone[prompt]
                 if kind == "plain":
                     answer = chat(port, prompt, **fields)["response"]
                 elif kind == "stream":
                     with streamed(port, prompt, **fields) as lines:
                         answer = "".join(line["response"] for line in lines if not line.get("done"))
-                elif kind == "openai":
-                    body = {"messages": [{"role": "user", "content": prompt}], **fields}
-                    answer = ask(port, "/v1/chat/completions", body).json["choices"][0]["message"]["content"]
                 elif kind == "left":
                     with dial(port, post({"prompt": prompt, "stream": True, "max_tokens": 200})) as connection:
                         time.sleep(chance.random() * 0.1)
                         connection.recv(chance.randrange(1, 500))
+                        if chance.random() < 0.5:  # by a reset
+                            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 else:
                     assert ask(port, "/chat", {"prompt": prompt, "max_tokens": 0}).status == 400
                 assert answer == alone[prompt], (kind, prompt, answer)
@@ -3444,8 +3058,8 @@ class SoakTest(unittest.TestCase):
             future.result()
         wait_for_figure(port, "num_requests_running", 0, 0)
         after, left = scrape(port), kinds.count("left")
-        self.assertEqual(after["tt_requests_accepted_total"], len(kinds) - kinds.count("wrong"))
-        self.assertEqual(sum(finished(after)), len(kinds) - kinds.count("wrong"))
+        expected = len(kinds) - kinds.count("wrong")
+        self.assertEqual((after["tt_requests_accepted_total"], sum(finished(after))), (expected, expected))
         self.assertTrue(finished(after)[2] == 0 and finished(after)[3] <= left, finished(after))
         self.assertEqual(after["tt_generation_tokens_total"], after["tt_request_generation_tokens_sum"])
         print(f"\n{collections.Counter(kinds)}; memory {memory[0]} to {memory[-1]} MB", flush=True)
@@ -3465,15 +3079,13 @@ class Speaker(FakeEngine):
     def __init__(self, text: str, before_step: Callable[[Sequence[server.Work]], object] = lambda batch: None) -> None:
         super().__init__(max_seq_len=4096, before_step=before_step)
         self._script = [*tokenizer().encode_text(text), tokenizer().end_of_turn]
-        self._said = [0] * self.max_batch_size
 
     def step(self, batch: Sequence[server.Work]) -> list[int]:
         result = super().step(batch)
         for i, work in enumerate(batch):
-            said = 0 if len(work.tokens) > 1 else self._said[work.slot]  # of a known prompt a single token is read
             if work.sampling is not None:
-                result[i] = self._script[said]
-                self._said[work.slot] = (said + 1) % len(self._script)
+                behind_header = self.held[work.slot][::-1].index(128007)  # two line ends, and what it has said
+                result[i] = self._script[behind_header - 1]
         return result
 
 
@@ -3504,12 +3116,6 @@ class Browser:
         self.wait_for("#status", status)
         if question:
             self.press(question, ENTER)
-
-    def emulate(self, width: int = 1200, height: int = 800, scheme: str = "light") -> None:
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        likes = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", likes)
 
     def texts(self, selector: str) -> list[str]:
         """The text of all elements that the selector finds, visible or not, as it is in the document."""
@@ -3558,11 +3164,9 @@ class PageTest(unittest.TestCase):
         entries = self.page.driver.get_log("browser")  # answers that are not 200 are news there too
         self.assertEqual([entry for entry in entries if entry["source"] != "network"], [])
         self.page.driver.get("about:blank")
-        self.page.emulate()
 
     def test_from_a_question_to_a_server_that_is_gone(self) -> None:
-        process, page = random_server("--max-batch-size", "1", **ONE_THREAD).ready(), self.page
-        self.addCleanup(process.close)
+        process, page = random_server(self, "--max-batch-size", "1").ready(), self.page
         page.open(process.port)
         model = ask(process.port, "/health").json["model"]
         self.assertEqual((page.texts("#status, #model"), page.driver.title), ([model, "healthy · cpu"], model))
@@ -3581,6 +3185,7 @@ class PageTest(unittest.TestCase):
         self.assertEqual(page.driver.get_log("browser"), [])  # not even of the network
         process.close()
         page.press("And now?")
+        page.script("poll()")  # which it does every few seconds
         page.wait_for("#status", "gone · cpu")
         page.wait_for("#state", ".*cannot be reached")
         page.press(ENTER)
@@ -3632,21 +3237,10 @@ class PageTest(unittest.TestCase):
             self.assertEqual((page.ended(1)[0], page.typed, page.texts(".user")), (answer, "", [f"{markup}\ntwo"]))
             names = page.script("return [...document.querySelectorAll('main *')].map((e) => e.tagName)")
             self.assertEqual((names, page.driver.title), (["ARTICLE", "H2", "DIV", "SMALL"], "fake-llama"))
-            reply = ask(api.server_port, "/")
-        policy = {"default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'", "form-action 'none'"}
-        policy.add("frame-ancestors 'none'")
-        for tag in ("script", "style"):  # no other script runs, if ever markup should get in
-            [own] = re.findall(f"<{tag}>(.*?)</{tag}>", reply.body.decode(), re.DOTALL)
-            policy.add(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()}'")
-        self.assertEqual(set(reply.headers["Content-Security-Policy"].split("; ")), policy)
 
     def test_loading_and_an_answer_that_comes_as_it_is_generated(self) -> None:
-        gate, loaded, page, text = (
-            Gate(opened=False),
-            threading.Event(),
-            self.page,
-            "First comes this.\n\n  Then, that.",
-        )
+        page, text = self.page, "First comes this.\n\n  Then, that."
+        gate, loaded = Gate(opened=False), threading.Event()
         engine = Speaker(text, before_step=lambda batch: gate(batch) if len(engine.steps) > 4 else None)
 
         def load(progress: server.Progress) -> server.Engine:
@@ -3673,11 +3267,11 @@ class PageTest(unittest.TestCase):
             self.assertRegex(note, "^[0-9.]+ tokens/s")  # it was not cut
 
     def test_a_request_that_fails_gives_its_question_back(self) -> None:
-        failing, page, text = Failing(), self.page, "Five words and some more, all of them in order."
+        page, text = self.page, "Five words and some more, all of them in order."
 
         def step(batch: Sequence[server.Work]) -> None:
-            failing.count = int(len(engine.steps) in (1, 6))  # before the first word, and in the middle
-            failing(batch)
+            if len(engine.steps) in (1, 6):  # before the first word, and in the middle
+                raise RuntimeError("the card is on fire")
 
         engine = Speaker(text, before_step=step)
         with serving(engine) as api:
@@ -3691,58 +3285,40 @@ class PageTest(unittest.TestCase):
             self.assertTrue(nothing == "" < part and text.startswith(part), part)
             question = [{"role": "user", "content": "Where?"}]  # what failed is not sent again
             self.assertEqual(page.script("return sent.map((body) => body.messages)"), [question] * 3)
-            self.check_colours()
             page.script("fetch = () => Promise.reject(new TypeError('Failed to fetch'))")
             page.press("And when?", ENTER)
             self.assertIn("connection to the server broke", page.ended(4)[1])
             self.assertEqual(page.typed, "And when?")
 
-    def check_colours(self) -> None:
-        """Both schemes, each with the contrasts of WCAG's level AA: of an answer, and of one that failed."""
-
-        def luminance(selector: str, name: str = "backgroundColor") -> float:
-            colour = self.page.script(f"return getComputedStyle(document.querySelector({selector!r})).{name}")
-            channels = [int(channel) / 255 for channel in re.findall(r"\d+", colour)[:3]]
-            linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-            return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-        on_page = (".assistant", ".failed small", "article:not(.failed) small", "#status", "#state")
-        grounds = dict.fromkeys(on_page, "header") | {"label": "#settings"}
-        grounds |= {selector: selector for selector in (".user", "#input", "#send")}
-        for scheme, (darkest, lightest) in {"light": (0.8, 1.0), "dark": (0.0, 0.1)}.items():
-            self.page.emulate(scheme=scheme)
-            self.assertTrue(darkest <= luminance("header") <= lightest, scheme)
-            for selector, ground in grounds.items():
-                low, high = sorted([luminance(selector, "color"), luminance(ground)])
-                self.assertGreaterEqual((high + 0.05) / (low + 0.05), 4.5, (scheme, selector))
-
     def test_an_unhealthy_and_a_stopping_server(self) -> None:
-        failing, page = Failing(), self.page
-        failing.count = server.Scheduler.FAILURES
-        with serving(FakeEngine(before_step=failing)) as api:
-            for _ in range(failing.count):
-                ask(api.server_port, "/chat", {"prompt": "Hi"})
+        page, gate, failures = self.page, Gate(opened=False), server.Scheduler.FAILURES
+        with serving(FakeEngine(before_step=Failing(failures))) as api:
+            for _ in range(failures):
+                ask(api.server_port, "/chat", ASKED)
             page.open(api.server_port, "unhealthy")
             page.wait_for("#state", ".*cannot answer: .*RuntimeError")
-        with serving(FakeEngine(max_seq_len=4096, before_step=Gate(delay=0.01))) as api:
+        with serving(FakeEngine(max_seq_len=4096, before_step=gate)) as api:
             page.open(api.server_port, question="Hello")
             wait_until(lambda: api.scheduler.busy == 1)
             api.scheduler.stop(drain=True)
+            page.script("poll()")
             page.wait_for("#status", "stopping")
             page.wait_for("#state", ".*is stopping")
+            gate.open()
             self.assertEqual(len(page.ended(1)[0]), 512)
 
     def test_the_view_follows_only_a_reader_at_the_end(self) -> None:
         page = self.page
 
         def beyond(axis: str = "Height", less: str = "0") -> int:  # how much of the document is not in view
-            return int(
-                page.script(f"const e = document.documentElement; return e.scroll{axis} - e.client{axis} - {less}")
-            )
+            size = f"return document.documentElement.scroll{axis} - document.documentElement.client{axis}"
+            return int(page.script(f"{size} - {less}"))
 
         with serving(FakeEngine(max_seq_len=8192, before_step=Gate(delay=0.005))) as api:
             page.open(api.server_port)
-            page.emulate(360, 400)
+            narrow = {"width": 360, "height": 400, "deviceScaleFactor": 1, "mobile": False}
+            page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
+            self.addCleanup(page.driver.execute_cdp_cmd, "Emulation.clearDeviceMetricsOverride", {})
             page.script("$('#max-tokens').value = 4000")
             page.press("Hello", ENTER)
             wait_until(lambda: beyond() > 100 and abs(beyond(less="scrollY")) < 2)
@@ -3761,12 +3337,6 @@ class PageTest(unittest.TestCase):
 class CliTest(unittest.TestCase):
     """The command line: start and stop."""
 
-    def start(self, *options: str) -> ServerProcess:
-        """A server for this test alone, not yet ready."""
-        process = random_server("--max-batch-size", "4", *options, **ONE_THREAD)
-        self.addCleanup(process.close)
-        return process
-
     def test_help_and_version(self) -> None:
         ended = run_to_end("--help")
         self.assertEqual((ended.returncode, ended.stderr), (0, ""))
@@ -3783,12 +3353,13 @@ class CliTest(unittest.TestCase):
             (["--port", str(port)], f"port {port} is in use: .*--port 0"),
             (["--port", "abc"], "--port.*'abc'"),
             (["--host", "192.0.2.1", "--port", "0"], r"192\.0\.2\.1"),
-            (["--host", ""], "--host is empty"),
+            (["--host", ""], "--host, .* is empty"),
             (["--dtype", "float16"], "--dtype.*auto.*float32.*bfloat16"),
             (["--port", "0", "--model", model, "--max-seq-len", "9000"], "--max-seq-len.*9000.*8192"),
             (["--prot", "80"], "--prot 80: did you mean --port[?]"),
             (["--allow-origin", "app.example"], "--allow-origin: must be .*https://"),
-            (["--device", "cpu", "--port", "0", "--data-parallel", "2"], "--data-parallel .* a card"),
+            (["--device", "cpu", "--port", "0", "--data-parallel", "2"], "--data-parallel.* a card"),
+            (["--api-key", ""], "TT_API_KEY is empty"),  # as $(cat key) gives it where the file is missing
         ]
         if not Path("/dev/tenstorrent").exists():
             cases.append((["--port", "0", "--model", model, "--device", "tt"], "no Tenstorrent card.*--device cpu"))
@@ -3799,62 +3370,36 @@ class CliTest(unittest.TestCase):
                     self.assertRegex(ended.stderr.strip().splitlines()[-1], f"^error: .*{expected}")
                     self.assertNotRegex(ended.stderr, "Traceback|importing PyTorch")  # it is said before the load
 
-    def test_a_start(self) -> None:
-        """/health answers while it loads; then the banner says what is served, and where."""
-        process = self.start()
-        self.assertEqual(ask(process.port, "/health").json["status"], "loading")
+    def test_a_start_and_ctrl_c(self) -> None:
+        """/health answers while it loads, and the banner says what is served, and where; a stream may finish."""
+        process = random_server(self, "--dtype", "bfloat16", "--threads", "4")
+        check_unavailable(process.port, "loading")
         process.ready()
         url, folder = f"http://127.0.0.1:{process.port}", str(random_checkpoint("meta", Shape()))
         for part in (folder, "loading the weights", f"{url}/health", f"POST {url}/chat\n", f"curl -s {url}/chat "):
             self.assertIn(part, process.output)
-        if shutil.which("curl"):
-            answer = subprocess.check_output(process.wait_for(r"\n  (curl .*)")[1], shell=True)
-            self.assertTrue(json.loads(answer)["success"])
-
-    def test_dtype_and_threads(self) -> None:
-        counts = []
-        for dtype, threads in (("bfloat16", "1"), ("float32", "4")):
-            with self.subTest(dtype=dtype):
-                process = self.start("--dtype", dtype, "--threads", threads).ready()
-                self.assertEqual(chat(process.port, max_tokens=5)["tokens_generated"], 5)
-                counts.append(len(os.listdir(f"/proc/{process.process.pid}/task")) if os.path.isdir("/proc") else 0)
-        self.assertTrue(counts[0] + 2 <= counts[-1] or not counts[0], counts)
-
-    def test_a_signal_lets_streams_finish_and_a_second_cuts_them_short(self) -> None:
-        for numbers, status in ([signal.SIGINT], 0), ([signal.SIGTERM], 0), ([signal.SIGINT] * 2, 130):
-            with self.subTest(numbers):
-                process, tokens = self.start().ready(), 8000 if status else 1000
-                with streamed(process.port, max_tokens=tokens, temperature=0) as lines:
-                    next(lines)
-                    for number in numbers:
-                        process.process.send_signal(number)
-                        process.wait_for("Stopping when all is answered .1.. Press CTRL.C again")
-                    if status == 0:
-                        self.assertEqual(ask(process.port, "/health").json["status"], "stopping")
-                        self.assertEqual(ask(process.port, "/chat", {"prompt": "Hi"}).status, 503)
-                    ends = []
-                    with contextlib.suppress(OSError, http.client.HTTPException):
-                        ends = [line["tokens_generated"] for line in lines if line.get("done")]
-                self.assertEqual((ends, process.wait()), ([] if status else [tokens], status), process.output)
-                self.assertNotIn("Traceback", process.output)
-
-    def test_a_signal_while_it_loads(self) -> None:
-        process = self.start()
-        process.process.send_signal(signal.SIGINT)
+        if shutil.which("curl") and shutil.which("jq"):
+            curl = process.wait_for(r"\n  (curl .*)")[1]
+            self.assertEqual(subprocess.check_output(f"{curl} | jq .success", shell=True), b"true\n")
+        with streamed(process.port, max_tokens=200, temperature=0) as lines:
+            next(lines)
+            self.assertGreater(count("task", process.process.pid), 8)  # with one for PyTorch it has five
+            process.process.send_signal(signal.SIGINT)
+            self.assertEqual(list(lines)[-1]["tokens_generated"], 200)
         self.assertEqual(process.wait(), 0, process.output)
         self.assertNotIn("Traceback", process.output)
-        self.assertNotIn("Press CTRL+C to stop", process.output)
 
-    def test_an_engine_that_fails_for_good(self) -> None:
-        """Weights without sense: it says so until it is stopped, and then ends with 1."""
-        folder = write_checkpoint(SCRATCH / "nan", "meta", change=lambda all: all["norm.weight"].fill_(math.nan))
-        process = ServerProcess("--model", str(folder), **ONE_THREAD).ready()
-        self.addCleanup(process.close)
-        for _ in range(server.Scheduler.FAILURES):
-            self.assertEqual(ask(process.port, "/chat", {"prompt": "Hi"}).status, 500)
-        self.assertEqual(ask(process.port, "/health").json["status"], "unhealthy")
-        process.process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(), 1, process.output)
+    def test_a_second_signal_cuts_streams_short(self) -> None:
+        process = random_server(self).ready()
+        with streamed(process.port, max_tokens=8000, temperature=0) as lines:
+            next(lines)
+            for _ in range(2):
+                process.process.send_signal(signal.SIGINT)
+                process.wait_for("Stopping when all is answered .1.. Press CTRL.C again")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self.assertFalse([line for line in lines if line.get("done")])
+        self.assertEqual(process.wait(), 130, process.output)
+        self.assertNotIn("Traceback", process.output)
 
     @contextlib.contextmanager
     def wrapped(self, shell: str, output: int | None = None) -> Iterator[int]:
@@ -3880,27 +3425,31 @@ class CliTest(unittest.TestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_a_low_limit_of_open_files(self) -> None:
-        """Fewer connections than it would like; those beyond are refused, and it goes on."""
-        with self.wrapped("ulimit -n 150;", subprocess.DEVNULL) as port:
+        """Fewer connections than it would like; those beyond are refused. And its standard streams are closed."""
+        with self.wrapped("ulimit -n 150; exec <&- >&- 2>&-;") as port:
+            get = head(start="GET /health HTTP/1.1")
             with contextlib.ExitStack() as crowd:
-                crowded = [crowd.enter_context(dial(port, b"GET /health HTTP/1.1\r\n\r\n")) for _ in range(60)]
-                statuses = collections.Counter(connection.recv(4096)[9:12] for connection in crowded)
-            self.assertTrue(set(statuses) == {b"200", b"503"} and statuses[b"200"] >= 10, statuses)
+                crowded = [crowd.enter_context(dial(port, get)) for _ in range(60)]
+                replies = [client.recv(4096) for client in crowded]
+                statuses = collections.Counter(reply[9:12] for reply in replies)
+                self.assertTrue(set(statuses) == {b"200", b"503"} and statuses[b"200"] >= 10, statuses)
+                for client, reply in zip(crowded, replies):
+                    if reply[9:12] == b"200":  # it goes on
+                        client.sendall(get)
+                        self.assertIn(b" 200 OK", client.recv(4096))
+                    else:
+                        self.assertIn(b"\r\nRetry-After: 1\r\n", reply)
             wait_until(lambda: ask(port, "/health").status == 200)
 
     def test_nobody_reads_what_it_says(self) -> None:
-        """A pipe is full or broken, or all three streams are closed: it serves, and stops in order."""
+        """Its output is a pipe that is full, and then broken: it serves, and stops in order."""
         reading, output = os.pipe()
         fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, 4096)
-        with self.subTest("a pipe that nobody reads"), self.wrapped("", output) as port:
+        with self.wrapped("", output) as port:
             for _ in range(200):  # a line of the log each
                 self.assertEqual(ask(port, "/health").status, 200)
-        os.close(reading)
-        with self.subTest("a pipe that nobody will read"), self.wrapped("", output):
-            pass
+            os.close(reading)
         os.close(output)
-        with self.subTest("closed"), self.wrapped("exec <&- >&- 2>&-;"):
-            pass
 
 
 # ======================================================================================================================
@@ -3932,12 +3481,6 @@ class CountingResult(unittest.TextTestResult):
         super().addSuccess(test)
         self.passed += 1
 
-    @property
-    def failed(self) -> int:
-        """Tests of which a part failed, and classes that could not be set up."""
-        broken = [test for test, _ in [*self.failures, *self.errors]]
-        return len({getattr(test, "test_case", test) for test in broken}) + len(self.unexpectedSuccesses)
-
 
 def main(arguments: Sequence[str]) -> int:
     """Run the tests that are named, or all; returns the exit status."""
@@ -3954,8 +3497,9 @@ def main(arguments: Sequence[str]) -> int:
     assert isinstance(result, CountingResult)
     for name in sorted(result.seconds, key=result.seconds.__getitem__)[:-11:-1]:
         print(f"{result.seconds[name]:6.1f} s  {name}")
+    failed = {getattr(test, "test_case", test) for test, _ in [*result.failures, *result.errors]}
     skipped = f", {len(result.skipped)} skipped" if result.skipped else ""
-    print(f"{result.passed} passed, {result.failed} failed{skipped}", flush=True)
+    print(f"{result.passed} passed, {len(failed)} failed{skipped}", flush=True)
     return 0 if result.passed and result.wasSuccessful() else 1
 
 

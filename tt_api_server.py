@@ -2134,10 +2134,9 @@ class Dialect:
         max_tokens = None if max_tokens == -1 else max_tokens
         if (max_tokens or 1) > room:
             param = "max_tokens" if room > 0 else "prompt" if fields.get("messages") is None else "messages"
-            message = (
-                f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens or 1}, but the context holds "
-                f"{context} of both together: shorten the prompt or lower max_tokens"
-            )
+            asked = f" and max_tokens is {max_tokens}" if max_tokens else ""
+            holds = f"the context holds {context} of prompt and answer: shorten the prompt or lower max_tokens"
+            message = f"the prompt has {len(prompt)} tokens{asked}, and {holds}"
             raise ApiError(400, message, param, "context_length_exceeded")
         # Room is kept from the start: where the KV cache does not hold the whole context for all slots at once, as on a
         # card, an answer without a limit gets its slot's share.
