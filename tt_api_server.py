@@ -613,7 +613,7 @@ class Engine(Protocol):
     # Prompt tokens that a step may read. A prompt may then be read in pieces, and go on from what an earlier request
     # left in its slot. 0: prompts are read whole, from the start.
     prompt_chunk: int
-    resume_align: int  # a prompt goes on at a multiple of this
+    resume_align: int  # a prompt goes on at a multiple of this; less than this costs as much
 
     def reserve(self, slot: int, length: int) -> bool:
         """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back.
@@ -1935,7 +1935,7 @@ class Scheduler:
                 end = (slot.held + budget) // align * align
             if budget <= 0 or end <= slot.held:
                 break
-            budget -= end - slot.held
+            budget -= max(end - slot.held, self._engine.resume_align)  # to which a card pads what is shorter
             last = end == len(slot.tokens)
             batch.append(Work(slot.index, slot.tokens[slot.held : end], slot.held, request.sampling if last else None))
         return batch
