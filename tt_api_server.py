@@ -907,10 +907,7 @@ KV_CACHE_TOKENS, KV_CACHE_TOKENS_8B_ON_N150 = 131_072, 32_768
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows one model; 32 is a tile's height
 SHORT_PREFILL, LONG_PREFILL = 128, 1024  # tokens that a prefill call is padded to at least: get_padded_prefill_len
-PREFILL_CHUNK = 2 * LONG_PREFILL  # prompt tokens in a step
-# Prompts that one prefill call reads together, and the tokens that it reads at most, padding included. Each shape is
-# compiled and traced, so there are few.
-PREFILL_ROWS, PREFILL_ROWS_TOKENS = (16, 4), 4096
+PREFILL_ROWS = (8, 4)  # short prompts that one call reads; as many tokens as a long one
 MAX_TOP_K = 32  # tokens that sampling on the card looks at
 TROUBLE = {  # what tt-metal says where loading fails, and what to do
     "trace buffers of size": "the traces do not fit into {region} bytes: --trace-region-size {twice}",
@@ -1223,12 +1220,12 @@ class TTEngine:
         align: Any = getattr(this, "_align_resume_offsets", lambda *_: [])
         ends = [SHORT_PREFILL + SHORT_PREFILL, SHORT_PREFILL + LONG_PREFILL]
         resumes = align([SHORT_PREFILL] * 2, ends, self._kv_cache) == [SHORT_PREFILL] * 2  # it would lower others
-        self.prompt_chunk, self.resume_align = (PREFILL_CHUNK, SHORT_PREFILL) if resumes else (0, 1)
+        self.prompt_chunk, self.resume_align = (LONG_PREFILL, SHORT_PREFILL) if resumes else (0, 1)
         # Longer prompts are read in pieces of this, here or by the Generator.
         longest = min(self.max_seq_len, args.max_prefill_chunk_size, LONG_PREFILL if resumes else self.max_seq_len)
         lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
         together = len(this.model) == 1 and not getattr(args, "disable_batched_prefill", False)
-        most = PREFILL_ROWS_TOKENS if together and hasattr(generator, "SUPPORTED_PREFILL_BATCH_SIZES") else 0
+        most = LONG_PREFILL if together and hasattr(generator, "SUPPORTED_PREFILL_BATCH_SIZES") else 0
         self._rows = {
             length: [rows for rows in PREFILL_ROWS if rows <= self._slots_per_copy and rows * length <= most] + [1]
             for length in sorted(set(map(common.get_padded_prefill_len, lengths)))
@@ -1304,9 +1301,9 @@ class TTEngine:
             return [work]
         pieces, begin, total = [], 0, len(work.tokens)
         while begin < total:
-            # Two short calls cost less than a long one, and the padding must not reach beyond the rotary tables.
+            # Four short calls take less time than a long one, and the padding must not reach beyond the rotary tables.
             position = work.position + begin
-            long = total - begin > 2 * SHORT_PREFILL and position + LONG_PREFILL <= self._padded_seq_len
+            long = total - begin > 4 * SHORT_PREFILL and position + LONG_PREFILL <= self._padded_seq_len
             end = begin + (LONG_PREFILL if long else SHORT_PREFILL)
             pieces.append(Work(work.slot, work.tokens[begin:end], position, work.sampling if end >= total else None))
             begin = end
