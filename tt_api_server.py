@@ -885,40 +885,40 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: R
 # Card engine
 # ======================================================================================================================
 
-# The Generator's folder in a tt-metal checkout: its name until 2026-09, and since.
+# The Generator's folder in models/ of a tt-metal checkout, until 2026-09 and since.
 GENERATOR_FOLDERS = ("tt_transformers", "ttt_compat")
-# Boards by the names of MESH_DEVICE, (rows, columns) of chips: demo/simple_text_demo.py. P300x2 is the QuietBox 2.
+# (rows, columns) of chips by MESH_DEVICE's names, from demo/simple_text_demo.py. P300x2 is the QuietBox 2.
 MESH_SHAPES = {
     "N150": (1, 1), "N300": (1, 2), "N150x4": (1, 4), "T3K": (1, 8), "TG": (8, 4),
     "P100": (1, 1), "P150": (1, 1), "P300": (1, 2), "P300x2": (1, 4), "P150x4": (1, 4), "P150x8": (1, 8),
     "BHGLX": (8, 4),
 }  # fmt: skip
-# Boards by the number of chips: model_config's determine_device_name.
+# Boards by number of chips, from model_config's determine_device_name.
 WORMHOLE_BOARDS = {1: "N150", 2: "N300", 4: "N150x4", 8: "T3K", 32: "TG"}
 BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}
-# Bytes of DRAM for traces. Too few end the warm-up. An 8B model needed more than 25 MB on N150 (tt-metal #48636), 36 on
-# N300 (tt-inference-server #1839), 54 on T3K, 70 on P150 (#4005), 110 on P150x4 (#3436), and a 70B model 93 on P300x2
-# (#3400), all with fewer shapes of prompts than are traced here; models/model_trace_region_sizes.yaml gives 70B 224 MB.
-# Less where weights and KV cache leave little: a 3B model 0.7 GB of an N150, which does not trace its prompts.
+# Bytes of DRAM for traces. If they are too few, warm-up fails. An 8B model needed more than 25 MB on N150 (tt-metal
+# #48636), 36 on N300 (tt-inference-server #1839), 54 on T3K, 70 on P150 (#4005), 110 on P150x4 (#3436), and a 70B model
+# 93 on P300x2 (#3400), all with fewer prompt shapes than are traced here; models/model_trace_region_sizes.yaml gives
+# 70B 224 MB. On N150 weights and KV cache leave less: 0.7 GB with a 3B model, whose prompts tt-metal does not trace.
 TRACE_REGION_SIZE = 256_000_000
 TRACE_REGION_SIZES_ON_N150 = {"3B": 30_000_000, "8B": 160_000_000}
-# Tokens of KV cache that fit beside the weights: vLLM's figures, generator_vllm.py's get_max_tokens_all_users.
+# Tokens of KV cache that fit beside the weights, from generator_vllm.py's get_max_tokens_all_users.
 KV_CACHE_TOKENS, KV_CACHE_TOKENS_8B_ON_N150 = 131_072, 32_768
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows one model; 32 is a tile's height
-SHORT_PREFILL, LONG_PREFILL = 128, 1024  # tokens that a prefill call is padded to at least: get_padded_prefill_len
-PREFILL_ROWS = (8, 4)  # short prompts that one call reads; as many tokens as a long one
-MAX_TOP_K = 32  # tokens that sampling on the card looks at
-TROUBLE = {  # what tt-metal says where loading fails, and what to do
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows; 32 is the height of a tile
+SHORT_PREFILL, LONG_PREFILL = 128, 1024  # lengths that get_padded_prefill_len pads prompts to; longer ones double
+PREFILL_ROWS = (8, 4)  # short prompts in one prefill call; 8 are as many tokens as a long one
+MAX_TOP_K = 32  # the card samples from that many tokens at most
+TROUBLE = {  # a pattern in tt-metal's message when loading fails: what to do
     "trace buffers of size": "the traces do not fit into {region} bytes: --trace-region-size {twice}",
     "Out of Memory": "the card is out of memory: --max-seq-len {length} or --max-batch-size {batch} halve the KV cache",
-    "CHIP_IN_USE|[Tt]imed out|[Tt]imeout|[Hh]ang": "the card{users} does not answer: end what else uses it, tt-smi -r",
-    "No chips detected": "ttnn finds no card that works: look what tt-smi shows, and try tt-smi -r",
+    "CHIP_IN_USE|[Tt]imed out|[Tt]imeout|[Hh]ang": "the card{users} does not answer: stop its other users, then tt-smi -r",
+    "No chips detected": "ttnn finds no working card: see what tt-smi shows, and try tt-smi -r",
 }
 
 
 def card_present() -> bool:
-    """Whether this machine has a Tenstorrent card, or ttnn is told to mock or simulate one."""
+    """Whether this machine has a Tenstorrent card, or ttnn is to mock or simulate one."""
     pretended = any(os.environ.get(name) for name in ("TT_METAL_MOCK_CLUSTER_DESC_PATH", "TT_METAL_SIMULATOR"))
     return pretended or any(Path("/dev/tenstorrent").glob("*"))
 
@@ -926,12 +926,12 @@ def card_present() -> bool:
 def find_tt_metal() -> tuple[Path, str]:
     """The tt-metal checkout and the Generator's folder in it, which no wheel has.
 
-    They are looked for in TT_METAL_HOME, PYTHONPATH and the current folder.
+    Looks in TT_METAL_HOME, PYTHONPATH and the current folder.
     """
     named = os.environ.get("TT_METAL_HOME")
     for root in map(home_path, filter(None, [named, *sys.path, os.getcwd()])):
         for folder in GENERATOR_FOLDERS:
-            if (root / "models" / folder / "tt" / "generator.py").is_file():  # git leaves empty folders behind
+            if (root / "models" / folder / "tt" / "generator.py").is_file():  # git may leave an empty folder behind
                 return root, folder
     place = f"TT_METAL_HOME, {named}, has no" if named else "there is no"
     raise UserError(
@@ -942,9 +942,9 @@ def find_tt_metal() -> tuple[Path, str]:
 
 
 def compare_versions(root: Path) -> tuple[bool, str]:
-    """Whether ttnn and the checkout are of different releases, where both tell; both, and how to make them agree.
+    """Whether ttnn and the checkout are known to differ in release; and a sentence with both versions and the cure.
 
-    The checkout's version is its nearest tag, as in v0.81.1 or v0.82.0-dev20261104.
+    The checkout's version is its nearest tag, such as v0.81.1 or v0.82.0-dev20261104.
     """
     ttnn = tag = ""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # built from source
@@ -959,7 +959,7 @@ def compare_versions(root: Path) -> tuple[bool, str]:
 
 
 def users_of_card() -> str:
-    """The other processes that have a card open, as the driver tells."""
+    """The other processes that have a card open, according to the driver; "" if there is none."""
     users = set()
     with contextlib.suppress(OSError):  # no driver, or a process that has just ended
         for pids in Path("/proc/driver/tenstorrent").glob("*/pids"):
@@ -971,7 +971,7 @@ def users_of_card() -> str:
 def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, Any, Any, Any]:
     """ttnn, and the checkout's modules common, generator and model_config."""
     try:
-        if not verbose:  # silence its loggers and progress bars first: ttnn logs while it is imported
+        if not verbose:  # silence its loggers and progress bars first: ttnn logs during its import
             import loguru
             import tqdm
 
@@ -985,8 +985,8 @@ def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, Any, Any, An
             f"a Tenstorrent card is here, but ttnn is not ({error}): pip install ttnn with Python 3.10 or 3.12 (this "
             f"is {sys.version.split()[0]}), or source ~/tt-metal/python_env/bin/activate (or use --device cpu)"
         ) from error
-    # llama-models 0.1.1 and later install a regular package `models`, which Python prefers to tt-metal's folder of that
-    # name, for it has no __init__.py. Bind the name to the folder; what is used here of llama_models does not need it.
+    # llama-models 0.1.1 and later install a package `models`, which Python prefers to tt-metal's folder of that name
+    # because the folder has no __init__.py. Bind the name to the folder; llama_models works without it.
     for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
         del sys.modules[name]
     spec = importlib.machinery.ModuleSpec("models", None, is_package=True)
@@ -999,11 +999,14 @@ def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, Any, Any, An
         other = (error.name or "models").split(".")[0]
         cure = compare_versions(root)[1] if other in ("models", "ttnn") else f"pip install {other}"
         raise UserError(f"tt-metal's models do not import ({error}): {cure}") from error
+    differ, versions = compare_versions(root)
+    if differ:
+        logger.warning("%s", versions)
     return ttnn, common, generator, model_config
 
 
 def choose_board(ttnn: Any, data_parallel: int) -> tuple[str, str]:
-    """The board to open: MESH_DEVICE, or all chips of the machine; and the board that each copy of the model gets."""
+    """The board to open, MESH_DEVICE's or all chips, and the board that each copy of the model gets."""
     chips = ttnn.get_num_devices()
     boards = BLACKHOLE_BOARDS if "blackhole" in ttnn.get_arch_name() else WORMHOLE_BOARDS
     board = os.environ.get("MESH_DEVICE") or boards.get(chips, "")
@@ -1019,9 +1022,9 @@ def choose_board(ttnn: Any, data_parallel: int) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
-    """The board's mesh, closed on every way out: a card that is left open may need a reset."""
+    """The board's mesh. It is closed on every way out, since a card that is left open may need a reset."""
     rows, columns = MESH_SHAPES[board]
-    if rows * columns > 1:  # the chips' fabric must be set before the mesh is opened
+    if rows * columns > 1:  # the fabric between chips must be set before the mesh is opened
         ring = rows > 1 and ttnn.cluster.get_cluster_type() == ttnn.cluster.ClusterType.GALAXY
         ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_1D_RING if ring else ttnn.FabricConfig.FABRIC_1D)
     try:
@@ -1038,7 +1041,7 @@ def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
 
 
 def name_model(checkpoint: Checkpoint) -> None:
-    """Tell tt-metal the model: HF_MODEL, a folder in Hugging Face's layout."""
+    """Tell tt-metal the model through HF_MODEL, a folder in Hugging Face's layout."""
     folder = checkpoint.hf_folder
     if folder is None:
         raise UserError(
@@ -1047,26 +1050,25 @@ def name_model(checkpoint: Checkpoint) -> None:
         )
     os.environ.pop("LLAMA_DIR", None)
     os.environ["HF_MODEL"] = str(folder)
-    if not os.access(folder, os.W_OK):  # where tt-metal keeps the converted weights by default
+    if not os.access(folder, os.W_OK):  # tt-metal would keep its converted weights there
         os.environ.setdefault("TT_CACHE_PATH", str(home_path("~/.cache/tt_metal") / checkpoint.name))
 
 
 class TTEngine:
     """Llama 3 on Tenstorrent cards, over tt-metal's Generator, 2026-02 to 2026-09.
 
-    The releases differ in their calls; what one can do is read from its signatures and marks.
+    The releases differ in their calls. Signatures and attributes of the Generator tell what it can do.
 
     Memory: each of the `data_parallel` copies of the model has `max_batch_size` slots and one pool of KV blocks. A
-    slot's row of the page table lists the blocks that `reserve` gave it, then zeros. Block 0 belongs to no slot: it
-    takes what is written for the padding of prompts.
+    slot's row of the page table lists the blocks from `reserve`, then zeros. Block 0 belongs to no slot: the padding
+    of prompts is written there.
 
-    Prefill reads short prompts together, padded to one length. It reads long ones in pieces, and goes on from what a
-    slot holds, where the Generator aligns `start_pos`. Before, that used wrong blocks on some paths, silently (tt-metal
-    #46828, #54435, #55630): there a prompt is read whole.
+    Prefill: one call takes several short prompts, padded to the same length. A long prompt takes several calls, and a
+    prompt continues from what its slot holds, if the Generator aligns `start_pos` (_align_resume_offsets). Older ones
+    could use wrong blocks without an error (tt-metal #46828, #54435, #55630), so there each prompt is one call.
 
-    Decode, traced and sampling on the card, takes tokens and positions from its own last step. It reads the host's
-    only at a reset: after a prefill or a change of the page table, and when a request joins, leaves or changes its
-    parameters.
+    Decode: a traced step that samples on the card takes tokens and positions from its own last step. It takes the
+    host's only at a reset: after a prefill, after a change of the page table, and when a request joins or leaves.
     """
 
     def __init__(
@@ -1084,17 +1086,17 @@ class TTEngine:
     ) -> None:
         """Open the card, load the model, compile and trace it.
 
-        Raises UserError where the user can help. After any exception, KeyboardInterrupt too, the card is closed again.
+        Raises UserError with the cure. After any exception, KeyboardInterrupt too, the card is closed.
         """
         if max_batch_size not in BATCH_SIZES:
             sizes = ", ".join(map(str, BATCH_SIZES))
-            raise UserError(f"--max-batch-size is {max_batch_size}, and a card decodes together one of {sizes}")
+            raise UserError(f"--max-batch-size is {max_batch_size}, and must be one of {sizes} on a card")
         self.max_batch_size = max_batch_size * data_parallel
         self.max_seq_len = max_seq_len
-        self.note = ""  # what makes this slower than the card is
+        self.note = ""  # why this is slower than the card could be
         self._slots_per_copy = max_batch_size
         self._traced = trace and "TT_METAL_SLOW_DISPATCH_MODE" not in os.environ
-        self._tracing = False  # once all is compiled
+        self._tracing = False  # until all is compiled
         self._generator: Any = None
         self._opened = contextlib.ExitStack()
         self._trace_region_size = trace_region_size
@@ -1102,16 +1104,13 @@ class TTEngine:
         root, folder = find_tt_metal()
         try:
             ttnn, common, generator, model_config = import_tt(root, folder, verbose)
-            differ, versions = compare_versions(root)
-            if differ:
-                logger.warning("%s", versions)
             name_model(checkpoint)
             mesh = self._open(ttnn, common, checkpoint, data_parallel, progress)
             progress(f"loading {checkpoint.name}")
             levels = model_config.DecodersPrecision
             precision = levels.accuracy if accuracy else levels.performance
-            # Concurrent requests with equal seeds get equal answers. Since 2026-08 the card would tell them apart
-            # (tt-metal #53167); no release before reads this.
+            # Since 2026-08 the card gives concurrent requests with equal seeds different answers without this (tt-metal
+            # #53167). Older releases do not know it.
             model_config.ModelArgs.salt_duplicate_seeds = False
             self._load(ttnn, common, generator, generator.create_submeshes(mesh, data_parallel), mesh, precision)
             self._read_capabilities(generator)
@@ -1125,9 +1124,9 @@ class TTEngine:
             raise UserError(self._explain(str(error), root)) from error
 
     def _open(self, ttnn: Any, common: Any, checkpoint: Checkpoint, copies: int, progress: Progress) -> Any:
-        """Open the board, with memory for traces, and lay out the rest."""
-        # ttnn waits without a word, and without an end, for a card that another program has.
-        progress(f"opening the card{users_of_card()}; if that takes a minute, end what else uses it, then tt-smi -r")
+        """Open the board with memory for traces, and lay out the KV cache."""
+        # ttnn waits silently and forever for a card that another program has.
+        progress(f"opening the card{users_of_card()}; if it takes a minute, stop other users of it, then tt-smi -r")
         board, board_of_copy = choose_board(ttnn, copies)
         self.device = board.lower()
         self._divide_memory(checkpoint, common, board_of_copy, copies)
@@ -1138,11 +1137,11 @@ class TTEngine:
         return self._opened.enter_context(open_mesh(ttnn, board, self._trace_region_size))
 
     def _explain(self, error: str, root: Path) -> str:
-        """A failed load in one sentence: what is wrong and what to do."""
+        """Why the load failed and what to do, in one sentence."""
         for pattern, sentence in TROUBLE.items():
             if re.search(pattern, error):
                 half = self._blocks_per_copy // 2 * BLOCK_SIZE
-                length = half // self._slots_per_copy  # below LONG_PREFILL only SHORT_PREFILL takes less
+                length = half // self._slots_per_copy  # any below LONG_PREFILL takes as much, save SHORT_PREFILL
                 return sentence.format(
                     region=self._trace_region_size,
                     twice=2 * self._trace_region_size,
@@ -1150,26 +1149,23 @@ class TTEngine:
                     batch=max(size for size in BATCH_SIZES if size == 1 or size * self._padded_seq_len <= half),
                     users=users_of_card(),
                 )
-        what = error.partition("info:\n")[2] or error  # of TT_FATAL's text, what comes before the backtrace
+        what = error.partition("info:\n")[2] or error  # the line of TT_FATAL's text before the backtrace
         return f"the model does not load ({printable(what.strip().partition(chr(10))[0])}): {compare_versions(root)[1]}"
 
     def _divide_memory(self, checkpoint: Checkpoint, common: Any, board: str, copies: int) -> None:
-        """Lay out the blocks, the page table and what else a decode step reads."""
+        """Lay out the blocks of the KV cache and the page table."""
         pool = KV_CACHE_TOKENS_8B_ON_N150 if board == "N150" and "8B" in checkpoint.name else KV_CACHE_TOKENS
         self.max_seq_len = min(self.max_seq_len, pool)
-        # Prompts are padded to powers of two: the rotary tables, the page table and the pool must reach as far. At
-        # least 8 blocks: a row of the page table is read in units of 32 bytes.
+        # Prompts are padded to powers of two, and the rotary tables, the page table and the pool must reach as far. At
+        # least 8 blocks, because the card reads a row of the page table in units of 32 bytes.
         padded = max(common.get_padded_prefill_len(self.max_seq_len), 8 * BLOCK_SIZE)
         self._padded_seq_len = 1 << (padded - 1).bit_length()
         self._blocks_per_copy = 1 + min(pool, self._slots_per_copy * self._padded_seq_len) // BLOCK_SIZE
         self.kv_cache_tokens = copies * (self._blocks_per_copy - 1) * BLOCK_SIZE
         self._free_blocks = [list(range(self._blocks_per_copy - 1, 0, -1)) for _ in range(copies)]
         self._blocks: list[list[int]] = [[] for _ in range(self.max_batch_size)]  # by slot
-        # Written in place, so that a step costs no more than its changes. An idle slot's position is -1.
         columns = self._padded_seq_len // BLOCK_SIZE
         self._page_table = torch.zeros(self.max_batch_size, columns, dtype=torch.int32)
-        self._tokens = torch.zeros(self.max_batch_size, 1, dtype=torch.int64)
-        self._positions = torch.full((self.max_batch_size,), -1, dtype=torch.int64)
 
     def _load(self, ttnn: Any, common: Any, generator: Any, submeshes: Any, mesh: Any, precision: Any) -> None:
         """Load a copy of the model on each submesh."""
@@ -1190,11 +1186,11 @@ class TTEngine:
             model_args.append(args)
             kv_cache.append(cache)
         self._generator = generator.Generator(models, model_args, mesh)
-        self._generator.already_warmed_up_prefill = True  # _warm_up does it, and tells how far it is
+        self._generator.already_warmed_up_prefill = True  # _warm_up does that, and reports its progress
         self._kv_cache = kv_cache
 
     def _read_capabilities(self, generator: Any) -> None:
-        """Find out how this release's Generator is called, and say what it lacks."""
+        """Find out how to call this release's Generator, and say what it lacks."""
         this = self._generator
         self._prefill_forward = this.prefill_forward_text
         self._decode_forward = getattr(this, "decode_forward_text", this.decode_forward)  # until 2026-02
@@ -1206,7 +1202,7 @@ class TTEngine:
         self._card_samples = bool(getattr(this.model[0], "_supports_on_device_sampling", False))
         self._card_samples_prefill = self._card_samples and "sampling_params" in prefill
         self._card_sampling_params = generator.SamplingParams
-        self._decoding: dict[int, SamplingParams | None] = {}  # the slots of the last decode step; empty: reset
+        self._decoding: dict[int, SamplingParams | None] = {}  # slots of the last decode step; empty before a reset
         self._sampling_of_batch: Any = None
         lacks = "" if self._card_samples_prefill else "sampling the first token on the card"
         lacks = lacks if self._card_samples else "sampling on the card"
@@ -1215,13 +1211,13 @@ class TTEngine:
             logger.warning("%s is %s", self.device, self.note)
 
     def _choose_shapes(self, generator: Any, common: Any) -> None:
-        """Find out how prompts may be read, and so in what shapes: (position, padded length, rows) of each call."""
+        """Find out how prompts may be prefilled, and list the shapes of all calls: (position, padded length, rows)."""
         this, args = self._generator, self._generator.model_args[0]
         align: Any = getattr(this, "_align_resume_offsets", lambda *_: [])
         ends = [SHORT_PREFILL + SHORT_PREFILL, SHORT_PREFILL + LONG_PREFILL]
-        resumes = align([SHORT_PREFILL] * 2, ends, self._kv_cache) == [SHORT_PREFILL] * 2  # it would lower others
+        resumes = align([SHORT_PREFILL] * 2, ends, self._kv_cache) == [SHORT_PREFILL] * 2  # others would be lowered
         self.prompt_chunk, self.resume_align = (LONG_PREFILL, SHORT_PREFILL) if resumes else (0, 1)
-        # Longer prompts are read in pieces of this, here or by the Generator.
+        # Longer prompts are cut into pieces of this, here or by the Generator.
         longest = min(self.max_seq_len, args.max_prefill_chunk_size, LONG_PREFILL if resumes else self.max_seq_len)
         lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
         together = len(this.model) == 1 and not getattr(args, "disable_batched_prefill", False)
@@ -1236,10 +1232,10 @@ class TTEngine:
             self._shapes += [(SHORT_PREFILL, length, 1) for length in fitting]
 
     def _warm_up(self, progress: Progress) -> None:
-        """Compile every shape of prompts and the decode step, then trace them, before the first request.
+        """Compile decode and every shape of prefill, then trace them, before the first request.
 
-        What is compiled while a trace is kept, or staged for decode while a prefill trace is, may lie where that
-        trace writes (tt-metal #56215). So all is compiled before the first trace, and decode is the first to be traced.
+        A trace writes to fixed addresses. Kernels compiled after it, and decode inputs staged after a prefill trace,
+        may lie there (tt-metal #56215). So all is compiled before the first trace, and decode is traced first.
         """
         sampled = SamplingParams(temperature=1.0)
         stages, stage = (1 + self._traced) * (1 + len(self._shapes)), itertools.count()
@@ -1255,7 +1251,7 @@ class TTEngine:
                     self._prefill([Work(slot, [0] * length, position, sampled) for slot in slots])
 
     def reserve(self, slot: int, length: int) -> bool:
-        """Give the slot the blocks that `length` tokens take; False while its pool lacks them."""
+        """Give the slot blocks for `length` tokens. False if its pool lacks them now."""
         blocks, free = self._blocks[slot], self._free_blocks[slot // self._slots_per_copy]
         wanted = -(-length // BLOCK_SIZE)
         if wanted - len(blocks) > len(free):
@@ -1272,10 +1268,10 @@ class TTEngine:
     def step(self, batch: Sequence[Work]) -> list[int]:
         """Prefill the batch's prompts, those of one padded length together, then decode its other slots together.
 
-        After an exception the next step works, though what the slots of this one hold is unknown.
+        After an exception the next step works, but the KV cache of this step's slots is undefined.
         """
         tokens: dict[int, int] = {}
-        short: dict[int, list[Work]] = {}  # prompts that one call reads, by padded length
+        short: dict[int, list[Work]] = {}  # prompts that fit into one call, by padded length
         for work in batch:
             if work.position == 0 or len(work.tokens) > 1:
                 *pieces, last = self._pieces(work)
@@ -1296,12 +1292,12 @@ class TTEngine:
         return [tokens[work.slot] if work.sampling else -1 for work in batch]
 
     def _pieces(self, work: Work) -> list[Work]:
-        """What one call after the other reads of a prompt."""
+        """Cut a prompt into one piece for each prefill call."""
         if not self.prompt_chunk:
             return [work]
         pieces, begin, total = [], 0, len(work.tokens)
         while begin < total:
-            # Four short calls take less time than a long one, and the padding must not reach beyond the rotary tables.
+            # Four short calls take less time than a long one, whose padding may also exceed the rotary tables.
             position = work.position + begin
             long = total - begin > 4 * SHORT_PREFILL and position + LONG_PREFILL <= self._padded_seq_len
             end = begin + (LONG_PREFILL if long else SHORT_PREFILL)
@@ -1310,7 +1306,7 @@ class TTEngine:
         return pieces
 
     def _prefill(self, works: Sequence[Work]) -> dict[int, int]:
-        """One call of the Generator; each slot's next token."""
+        """Make one prefill call. Returns each slot's next token."""
         self._decoding = {}
         ends = [work.position + len(work.tokens) for work in works]
         tokens = torch.zeros(len(works), max(ends), dtype=torch.int64)
@@ -1325,9 +1321,9 @@ class TTEngine:
             page_table=self._page_table[slots],
             kv_cache=self._kv_cache,
             prompt_lens=ends,
-            # Rows that are read together count from 0, as in tt-metal's demo: the page table says which blocks they
-            # fill, and the next decode resets the sampler. With the slots' own numbers the call would span all slots
-            # to the highest, and until 2026-06 go out of bounds.
+            # Rows of one call count from 0, as in tt-metal's demo: the page table says which blocks they fill, and the
+            # next decode resets the sampler. With the slots' own numbers the call would span all slots up to the
+            # highest, and be out of bounds until 2026-06.
             empty_slots=slots if len(works) == 1 else list(range(len(works))),
             enable_trace=self._tracing,
             **options,
@@ -1338,24 +1334,24 @@ class TTEngine:
         return dict(zip(slots, sample(output.view(len(works), -1), params, ends)))
 
     def _decode(self, batch: Sequence[Work]) -> dict[int, int]:
-        """One step of these slots, the others idle; each slot's next token."""
+        """Decode one token for each of these slots; the others are idle. Returns each slot's next token."""
         decoding = {work.slot: work.sampling for work in batch}
         reset = decoding != self._decoding
-        self._decoding = {}  # until the step has succeeded
+        self._decoding = {}  # so that a step after a failed one resets
         if reset:
-            self._positions.fill_(-1)
-            # At a reset the card keeps its own token where its position is the host's or one ahead, unless the slot is
-            # in this set. Here the host's tokens are always right.
+            # At a reset the card keeps its own token if its position is the host's or one ahead, unless the slot is in
+            # this set. The host's tokens are always right.
             self._generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
-            self._generator.prev_page_table = None  # in 2026-02 a changed page table is what resets all but the seeds
+            self._generator.prev_page_table = None  # 2026-02 resets tokens and positions if the page table has changed
             if self._card_samples:
                 self._sampling_of_batch = self._sampling_on_card(batch, range(self.max_batch_size))
-        slots = torch.tensor(list(decoding))
-        self._tokens[slots] = torch.tensor([list(work.tokens) for work in batch])
-        self._positions[slots] = torch.tensor([work.position for work in batch])
+        # Lists first: after each operation on a tensor the step may have to wait for another thread.
+        tokens, positions = [0] * self.max_batch_size, [-1] * self.max_batch_size  # -1: idle
+        for work in batch:
+            tokens[work.slot], positions[work.slot] = work.tokens[0], work.position
         output, _ = self._decode_forward(  # the other is log_probs
-            self._tokens,
-            self._positions,
+            torch.tensor(tokens).view(-1, 1),
+            torch.tensor(positions),
             page_table=self._page_table,
             kv_cache=self._kv_cache,
             enable_trace=self._tracing,
@@ -1367,27 +1363,29 @@ class TTEngine:
             next_tokens = {slot: tokens[slot] for slot in decoding}
         else:  # logits [slots, 1, vocabulary]
             params = [work.sampling or SamplingParams() for work in batch]
-            next_tokens = dict(zip(decoding, sample(output[slots, 0], params, [work.position + 1 for work in batch])))
+            next_tokens = dict(
+                zip(decoding, sample(output[list(decoding), 0], params, [work.position + 1 for work in batch]))
+            )
         self._decoding = decoding
         return next_tokens
 
     def _decode_commands(self, reset: bool) -> dict[str, bool]:
-        """What a decode step takes from the host, by models/common/decode_contract.py or as before it."""
+        """What a decode step takes from the host, by models/common/decode_contract.py or the way before it."""
         if not self._has_decode_contract:
             return {"reset_batch": reset and self._card_samples}
         return {
             "reload_inputs": reset or not (self._card_samples and self._tracing),
-            "reload_page_table": False,  # alone; here a changed page table is a reset
+            "reload_page_table": False,  # only that; a changed page table is a reset here
             "reload_sampling_params": reset and self._card_samples,
             "reset_sampling_state": reset and self._card_samples,
         }
 
     def _sampling_on_card(self, batch: Sequence[Work], slots: Sequence[int] = ()) -> Any:
-        """tt-metal's SamplingParams: lists with an entry for each item, or for each slot, where idle ones are greedy.
+        """tt-metal's SamplingParams: lists with an entry for each work, or for each slot with idle ones greedy.
 
-        Since 2026-06 (the default seed is None) the card draws a token from the request's seed and the position, and
-        traces the sampling only while no slot has a seed. In 2026-02 a reset seeds all slots anew: with the position
-        mixed in, or a request that joins would make the others draw the same numbers again.
+        Since 2026-06 (its default seed is None) the card draws by the request's seed and the position, and traces
+        sampling only while no slot has a seed. In 2026-02 a reset seeds all slots again, so the seed must depend on
+        the position: else a request that joins makes the others draw the same numbers again.
         """
         by_position = self._card_sampling_params.seed is None
         greedy: tuple[float, int, float, int | None] = (0.0, 1, 1.0, None if by_position else 0)
@@ -1404,11 +1402,11 @@ class TTEngine:
         return self._card_sampling_params(temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds)
 
     def close(self) -> None:
-        """Release the traces, close the card, reset the fabric; a second call does nothing."""
+        """Release the traces, close the card and reset the fabric. A second call does nothing."""
         for name in ("_generator", "_prefill_forward", "_decode_forward", "_kv_cache"):
             self.__dict__.pop(name, None)
         # The Generator's destructor releases its traces, which must come before the mesh is closed.
-        gc.unfreeze()  # what the CLI froze after the load
+        gc.unfreeze()  # the CLI froze all objects after the load
         gc.collect()
         self._opened.close()
 
@@ -1608,25 +1606,25 @@ def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torc
 
 @dataclass(eq=False)
 class Request:
-    """One request for text: what is asked, what the scheduler makes of it, and what the handler has read of that."""
+    """One request for text, on its way down to the engine and back."""
 
     # The dialect fills these.
     prompt: list[int]
     max_tokens: int
     sampling: SamplingParams
     stop_tokens: frozenset[int]  # token ids that end the answer and are not part of it
-    text: TextStream  # with the stop strings
+    text: TextStream  # knows the stop strings
     fields: dict[str, Any]  # as the client sent them
-    # The scheduler fills these. Times are time.monotonic()'s.
+    # The scheduler fills these. Times are by time.monotonic().
     submitted: float = 0.0
-    admitted: float = 0.0  # when it was given a slot
-    first_token: float = 0.0  # when its first token came, be it the one that ends the answer
+    admitted: float = 0.0  # when it got a slot
+    first_token: float = 0.0  # a stop token counts
     last_token: float = 0.0
-    generated: int = 0  # tokens from the engine, without the one that ends the answer
-    cached: int = 0  # prompt tokens that the slot held already
+    generated: int = 0  # tokens, without the stop token
+    cached: int = 0  # prompt tokens that were in the slot's KV cache already
     outcome: str = ""  # "stop", "length", "cancelled" or "error", once it has ended
-    cancelled: str = ""  # the outcome to end with, once nobody waits for more
-    tokens: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)  # None: no more
+    cancelled: str = ""  # the outcome with which it is to end before the next step
+    tokens: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)  # None is the end
     ended: threading.Event = field(default_factory=threading.Event)
     # The handler fills these.
     answer: str = ""
@@ -1634,16 +1632,17 @@ class Request:
     seconds: float = 0.0  # from submission to the last of them
 
     def pieces(self) -> Iterator[str]:
-        """The answer's text as it comes; the handler calls this. Raises ApiError where it cannot be completed.
+        """The answer's text, piece by piece; the handler's thread calls this. Raises ApiError if it breaks off.
 
-        With `stream`, or stop strings to look for, text comes at once and then at most 100 times a second: waking 32
-        threads for every token of a fast step would delay the next step. Otherwise it comes at the end.
+        With `stream` or stop strings, the first token comes at once and the others 6 ms late: 32 threads that wake as
+        a step ends would hold up the start of the next. Otherwise all come at the end.
         """
-        pause = 0.0 if self.fields["stream"] or self.fields["stop"] else None
+        if not (self.fields["stream"] or self.fields["stop"]):
+            self.ended.wait()
         tokens: list[int | None] = []
         while not self.text.stopped and None not in tokens:
-            self.ended.wait(pause)
-            tokens, piece, pause = [self.tokens.get()], "", 0.01
+            tokens, piece = [self.tokens.get()], ""
+            time.sleep(0.006 if self.count else 0.0)
             while not self.tokens.empty():
                 tokens.append(self.tokens.get())
             for token in tokens:  # one by one: a stop string ends the count at its own last token
@@ -1679,21 +1678,21 @@ class Request:
 
 @dataclass
 class Slot:
-    """One place in the engine's batch. Its tokens stay after an answer, for a request that starts the same way."""
+    """One place in the engine's batch. Its tokens stay after an answer, for a request that starts with the same."""
 
     index: int
     request: Request | None = None
     tokens: list[int] = field(default_factory=list)  # prompt and answer
-    held: int = 0  # how many of them the engine has read
+    held: int = 0  # how many of them are in the KV cache
     used: float = 0.0  # when the last request left
 
     @property
     def pending(self) -> int:
-        """Tokens still to read: 1 while an answer is generated, more while a prompt is read."""
+        """Tokens that are not in the KV cache yet: 1 during decode, more during prefill."""
         return len(self.tokens) - self.held
 
     def common(self, prompt: list[int]) -> int:
-        """How many tokens of the prompt the slot holds; at least one is left to read, for its logits."""
+        """How many tokens of the prompt are in the KV cache. The last never counts: its logits are needed."""
         most = min(self.held, len(prompt) - 1)
         return next((i for i, (held, new) in enumerate(zip(self.tokens[:most], prompt)) if held != new), most)
 
@@ -1708,13 +1707,11 @@ HISTOGRAMS = {  # vLLM's names
     "request_prompt_tokens": "Tokens of a prompt.",
     "request_generation_tokens": "Tokens of an answer.",
 }
-
-
 BOUNDS = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]  # 1 ms, or 1 token, to 5e4
 
 
 class Statistics:
-    """Figures since the start. Every accepted request finishes once, so they add up."""
+    """Counts since the start. Every accepted request finishes once, so they add up."""
 
     def __init__(self) -> None:
         self.accepted = self.cached_tokens = 0
@@ -1744,27 +1741,27 @@ class Statistics:
 
 
 class Scheduler:
-    """Continuous batching: the thread in `run` loads the engine, runs it and closes it.
+    """Continuous batching. The thread that calls `run` loads the engine, steps it and closes it.
 
-    Requests join and leave between two steps, first come, first served. A step reads one token of every answer under
-    way, and as much of the prompts as keeps the step short.
+    Requests join and leave between two steps, first come, first served. A step decodes a token for every running
+    answer, and prefills as many prompt tokens as keep it short.
     """
 
-    PROMPT_BUDGET = 16  # prompt tokens in a step while answers are under way, and one more for each of them
-    PROMPTS_BUDGET = 512  # the same while more prompts wait than answers are under way
-    FAILURES = 3  # failed steps in a row after which the engine is given up
+    PROMPT_BUDGET = 16  # prompt tokens in a step beside running answers, and one more for each of them
+    PROMPTS_BUDGET = 512  # prompt tokens in a step while more prompts wait than answers run
+    FAILURES = 3  # failed steps in a row that make the server unhealthy
     STALL_SECONDS = 120.0  # a step that takes longer counts as hung
 
     def __init__(self, max_queue: int) -> None:
         self.max_queue = max_queue
-        self.max_seq_len = self.slot_share = 0  # tokens that a slot can hold, and that all can hold at once
+        self.max_seq_len = self.slot_share = 0  # tokens that one slot can hold, and that all can at the same time
         self.device = ""
         self.doing: tuple[str, float | None] = ("starting", None)
         self.statistics = Statistics()
         self.slots: list[Slot] = []
         self.queue: deque[Request] = deque()
         self._state, self._error = "loading", ""
-        # Guards the state, the queue and the statistics. Only the scheduler's thread changes what is in the slots.
+        # Guards the state, the queue and the statistics. Only the scheduler's thread changes the slots.
         self._wake = threading.Condition()
         self._failures = 0
         self._step_began = math.inf
@@ -1778,12 +1775,12 @@ class Scheduler:
 
     @property
     def error(self) -> str:
-        """Why it is unhealthy: the engine has failed for good, or a step does not return."""
+        """Why the server is unhealthy: the engine is broken, or a step does not return."""
         seconds = time.monotonic() - self._step_began
         return f"a step has not returned for {seconds:.0f} seconds" if seconds > self.STALL_SECONDS else self._error
 
     def check_available(self) -> None:
-        """Raise ApiError unless requests are taken."""
+        """Raise ApiError unless requests are accepted."""
         reasons = {
             "loading": "the model is still loading: GET /health shows how far it is",
             "unhealthy": f"the engine has failed and the server must be started again: {self.error}",
@@ -1793,7 +1790,7 @@ class Scheduler:
             raise ApiError(503, reasons[state])
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises ApiError where none is taken now."""
+        """Queue a request. Raises ApiError if none is accepted now."""
         with self._wake:
             self.check_available()
             if len(self.queue) >= self.max_queue + len(self.slots) - self.busy:
@@ -1804,7 +1801,7 @@ class Scheduler:
             self._wake.notify()
 
     def cancel(self, request: Request, outcome: str = "cancelled") -> None:
-        """End a request wherever it is; its slot is free before the next step. "stop": its text is complete."""
+        """End a request, queued or running, before the next step. The outcome "stop" says that its text is complete."""
         with self._wake:
             request.cancelled = outcome
             if request in self.queue:
@@ -1813,7 +1810,7 @@ class Scheduler:
             self._wake.notify()
 
     def stop(self, drain: bool) -> None:
-        """Take no more requests, and end: after those in flight with `drain`, else after the current step."""
+        """Accept no more requests. Let `run` return after the current ones with `drain`, else after this step."""
         with self._wake:
             self._state = "stopping"
             for request in [] if drain else self._in_flight():
@@ -1832,7 +1829,7 @@ class Scheduler:
 
     @property
     def kv_cache_use(self) -> float:
-        """The part of the KV cache that requests have reserved, 0 to 1."""
+        """The share of the KV cache that requests have reserved, 0 to 1."""
         requests = [slot.request for slot in self.slots if slot.request]
         reserved = sum(len(request.prompt) + request.max_tokens for request in requests)
         return reserved / self._engine.kv_cache_tokens if reserved else 0.0
@@ -1850,9 +1847,9 @@ class Scheduler:
     # The scheduler's own thread:
 
     def run(self, load: Callable[[Progress], Engine], progress: Progress, ready: Callable[[], None]) -> None:
-        """Load the engine, answer requests until stop() or until the engine is given up, and close it.
+        """Load the engine, serve requests until stop() or until the engine breaks, and close it.
 
-        Calls `ready` once requests are taken. Raises the UserError that loading raises.
+        Calls `ready` once requests are accepted. Raises UserError if loading does.
         """
 
         def report(doing: str, done: float | None = None) -> None:
@@ -1872,14 +1869,14 @@ class Scheduler:
                     self._state = "healthy" if self._state == "loading" else self._state
                 ready()
                 self._serve()
-        except KeyboardInterrupt:  # by stop() while it was loading
+        except KeyboardInterrupt:  # from `report`: stop() was called during the load
             pass
         except UserError as error:
-            self._give_up(str(error))
+            self._mark_broken(str(error))
             raise
         except BaseException as error:
             logger.error("the engine has failed", exc_info=error)
-            self._give_up(f"the engine failed with {type(error).__name__}: the log says why")
+            self._mark_broken(f"the engine failed with {type(error).__name__}: the log says why")
 
     def _serve(self) -> None:
         while True:
@@ -1895,18 +1892,18 @@ class Scheduler:
                 self._step(batch)
 
     def _admit(self) -> None:
-        """Give free slots to those who wait longest, while the engine has room."""
+        """Give free slots to the oldest requests, while the engine has room for them."""
         align = self._engine.resume_align
         while self.queue and (free := [slot for slot in self.slots if slot.request is None]):
             request = self.queue[0]
             length = len(request.prompt) + request.max_tokens
-            # The slot that holds most of this prompt, unless most of what it holds is of another chat; else an empty
-            # one; else the one left longest ago. Where an engine has several pools of memory, the next best may have
-            # room when the best has not.
+            # Best is the slot with most of this prompt, unless it mostly holds another chat; then an empty slot; then
+            # the least recently used. An engine may have several memory pools, so the next best may have room when the
+            # best has none.
             common = {slot.index: slot.common(request.prompt) for slot in free}
             own = {slot.index: common[slot.index] if 2 * common[slot.index] > slot.held else 0 for slot in free}
             free.sort(key=lambda slot: (-own[slot.index], bool(slot.held), slot.used))
-            # What idle slots hold gives way to the request: the oldest first, and last what it could have reused.
+            # If none has room, idle slots give up what they keep: the least recently used first, the best match last.
             kept = sorted((slot for slot in free if slot.held), key=lambda slot: (own[slot.index], slot.used))
             while not (slot := next((s for s in free if self._engine.reserve(s.index, length)), None)) and kept:
                 self._keep(kept.pop(0), 0)
@@ -1918,12 +1915,12 @@ class Scheduler:
             slot.request, slot.tokens = request, list(request.prompt)
 
     def _plan(self) -> list[Work]:
-        """The next step: the last token of every answer, then prompts within the budget, oldest first."""
+        """The next step: the last token of every running answer, then the oldest prompts within the budget."""
         busy = [(slot, slot.request) for slot in self.slots if slot.request]
         batch = [Work(slot.index, slot.tokens[-1:], slot.held, r.sampling) for slot, r in busy if slot.pending == 1]
         prompts = [(slot, request) for slot, request in busy if slot.pending > 1]
         chunk = self._engine.prompt_chunk
-        align = max(self._engine.resume_align, 16)  # in bfloat16 such pieces give the same logits as the whole
+        align = max(self._engine.resume_align, 16)  # in bfloat16, cuts at multiples of 16 do not change the logits
         few = max(self.PROMPT_BUDGET + len(batch), align)
         budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > len(batch) else few
         for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
@@ -1932,13 +1929,13 @@ class Scheduler:
                 end = (slot.held + budget) // align * align
             if budget <= 0 or end <= slot.held:
                 break
-            budget -= max(end - slot.held, self._engine.resume_align)  # to which a card pads what is shorter
+            budget -= max(end - slot.held, self._engine.resume_align)  # a card pads shorter ones to that
             last = end == len(slot.tokens)
             batch.append(Work(slot.index, slot.tokens[slot.held : end], slot.held, request.sampling if last else None))
         return batch
 
     def _step(self, batch: list[Work]) -> None:
-        """One step. Where it fails its requests fail; the others go on."""
+        """Run one step. If it fails, its requests fail, and all others go on."""
         self._step_began = time.monotonic()
         try:
             tokens = self._engine.step(batch)
@@ -1948,7 +1945,7 @@ class Scheduler:
                 self._leave(self.slots[work.slot], "error")
             self._failures += 1
             if self._failures >= self.FAILURES:
-                self._give_up(f"{self._failures} steps in a row failed, the last with {type(error).__name__}")
+                self._mark_broken(f"{self._failures} steps in a row failed, the last with {type(error).__name__}")
             return
         finally:
             self._step_began = math.inf
@@ -1972,29 +1969,30 @@ class Scheduler:
                 self._leave(slot, "length")
 
     def _leave(self, slot: Slot, outcome: str) -> None:
-        """The slot's request has ended."""
+        """End the slot's request."""
         assert slot.request is not None
-        if outcome in ("stop", "length"):  # a whole answer: a card may fail at every decode and never at a prefill
+        if outcome in ("stop", "length"):  # a whole answer, since a card may fail at every decode but at no prefill
             self._failures = 0
         self._finish(slot.request, outcome)
         slot.request, slot.used = None, time.monotonic()
-        # After an error what it holds is not to be trusted.
+        # After an error the slot's KV cache cannot be trusted.
         self._keep(slot, slot.held if self._engine.prompt_chunk and outcome != "error" else 0)
 
     def _keep(self, slot: Slot, held: int) -> None:
-        """Keep so many tokens of an idle slot, for a request that starts the same way, and give back its other room."""
+        """Keep `held` tokens of an idle slot for a request that starts with them, and give back the other room."""
         slot.held = held
         del slot.tokens[held:]
         self._engine.reserve(slot.index, held)
 
-    def _give_up(self, error: str) -> None:
+    def _mark_broken(self, error: str) -> None:
+        """The engine cannot go on: end all requests."""
         with self._wake:
             self._error = self._error or error
             self._state = "stopping" if self._state == "stopping" else "unhealthy"
             for request in self._in_flight():
                 self._finish(request, "error")
             self.queue.clear()
-            for slot in self.slots:  # without a call to the engine, which may be closed
+            for slot in self.slots:  # without reserve(): the engine may be closed
                 slot.request = None
 
 
