@@ -912,7 +912,7 @@ MAX_TOP_K = 32  # the card samples from that many tokens at most
 TROUBLE = {  # a pattern in tt-metal's message when loading fails: what to do
     "trace buffers of size": "the traces do not fit into {region} bytes: --trace-region-size {twice}",
     "Out of Memory": "the card is out of memory: --max-seq-len {length} or --max-batch-size {batch} halve the KV cache",
-    "CHIP_IN_USE|[Tt]imed out|[Tt]imeout|[Hh]ang": "the card{users} does not answer: stop its other users, then tt-smi -r",
+    "CHIP_IN_USE|[Tt]imed out|[Tt]imeout|[Hh]ang": "the card{users} does not answer: stop its other users, tt-smi -r",
     "No chips detected": "ttnn finds no working card: see what tt-smi shows, and try tt-smi -r",
 }
 
