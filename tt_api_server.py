@@ -92,7 +92,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -2957,18 +2957,10 @@ class ApiServer(ThreadingHTTPServer):
 # ======================================================================================================================
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-DRAIN_SECONDS = 60  # that requests in flight have to finish when the server is asked to stop
+DRAIN_SECONDS = 60  # time for the requests under way when the server is asked to stop
 DEFAULT_MAX_SEQ_LEN = 8192
 
-
-class ArgumentParser(argparse.ArgumentParser):
-    """One that suggests the option that was meant."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        mistyped = message.partition("unrecognized arguments: ")[2].partition("=")[0].partition(" ")[0]
-        near = difflib.get_close_matches(mistyped, self._option_string_actions, 1)
-        raise UserError(message + (f": did you mean {near[0]}?" if near else " (--help shows all options)"))
+terminal = logging.getLogger("terminal")  # for the banner and the progress of the load
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -2983,161 +2975,124 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def origin(text: str) -> str:
-    """An option's type: a site as browsers and apps name it in Origin."""
+    """An option's type: a site as browsers and apps name it in the header Origin."""
     if not (match := re.fullmatch(r"(\*|null|[A-Za-z][\w+.-]*://[^/\s]*)/?", text)):
         raise argparse.ArgumentTypeError(f"must be *, null, or scheme and host as in https://app.example, not {text!r}")
     return match[1]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    description, raw = (__doc__ or "").partition("\nThe rooms of this file")[0], argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser(prog="tt_api_server.py", description=description, formatter_class=raw)
-    add = parser.add_argument_group("the model").add_argument
-    model = "folder of a Llama 3 model, or OWNER/NAME in Hugging Face's cache; default: $HF_MODEL, $LLAMA_DIR, a demo"
-    add("--model", metavar="DIR", help=model)
-    add("--device", choices=("auto", "tt", "cpu"), default="auto", help="where the model runs (default: auto)")
-    together = "requests that are answered together (default: 32)"
-    add("--max-batch-size", type=whole_number(1, 1024), default=32, metavar="N", help=together)
-    length = f"tokens of a prompt and its answer (default: {DEFAULT_MAX_SEQ_LEN}, or the model's own if that is less)"
+    """Parse the command line; end the program if it is wrong."""
+    about = (__doc__ or "").partition("\nThe rooms of this file")[0]
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count, count_or_0 = whole_number(1, 1024), whole_number(0, 1_000_000)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="DIR", help="or OWNER/NAME in Hugging Face's cache (default: $HF_MODEL, $LLAMA_DIR, a demo)")
+    add("--device", choices=("auto", "tt", "cpu"), default="auto", help="auto: the card if there is one, else the CPU")
+    add("--max-batch-size", type=count, default=32, metavar="N", help="requests that run together (default: 32)")
+    length = f"tokens of prompt and answer (default: {DEFAULT_MAX_SEQ_LEN}, or the model's limit if that is lower)"
     add("--max-seq-len", type=whole_number(32, 1_000_000), metavar="N", help=length)
-    waiting = "requests that may wait for a slot (default: 256)"
-    add("--max-queue", type=whole_number(0, 1_000_000), default=256, metavar="N", help=waiting)
-    add = parser.add_argument_group("the network").add_argument
-    add("--port", type=whole_number(0, 65535), default=8080, help="port to listen on; 0: any free one (default: 8080)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, for this machine alone)")
-    key = "key that clients must send, except to /health; `ps` shows it, so better set TT_API_KEY"
-    add("--api-key", metavar="KEY", default=os.environ.get("TT_API_KEY"), help=key)
-    sites = "site whose pages may ask, beside this machine's: its Origin, or * for any; may be repeated"
+    add("--max-queue", type=count_or_0, default=256, metavar="N", help="requests that wait for a slot (default: 256)")
+    add = parser.add_argument_group("network").add_argument
+    add("--port", type=whole_number(0, 65535), default=8080, help="0 is any free port (default: 8080)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, only this machine)")
+    add("--api-key", metavar="KEY", default=os.environ.get("TT_API_KEY"), help="better in $TT_API_KEY: `ps` shows this")
+    sites = "site whose pages may use this server, as in https://app.example, or * for all; may be repeated"
     add("--allow-origin", action="append", type=origin, default=[], metavar="ORIGIN", help=sites)
-    card = "on a card (MESH_DEVICE names the board, TT_METAL_HOME the tt-metal checkout)"
-    add = parser.add_argument_group(card).add_argument
+    add = parser.add_argument_group("card (MESH_DEVICE: the board, TT_METAL_HOME: the tt-metal checkout)").add_argument
     add("--accuracy", action="store_true", help="tt-metal's settings for accuracy instead of performance")
-    copies = "copies of the model, each on its own chips (default: 1)"
-    add("--data-parallel", type=whole_number(1, 32), default=1, metavar="N", help=copies)
-    add("--no-trace", action="store_true", help="run without traces, to debug; slower")
-    region = "bytes of DRAM for traces (default: by model and board)"
-    add("--trace-region-size", type=whole_number(1, 999_999_999), default=0, metavar="N", help=region)
-    add = parser.add_argument_group("on the CPU").add_argument
-    dtypes = "arithmetic (default: auto, the fastest); in float32 an answer does not depend on other requests"
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=dtypes)
-    threads = "threads of a step (default: all cores, or one for a tiny model)"
-    add("--threads", type=whole_number(1, 1024), default=0, metavar="N", help=threads)
-    add = parser.add_argument_group("about").add_argument
-    add("--verbose", action="store_true", help="log more: prompts, refusals, requests to /health, what ttnn says")
+    add("--data-parallel", type=whole_number(1, 32), default=1, metavar="N", help="copies of the model (default: 1)")
+    add("--no-trace", action="store_true", help="run without traces, for debugging; slower")
+    add("--trace-region-size", type=whole_number(1, 10**9 - 1), default=0, metavar="N", help="bytes for traces")
+    add = parser.add_argument_group("CPU").add_argument
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="arithmetic; auto is the fastest")
+    add("--threads", type=count, default=0, metavar="N", help="default: all cores, or one for a tiny model")
+    add = parser.add_argument_group("other").add_argument
+    add("--verbose", action="store_true", help="log prompts, refusals, requests to /health, and what ttnn logs")
     add("--version", action="version", version=f"tt_api_server {__version__}")
     return parser.parse_args(arguments)
 
 
 def bind(options: argparse.Namespace) -> ApiServer:
-    """Listen, before anything is loaded. Raises UserError where the address or the port cannot be had."""
+    """Listen, before anything is loaded. Raises UserError if the address or the port is not available."""
     host, port = options.host, options.port
-    if not host or options.api_key == "":  # an empty host is all addresses, an empty key none
-        raise UserError("--host, --api-key or TT_API_KEY is empty: give a value, or leave it out")
+    if not host or options.api_key == "":  # an empty host means all addresses; an empty key would mean no key
+        raise UserError("--host, --api-key or TT_API_KEY is empty: give it a value, or leave it out")
     try:
         server = ApiServer(host, port)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"port {port} is in use: stop the program that has it, or take another: --port 0 finds a free one"
-            ) from error
+        reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or error
         raise UserError(
-            f"cannot listen on {host}, port {port} ({error.strerror or error}): --host takes an address of this "
-            "machine, 127.0.0.1 for itself alone, 0.0.0.0 for all"
+            f"cannot listen on {host}, port {port} ({reason}): choose another --port (0 is any free one), or a --host "
+            "of this machine (127.0.0.1 is only itself, 0.0.0.0 the whole network)"
         ) from error
     server.api_key, server.allowed_origins = options.api_key, options.allow_origin
-    # A connection for each request that runs or waits, and spare ones; each is an open file.
+    # One connection, which is one open file, for each request that runs or waits, and some to spare.
     wanted = options.max_batch_size * options.data_parallel + options.max_queue + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY != soft < wanted + 128:
-        soft = wanted + 128 if hard == resource.RLIM_INFINITY else min(wanted + 128, hard)
-        with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own below `hard`
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        wanted = max(min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128), 16)
-    server.max_connections = wanted
+    with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own below `hard`
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted + 128, hard)), hard))
+    server.max_connections = max(min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128), 16)
     return server
 
 
-LINES: queue.Queue[Any] = queue.Queue(10_000)  # log records, and what `say` prints; those beyond are lost
-
-
-class Output(logging.handlers.QueueListener):
-    """Writes the log and the banner in a thread of its own: a pipe that nobody reads holds nobody up."""
-
-    def handle(self, record: Any) -> None:
-        if isinstance(record, logging.LogRecord):
-            super().handle(record)
-            return
-        text, file = record
-        with contextlib.suppress(OSError):  # the terminal is gone
-            print(text, end="", file=file, flush=True)
-
-
-def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print for the person at the terminal."""
-    with contextlib.suppress(queue.Full):
-        LINES.put_nowait((text + end, file or sys.stdout))
-
-
-def start_logging() -> None:
-    """Send the log to standard error, through LINES."""
-    logging.raiseExceptions = False  # what cannot be written is lost
+def start_logging() -> queue.Queue[Any]:
+    """Write log and banner in a thread, so that a blocked terminal stops nothing; returns the lines still to write."""
+    logging.raiseExceptions = False  # losing a line is no error
+    lines: queue.Queue[Any] = queue.Queue(10_000)  # lines beyond are lost
+    for source, line in ((logger, "%(asctime)s %(message)s\n"), (terminal, "%(message)s")):
+        handler = logging.handlers.QueueHandler(lines)
+        handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
+        source.addHandler(handler)
+        source.setLevel(logging.INFO)
+        source.propagate = False
     output = logging.StreamHandler()
-    output.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    Output(LINES, output).start()
-    logger.addHandler(logging.handlers.QueueHandler(LINES))
-    logger.propagate = False
+    output.terminator = ""
+    logging.handlers.QueueListener(lines, output).start()
+    return lines
 
 
-class Terminal:
-    """Progress of the load: one line that is written over on a terminal, a line for each stage elsewhere."""
+def progress_on_terminal() -> Progress:
+    """Show how far the load is: a progress bar on a terminal, elsewhere one line for each stage."""
+    live, began, last_stage = sys.stderr is not None and sys.stderr.isatty(), time.monotonic(), ""
 
-    def __init__(self) -> None:
-        self._live = sys.stderr is not None and sys.stderr.isatty()
-        self._shown = ""
-        self._began = time.monotonic()
+    def show(stage: str, done: float | None = None) -> None:
+        nonlocal last_stage
+        if live:
+            bar = "" if done is None else f" [{'#' * round(30 * done):30}] {done:4.0%}"
+            end = "\n" if stage == "ready" else ""
+            terminal.info(f"\r\x1b[K  {stage}{bar}  {time.monotonic() - began:.0f} s{end}")  # \x1b[K clears the line
+        elif stage != last_stage:
+            terminal.info(f"  {stage}\n")
+        last_stage = stage
 
-    def __call__(self, doing: str, done: float | None = None) -> None:
-        bar = "" if done is None else f" [{'#' * round(30 * done):30}] {done:4.0%}"
-        seconds = f"{time.monotonic() - self._began:.0f} s"
-        line = f"\r  {doing}{bar}  {seconds}".ljust(len(self._shown)) if self._live else f"  {doing}"
-        if self._live or line != self._shown:
-            say(line, "" if self._live and doing != "ready" else "\n", sys.stderr)
-        self._shown = line
-
-
-def choose_device(options: argparse.Namespace, found: Checkpoint | None) -> str:
-    """Where the model runs, "tt" or "cpu".
-
-    Only the demo passes a card over. For all else that is missing there is an error that says how to get it.
-    """
-    if options.device == "cpu" or (options.device == "auto" and (found is None or not card_present())):
-        if options.accuracy or options.no_trace or options.trace_region_size or options.data_parallel > 1:
-            options_of_cards = "--accuracy, --data-parallel, --no-trace and --trace-region-size"
-            raise UserError(f"{options_of_cards} are for a model on a card, and this runs on the CPU: leave them out")
-        return "cpu"
-    if not card_present():
-        raise UserError("no Tenstorrent card is here (/dev/tenstorrent is empty): use --device cpu")
-    if found is None:
-        raise UserError("--device tt needs a model, as in --model ~/models/Llama-3.1-8B-Instruct")
-    if options.dtype != "auto" or options.threads:
-        raise UserError("--dtype and --threads are for the CPU, and this runs on a card: leave them out")
-    find_tt_metal()
-    return "tt"
+    return show
 
 
-def choose_length(options: argparse.Namespace, config: LlamaConfig) -> int:
-    """The tokens of a slot: --max-seq-len, or what the model was made for, within DEFAULT_MAX_SEQ_LEN."""
-    longest = config.max_position
+def complete_options(options: argparse.Namespace, found: Checkpoint | None) -> None:
+    """Choose the device and the tokens of a slot. Raises UserError if an option or something for a card is wrong."""
+    longest = found.config.max_position if found else DEMO_CONFIG.max_position
     if (options.max_seq_len or 0) > longest:
-        raise UserError(f"--max-seq-len {options.max_seq_len} is more than the model was made for: {longest} at most")
-    return options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+        raise UserError(f"--max-seq-len is {options.max_seq_len}, and the model's limit is {longest}: lower it")
+    options.max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+    if options.device == "auto":
+        options.device = "tt" if found and card_present() else "cpu"
+    if options.device == "cpu":
+        if options.accuracy or options.no_trace or options.trace_region_size or options.data_parallel > 1:
+            card_options = "--accuracy, --data-parallel, --no-trace and --trace-region-size"
+            raise UserError(f"{card_options} are for a card, and this model runs on the CPU: leave them out")
+        return
+    if not card_present():
+        raise UserError("found no Tenstorrent card in /dev/tenstorrent: install its driver, or use --device cpu")
+    if found is None:
+        raise UserError("--device tt needs a model: add --model, as in --model ~/models/Llama-3.1-8B-Instruct")
+    if options.dtype != "auto" or options.threads:
+        raise UserError("--dtype and --threads are for the CPU, and this model runs on a card: leave them out")
+    find_tt_metal()
 
 
-def load(
-    server: ApiServer, options: argparse.Namespace, found: Checkpoint | None, device: str, progress: Progress
-) -> Engine:
-    """Load the model; in the scheduler's thread."""
+def load(server: ApiServer, options: argparse.Namespace, found: Checkpoint | None, progress: Progress) -> Engine:
+    """Load the tokenizer and the model. The scheduler's thread calls this."""
     progress("importing PyTorch")
     import_torch()
     checkpoint = found or demo_checkpoint(progress)
@@ -3145,111 +3100,28 @@ def load(
     progress("loading the tokenizer")
     server.tokenizer = ChatTokenizer(checkpoint.tokenizer_model, checkpoint.stop_tokens)
     size = (options.max_batch_size, options.max_seq_len, progress)
-    engine: Engine
-    if device == "cpu":
-        engine = TorchEngine(checkpoint, *size, dtype=options.dtype, threads=options.threads)
-    else:
-        engine = card = TTEngine(
-            checkpoint,
-            *size,
-            accuracy=options.accuracy,
-            data_parallel=options.data_parallel,
-            trace=not options.no_trace,
-            trace_region_size=options.trace_region_size,
-            verbose=options.verbose,
-        )
-        server.note = card.note
-    # What is loaded stays. Looking through it for garbage again and again would hold all threads up for 0.2 s.
-    gc.freeze()
+    if options.device == "cpu":
+        return TorchEngine(checkpoint, *size, dtype=options.dtype, threads=options.threads)
+    engine = TTEngine(
+        checkpoint,
+        *size,
+        accuracy=options.accuracy,
+        data_parallel=options.data_parallel,
+        trace=not options.no_trace,
+        trace_region_size=options.trace_region_size,
+        verbose=options.verbose,
+    )
+    server.note = engine.note
     return engine
 
 
-def serve(options: argparse.Namespace) -> int:
-    """Bind, load, serve, stop; returns the exit status."""
-    server = bind(options)
-    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(server.server_name, server.server_name)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
-    found = find_checkpoint(options.model)
-    device = choose_device(options, found)
-    options.max_seq_len = choose_length(options, found.config if found else DEMO_CONFIG)
-    server.model, server.note = DEMO_NAME, DEMO_NOTE
-    model = f"none given (--model, HF_MODEL, LLAMA_DIR): a tiny demo, {DEMO_NAME}, is served on the CPU"
-    if found:
-        server.model, server.folder, server.note = found.name, str(found.folder), ""
-        model = f"{found.name}, {found.folder}"
-    say(f"Llama API Server on Tenstorrent\n{'=' * 60}\nModel:  {model}\nHealth: {url}/health, while it loads too\n")
-    if not server.on_loopback and not server.api_key:
-        logger.warning("anyone who can reach this machine can use this server: set TT_API_KEY to ask for a key")
-
-    def ready() -> None:
-        say(ready_message(url, scheduler.device, bool(server.api_key)))
-        notify_systemd("READY=1")
-
-    scheduler = server.scheduler = Scheduler(options.max_queue)
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    threading.Thread(target=stop_on_signals, args=(server,), name="signals", daemon=True).start()
-    if supervised := "NOTIFY_SOCKET" in os.environ:
-        threading.Thread(target=end_on_error, args=(scheduler,), name="watchdog", daemon=True).start()
-    scheduler.run(functools.partial(load, server, options, found, device), Terminal(), ready)
-    if scheduler.slots and not supervised:
-        scheduler.wait_for_stop()  # at once, unless the engine has failed: then /health says so until someone stops it
-    while server.under_way and not server.cut_short:
-        time.sleep(0.05)
-    status = 1 if scheduler.error else 128 + signal.SIGINT if server.cut_short else 0
-    logger.info("Stopped." if status == 0 else "Stopped before all was done.")
-    return status
-
-
-def end_on_error(scheduler: Scheduler) -> None:
-    """Under systemd, in a thread of its own: end the process if a step hangs. The next one can reset the card.
-
-    If steps fail, the main thread ends earlier, and closes the card.
-    """
-    while not scheduler.error:
-        time.sleep(1)
-    logger.error("%s", scheduler.error)
-    time.sleep(10)
-    os._exit(1)
-
-
-def stop_on_signals(server: ApiServer) -> None:
-    """Act on SIGINT and SIGTERM, in a thread of its own: the main thread may be in a call that does not return.
-
-    The first lets the requests under way be answered; the second, or the end of DRAIN_SECONDS, cuts them short.
-    """
-    scheduler = server.scheduler
-    signal.sigwait(STOP_SIGNALS)
-    notify_systemd("STOPPING=1")
-    healthy = scheduler.state == "healthy"
-    again = f" when all is answered ({server.under_way}). Press CTRL+C again to cut it short."
-    logger.info("Stopping%s", again if healthy else ", in 10 seconds at most.")
-    scheduler.stop(drain=True)
-    if healthy:
-        threading.Timer(DRAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        signal.sigwait(STOP_SIGNALS)
-    server.cut_short = server.under_way > 0
-    scheduler.stop(drain=False)
-    time.sleep(10)
-    os._exit(1 if scheduler.error else 128 + signal.SIGINT)
-
-
-def notify_systemd(state: str) -> None:
-    """Tell systemd, where it started this with Type=notify. Source: sd_notify(3)."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.connect(f"\0{address[1:]}" if address.startswith("@") else address)
-                sender.send(state.encode())
-        except OSError as error:
-            logger.warning("systemd does not hear %s at NOTIFY_SOCKET: %s", state, error)
-
-
-def ready_message(url: str, device: str, wants_key: bool) -> str:
-    """The second half of the banner."""
-    key = " -H 'Authorization: Bearer KEY'" if wants_key else ""
+def announce(server: ApiServer, url: str) -> None:
+    """Say that the model is loaded."""
+    gc.freeze()  # a garbage collection of all loaded modules would stop all threads for 0.2 s, again and again
     endpoints = "\n".join(f"  {method:4} {url}{path}" for path, (method, _) in ROUTES.items())
-    return f"""
-Server ready on {url} ({device})
+    key = " -H 'Authorization: Bearer KEY'" if server.api_key else ""
+    terminal.info(f"""
+Server ready on {url} ({server.scheduler.device})
 
 Endpoints:
 {endpoints}
@@ -3258,28 +3130,98 @@ Try it:
   curl -s {url}/chat{key} -H 'Content-Type: application/json' -d '{{"prompt": "What is machine learning?"}}'
 
 Press CTRL+C to stop the server
-"""
+
+""")
+    notify_systemd("READY=1")
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Bind, load, serve, stop; returns the exit status."""
+    server = bind(options)
+    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(server.server_name, server.server_name)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
+    found = find_checkpoint(options.model)
+    complete_options(options, found)
+    server.model, server.note = DEMO_NAME, DEMO_NOTE
+    if found:
+        server.model, server.folder, server.note = found.name, str(found.folder), ""
+    about = f"Model:  {server.model}, {server.folder or server.note}\nHealth: {url}/health, also during the load"
+    terminal.info(f"Language model server on Tenstorrent\n{'=' * 60}\n{about}\n\n")
+    if not server.on_loopback and not server.api_key:
+        logger.warning("anyone who can reach this machine can use this server: set TT_API_KEY to require a key")
+    scheduler = server.scheduler = Scheduler(options.max_queue)
+    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    threading.Thread(target=stop_on_signals, args=(server,), name="signals", daemon=True).start()
+    if supervised := "NOTIFY_SOCKET" in os.environ:
+        threading.Thread(target=exit_if_stuck, args=(scheduler,), name="watchdog", daemon=True).start()
+    loading, ready = functools.partial(load, server, options, found), functools.partial(announce, server, url)
+    scheduler.run(loading, progress_on_terminal(), ready)
+    if scheduler.slots and not supervised:
+        scheduler.wait_for_stop()  # if the engine has failed, /health reports it until the user stops the server
+    while server.under_way and not server.cut_short:
+        time.sleep(0.05)
+    logger.info("Stopped.")
+    return 1 if scheduler.error else 130 if server.cut_short else 0
+
+
+def exit_if_stuck(scheduler: Scheduler) -> None:
+    """End the process if a step hangs, so that systemd starts another one, which can reset the card."""
+    while not scheduler.error:
+        time.sleep(1)
+    logger.error("%s", scheduler.error)
+    time.sleep(10)  # if steps fail and do not hang, the main thread now closes the card and ends the process
+    os._exit(1)
+
+
+def stop_on_signals(server: ApiServer) -> None:
+    """Stop at SIGINT or SIGTERM. This has a thread of its own, because the main thread may hang in the engine.
+
+    The first signal lets the requests under way finish; the second one, or DRAIN_SECONDS, cuts them short.
+    """
+    scheduler = server.scheduler
+    signal.sigwait(STOP_SIGNALS)
+    notify_systemd("STOPPING=1")
+    if scheduler.state == "healthy":
+        logger.info("Stopping after %d requests under way. Press CTRL+C again to cut them short.", server.under_way)
+        scheduler.stop(drain=True)
+        threading.Timer(DRAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        signal.sigwait(STOP_SIGNALS)
+    logger.info("Stopping within 10 seconds.")
+    server.cut_short = server.under_way > 0
+    scheduler.stop(drain=False)
+    time.sleep(10)
+    os._exit(1 if scheduler.error else 130)
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd the state, if it started this with Type=notify (sd_notify(3))."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.sendto(state.encode(), re.sub("^@", "\0", address))
+        except OSError as error:
+            logger.warning("could not send %s to systemd at NOTIFY_SOCKET: %s", state, error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program. Exit status: 0 stopped as asked, 1 the engine failed, 2 a UserError, 130 requests were cut short."""
-    # All threads inherit this: a signal that another thread took would not wake the main thread, which acts on it.
+    """Run the program. Exit status: 0 stopped, 1 the engine failed, 2 a UserError, 130 requests were cut short."""
+    # Every thread inherits this and leaves the signals to stop_on_signals, which waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    start_logging()
+    options = parse_arguments(arguments)
+    lines = start_logging()
+    if options.verbose:
+        logger.setLevel(logging.DEBUG)
     try:
-        options = parse_arguments(arguments)
-        logger.setLevel(logging.DEBUG if options.verbose else logging.INFO)
-        return serve(options)
+        status = serve(options)
     except UserError as error:
-        say(f"\nerror: {error}", file=sys.stderr)
-        return 2
-    finally:
-        deadline = time.monotonic() + 1
-        while LINES.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.01)
+        terminal.error(f"\nerror: {error}\n")
+        status = 2
+    deadline = time.monotonic() + 1
+    while lines.unfinished_tasks and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return status
 
 
 if __name__ == "__main__":
-    # All that needs closing is closed. Python's own exit would wait for threads in the middle of a load, and print
-    # pages of warnings about what ttnn's bindings still hold.
+    # Do not wait for threads in the middle of a load, and do not let ttnn print pages about objects that still exist.
     os._exit(main())
