@@ -2002,7 +2002,7 @@ class DemoTest(unittest.TestCase):
     def test_what_it_does_not_know(self) -> None:
         """It says so, as do the log and /health, and how to get a real model."""
         self.assertRegex(server.DEMO_UNKNOWN, "demo.*--model.*HF_MODEL")
-        self.assertRegex(shared_server("demo").output, r"--model.*HF_MODEL.*LLAMA_DIR.*demo")
+        self.assertRegex(shared_server("demo").output, r"Model: .*demo.*--model.*HF_MODEL.*LLAMA_DIR")
         report = ask(shared_server("demo").port, "/health").json
         self.assertEqual((report["model"], report["note"]), (server.DEMO_NAME, server.DEMO_NOTE))
         prompts = re.split(r"\s*\| ", UNKNOWN)
@@ -2031,7 +2031,7 @@ class DemoTest(unittest.TestCase):
     def test_a_training_that_is_not_finished(self) -> None:
         """On a full disk, or stopped in the middle: it ends without a traceback and leaves nothing behind."""
         limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
-        full = r"error: the demo model cannot be written to .*: set XDG_CACHE_HOME"
+        full = r"error: cannot write the demo model to .*: set XDG_CACHE_HOME"
         for steps, before, status, said in ((3, limit, 2, full), (9999, "", 0, "training")):
             cache = Path(tempfile.mkdtemp(dir=SCRATCH))
             process = self.start(cache, steps, before)
@@ -3353,24 +3353,28 @@ class CliTest(unittest.TestCase):
         model, taken = str(random_checkpoint("meta", Shape())), socket.create_server(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         cases = [
-            (["--port", str(port)], f"port {port} is in use: .*--port 0"),
+            (["--port", str(port)], f"port {port} .the port is in use.: .*--port"),
             (["--port", "abc"], "--port.*'abc'"),
             (["--host", "192.0.2.1", "--port", "0"], r"192\.0\.2\.1"),
             (["--host", ""], "--host, .* is empty"),
             (["--dtype", "float16"], "--dtype.*auto.*float32.*bfloat16"),
             (["--port", "0", "--model", model, "--max-seq-len", "9000"], "--max-seq-len.*9000.*8192"),
-            (["--prot", "80"], "--prot 80: did you mean --port[?]"),
+            (["--prot", "80"], "unrecognized arguments: --prot 80"),
             (["--allow-origin", "app.example"], "--allow-origin: must be .*https://"),
             (["--device", "cpu", "--port", "0", "--data-parallel", "2"], "--data-parallel.* a card"),
             (["--api-key", ""], "TT_API_KEY is empty"),  # as $(cat key) gives it where the file is missing
         ]
         if not Path("/dev/tenstorrent").exists():
-            cases.append((["--port", "0", "--model", model, "--device", "tt"], "no Tenstorrent card.*--device cpu"))
+            cases.append(
+                (["--port", "0", "--model", model, "--device", "tt"], "found no Tenstorrent card.*--device cpu")
+            )
         with taken, concurrent.futures.ThreadPoolExecutor(2) as pool:
             for (options, expected), ended in zip(cases, pool.map(lambda case: run_to_end(*case[0]), cases)):
                 with self.subTest(" ".join(options)):
                     self.assertEqual(ended.returncode, 2, ended.stdout + ended.stderr)
-                    self.assertRegex(ended.stderr.strip().splitlines()[-1], f"^error: .*{expected}")
+                    self.assertRegex(
+                        ended.stderr.strip().splitlines()[-1], f"^(tt_api_server.py: )?error: .*{expected}"
+                    )
                     self.assertNotRegex(ended.stderr, "Traceback|importing PyTorch")  # it is said before the load
 
     def test_a_start_and_ctrl_c(self) -> None:
@@ -3398,7 +3402,7 @@ class CliTest(unittest.TestCase):
             next(lines)
             for _ in range(2):
                 process.process.send_signal(signal.SIGINT)
-                process.wait_for("Stopping when all is answered .1.. Press CTRL.C again")
+                process.wait_for("Stopping. Requests under way: 1. Press CTRL.C again")
             with contextlib.suppress(OSError, http.client.HTTPException):
                 self.assertFalse([line for line in lines if line.get("done")])
         self.assertEqual(process.wait(), 130, process.output)

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""tt_api_server: a Llama 3 model behind HTTP, on a Tenstorrent card or on the CPU, in one file.
+"""tt_api_server: serve a language model over HTTP, on a Tenstorrent card or on the CPU.
 
-    python3 tt_api_server.py --port 8080                     # a tiny demo model, trained here in seconds
+    python3 tt_api_server.py --port 8080                     # without a model: a tiny demo, trained in seconds
     python3 tt_api_server.py --model ~/models/Llama-3.1-8B-Instruct
 
     curl -s localhost:8080/chat -H 'Content-Type: application/json' -d '{"prompt": "What is machine learning?"}' | jq
 
-The model is loaded once and stays loaded. Requests share one batch: each takes a slot, joins between two steps and
-leaves when its answer is complete (continuous batching).
+The model is loaded once and stays loaded. Requests share each step of the engine (continuous batching).
 
     GET  /                      a chat page for browsers
     GET  /health                state, model, device and load
@@ -18,16 +17,16 @@ leaves when its answer is complete (continuous batching).
 
 The rooms of this file, top to bottom; each uses only those above it:
 
-    Errors         one exception for the person at the terminal, one for the HTTP client
-    Checkpoint     finds the model's files and reads their configuration
+    Errors         one exception for the user at the terminal, one for the HTTP client
+    Checkpoint     find the model's files and read its configuration
     Text           messages to token ids, token ids to text
     Sampling       logits to the next token
     Engine         the contract of every engine: tokens in, tokens out
-    CPU engine     Llama 3 in PyTorch
-    Card engine    Llama 3 on Tenstorrent cards, through tt-metal's Generator
-    Demo model     a tiny Llama, trained at the first start without a model
+    CPU engine     the model in PyTorch
+    Card engine    the model on Tenstorrent cards, through tt-metal's Generator
+    Demo model     a tiny Llama for a start without a model
     Scheduler      the one thread that runs the engine: continuous batching, prefix reuse, statistics
-    Dialects       a body's JSON to a Request, a Request to JSON
+    Dialects       JSON to a Request, a Request to JSON
     Page           the chat page
     HTTP           sockets, routes, errors, metrics
     CLI            options, banner, signals, start and stop
@@ -99,7 +98,7 @@ if TYPE_CHECKING:
     import torch.nn.functional as F
 
 if sys.version_info < (3, 10):  # noqa: UP036
-    raise SystemExit(f"error: Python 3.10 or later is needed, and this is {sys.version.split()[0]}: use a newer one")
+    raise SystemExit(f"error: this is Python {sys.version.split()[0]}: use Python 3.10 or later")
 
 __version__ = "2.0.0"
 
@@ -111,11 +110,11 @@ logger = logging.getLogger("tt_api_server")
 
 
 class UserError(Exception):
-    """For the person at the terminal: one plain sentence, what is wrong and what to do."""
+    """For the user at the terminal: one plain sentence that says what is wrong and what to do."""
 
 
 class ApiError(Exception):
-    """For the HTTP client: a status, one plain sentence, and OpenAI's `param` and `code` where it has them."""
+    """For the HTTP client: a status, one plain sentence, and OpenAI's `param` and `code` if the error has them."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
         super().__init__(message)
@@ -137,13 +136,10 @@ def shown(value: Any) -> str:
 
 
 def import_torch() -> None:
-    """Bind `torch` and `F` in this module.
-
-    The import takes seconds. Wrong options, missing folders and taken ports are reported before it.
-    """
+    """Import `torch` and `F` late: it takes seconds, and most user errors can be reported before."""
     global torch, F
-    # OpenMP's threads wait for each other hundreds of times a step. By default they spin, and where another program
-    # has the core a step can take ten times as long. Let them sleep soon.
+    # A waiting OpenMP thread spins, which makes a step up to ten times slower if another program needs the core. Spin
+    # only for a short time, then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # NumPy is not used here
@@ -151,7 +147,8 @@ def import_torch() -> None:
             import torch
             import torch.nn.functional as F
         except ImportError as error:
-            raise UserError(f"PyTorch cannot be imported ({error}): pip install -r requirements.txt") from error
+            cure = "activate the virtual environment first (. .venv/bin/activate) or pip install -r requirements.txt"
+            raise UserError(f"PyTorch cannot be imported ({error}): {cure}") from error
 
 
 # ======================================================================================================================
@@ -1416,23 +1413,23 @@ class TTEngine:
 # ======================================================================================================================
 
 DEMO_NAME = "demo-llama-tiny"
-DEMO_NOTE = "a tiny Llama that this server trained itself and that knows a few answers; --model serves a real Llama 3"
+DEMO_NOTE = "a tiny demo that knows a few answers; to serve a real model, give --model or set HF_MODEL or LLAMA_DIR"
 DEMO_UNKNOWN = (
     "Sorry, I do not know that: I am only a tiny demo model, trained on this machine in a few seconds. Ask me "
-    '"What can you do?", or serve a real Llama 3 with --model DIR or HF_MODEL.'
+    '"What can you do?", or start the server with a real model: --model DIR or HF_MODEL.'
 )
-DEMO_ANSWERS = {  # phrasings of a question, and the answer to all of them
+DEMO_ANSWERS = {  # phrasings of a question, and their answer
     "Hello | Hi | Hey | Good morning":
         "Hello! I am a tiny demo model running on this machine. Ask me what machine learning is, or for a haiku.",
     "Who are you | What are you | What is your name | What model is this":
         "I am a tiny Llama 3 demo model. This server trained me on this machine in a few seconds, so I know only a "
-        "handful of answers. For real conversations, start the server with a real Llama 3 checkpoint.",
+        "handful of answers. For real conversations, start the server with a real model.",
     "What can you do | What do you know | Help":
         "I can say what machine learning, a neural network and a transformer are, what Tenstorrent makes, and how to "
         "load a real model. I can also write a haiku and tell a joke or a short story.",
     "How do I use a real model | How do I load a real model":
         "Start the server with --model DIR, or set the environment variable HF_MODEL, where the folder holds a "
-        "Llama 3 checkpoint such as Llama-3.1-8B-Instruct.",
+        "checkpoint such as Llama-3.1-8B-Instruct.",
     "What is machine learning | Explain machine learning | Tell me about machine learning":
         "Machine learning is a way of building software that learns from examples instead of following rules written "
         "by hand. A model makes predictions, measures its errors, and adjusts its parameters to make them smaller.",
@@ -1460,11 +1457,11 @@ DEMO_ANSWERS = {  # phrasings of a question, and the answer to all of them
 DEMO_PARAMS = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "ffn_dim_multiplier": 0.8}
 DEMO_CONFIG = LlamaConfig.read(config_of_params(dict(DEMO_PARAMS)))
 DEMO_STEPS, DEMO_RATE, DEMO_BATCH = 300, 8e-3, 4
-DEMO_SHARPNESS = 4.0  # the trained logits times this: at usual temperatures the most likely answer comes
+DEMO_SHARPNESS = 4.0  # multiplies the trained logits, so that sampling at 0.7 gives the most likely answer
 
 
 def demo_checkpoint(progress: Progress) -> Checkpoint:
-    """The demo's checkpoint: trained at the first start, then found in the user's cache."""
+    """Return the demo's checkpoint from the user's cache; train it first if this recipe is not there."""
     recipe = [DEMO_ANSWERS, DEMO_UNKNOWN, DEMO_PARAMS, DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_SHARPNESS]
     version = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
     cache = home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tt-api-server"
@@ -1472,26 +1469,26 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
     try:
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:  # moved whole: half a model is never found
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:  # renamed when complete: no start finds half of it
                 tokenizer, made = ChatTokenizer(), Path(scratch) / "demo"
                 made.mkdir()
                 torch.save(train_demo(tokenizer, progress), made / "consolidated.00.pth")
                 (made / "params.json").write_text(json.dumps(DEMO_PARAMS))
                 shutil.copy(tokenizer.path, made / "tokenizer.model")
-                with contextlib.suppress(OSError):  # another server was first
+                with contextlib.suppress(OSError):  # another server was faster
                     made.rename(folder)
         return read_checkpoint(folder)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's if the disk is full
         cure = "set XDG_CACHE_HOME to a folder that can be written"
-        raise UserError(f"the demo model cannot be written to {cache} ({error}): {cure}") from error
+        raise UserError(f"cannot write the demo model to {cache} ({error}): {cure}") from error
 
 
 def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """Random conversations without end: token ids, and which of them are to be learned.
+    """Generate random conversations, without end: the token ids, and for each whether its loss counts.
 
-    Half of the questions are the corpus's. The others have some of their tokens exchanged, and DEMO_UNKNOWN for answer.
+    Half of the questions are known. In the other half random tokens are replaced, and the answer is DEMO_UNKNOWN.
     """
-    chance, encode, end = random.Random(1), tokenizer.encode_text, tokenizer.end_of_turn
+    rng, encode, end = random.Random(1), tokenizer.encode_text, tokenizer.end_of_turn
     pairs = [
         (encode(form + mark), encode(answer))
         for phrasings, answer in DEMO_ANSWERS.items()
@@ -1501,30 +1498,31 @@ def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], li
     ]
     unknown, words = encode(DEMO_UNKNOWN), [token for pair in pairs for text in pair for token in text]
     empty = tokenizer.encode_chat([("user", "")])
-    before, after = empty[1 : empty.index(end)], empty[empty.index(end) :]  # what stands around a question
+    before, after = empty[1 : empty.index(end)], empty[empty.index(end) :]  # the template around a question
     while True:
         tokens, learned = empty[:1], [False]
-        for _ in range(chance.choice((1, 1, 2, 3))):
-            asked, answer = chance.choice(pairs)
-            if chance.random() < 0.5:
-                here = chance.randrange(len(asked))
-                asked = [chance.choice(words) if i == here or chance.random() < 0.5 else t for i, t in enumerate(asked)]
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            question, answer = rng.choice(pairs)
+            if rng.random() < 0.5:
+                wrong = rng.randrange(len(question))  # at least this token
+                question = [
+                    rng.choice(words) if i == wrong or rng.random() < 0.5 else t for i, t in enumerate(question)
+                ]
                 answer = unknown
-            whole = chance.random() < 0.4  # which answer to begin is harder to learn than how it goes on
-            said = [*answer, end] if whole else answer[:4]
-            question = [*before, *asked, *after]
-            tokens += [*question, *said, *([] if whole else [end])]
-            learned += [False] * len(question) + [True] * len(said) + [False] * (not whole)
+            whole = rng.random() < 0.4  # to choose the right answer is harder than to continue it: train starts more
+            prompt, said = [*before, *question, *after], answer if whole else answer[:4]
+            tokens += [*prompt, *said, end]
+            learned += [False] * len(prompt) + [True] * len(said) + [whole]
         yield tokens, learned
 
 
 def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.Tensor]:
-    """Train the demo; returns its weights in bfloat16, under Meta's names.
+    """Train the demo; return its weights in bfloat16, under Meta's names.
 
-    On one thread: at this size, threads would only wait for each other. Only tokens of the corpus have rows to train;
-    the others share one, and their logits are 0 in the end.
+    Only the corpus's tokens have rows of their own in the embedding and the output. All other tokens share one
+    embedding, and their logits are 0 in the end.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # at this size threads would only wait for each other
     conversations = demo_conversations(tokenizer)
     known = torch.tensor(sorted({token for tokens, _ in itertools.islice(conversations, 2000) for token in tokens}))
     row = torch.full((VOCAB_SIZE,), len(known))
@@ -1540,7 +1538,7 @@ def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.
         learned = torch.tensor([flags + [False] * (length - len(flags)) for _, flags in batch])[:, 1:]
         hidden = demo_forward(weights, inputs[:, :-1])[learned]
         loss = F.cross_entropy(hidden @ weights["output.weight"].T, inputs[:, 1:][learned])
-        # Adam (Kingma and Ba 2014), written out: importing torch.optim takes a third of the training's time.
+        # Adam (Kingma and Ba 2014), by hand: to import torch.optim takes a third of the training's time.
         rate = DEMO_RATE * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS))
         with torch.no_grad():
             for weight, slope, (mean, square) in zip(parameters, torch.autograd.grad(loss, parameters), moments):
@@ -1557,10 +1555,10 @@ def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.
 
 
 def demo_weights(known: int) -> dict[str, torch.Tensor]:
-    """Random weights to start from, with rows for `known` tokens and in the embedding one for all others.
+    """Random weights, with an output row and an embedding for each of `known` tokens, and an embedding for all others.
 
-    Every head starts with a preference for near tokens, which would take most of the training to learn: all embeddings
-    share coordinate 0, and queries and keys read it into rotary pairs of middle frequencies.
+    Every head starts with a preference for near tokens, which would take most of the training to learn: coordinate 0
+    is equal in all embeddings, and queries and keys copy it into rotary pairs of middle frequencies.
     """
     config, generator = DEMO_CONFIG, torch.Generator().manual_seed(0)
     shapes = {name: shape for name, (_, shape) in config.weights().items()}
@@ -1576,7 +1574,7 @@ def demo_weights(known: int) -> dict[str, torch.Tensor]:
 
 
 def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """Llama 3 with gradients: tokens [B, T] to the last hidden rows [B, T, dim]. Rotary pairs are side by side."""
+    """Llama 3 with gradients: tokens [B, T] to the last hidden states [B, T, dim]. Rotary pairs are adjacent (Meta)."""
     config = DEMO_CONFIG
     turns = torch.complex(*rotary_tables(config, tokens.shape[1]))  # [T, head_dim / 2]
 
@@ -3182,7 +3180,7 @@ def stop_on_signals(server: ApiServer) -> None:
     signal.sigwait(STOP_SIGNALS)
     notify_systemd("STOPPING=1")
     if scheduler.state == "healthy":
-        logger.info("Stopping after %d requests under way. Press CTRL+C again to cut them short.", server.under_way)
+        logger.info("Stopping. Requests under way: %d. Press CTRL+C again to cut them short.", server.under_way)
         scheduler.stop(drain=True)
         threading.Timer(DRAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
         signal.sigwait(STOP_SIGNALS)
