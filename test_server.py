@@ -3353,7 +3353,7 @@ class CliTest(unittest.TestCase):
         model, taken = str(random_checkpoint("meta", Shape())), socket.create_server(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         cases = [
-            (["--port", str(port)], f"port {port} .the port is in use.: .*--port"),
+            (["--port", str(port)], f"port {port} .Address already in use.: .*--port"),
             (["--port", "abc"], "--port.*'abc'"),
             (["--host", "192.0.2.1", "--port", "0"], r"192\.0\.2\.1"),
             (["--host", ""], "--host, .* is empty"),

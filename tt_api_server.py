@@ -50,7 +50,6 @@ import concurrent.futures
 import contextlib
 import ctypes
 import difflib
-import errno
 import functools
 import gc
 import hashlib
@@ -1416,20 +1415,20 @@ DEMO_NAME = "demo-llama-tiny"
 DEMO_NOTE = "a tiny demo that knows a few answers; to serve a real model, give --model or set HF_MODEL or LLAMA_DIR"
 DEMO_UNKNOWN = (
     "Sorry, I do not know that: I am only a tiny demo model, trained on this machine in a few seconds. Ask me "
-    '"What can you do?", or start the server with a real model: --model DIR or HF_MODEL.'
+    '"What can you do?", or serve a real Llama 3 with --model DIR or HF_MODEL.'
 )
 DEMO_ANSWERS = {  # phrasings of a question, and their answer
     "Hello | Hi | Hey | Good morning":
         "Hello! I am a tiny demo model running on this machine. Ask me what machine learning is, or for a haiku.",
     "Who are you | What are you | What is your name | What model is this":
         "I am a tiny Llama 3 demo model. This server trained me on this machine in a few seconds, so I know only a "
-        "handful of answers. For real conversations, start the server with a real model.",
+        "handful of answers. For real conversations, start the server with a real Llama 3 checkpoint.",
     "What can you do | What do you know | Help":
         "I can say what machine learning, a neural network and a transformer are, what Tenstorrent makes, and how to "
         "load a real model. I can also write a haiku and tell a joke or a short story.",
     "How do I use a real model | How do I load a real model":
         "Start the server with --model DIR, or set the environment variable HF_MODEL, where the folder holds a "
-        "checkpoint such as Llama-3.1-8B-Instruct.",
+        "Llama 3 checkpoint such as Llama-3.1-8B-Instruct.",
     "What is machine learning | Explain machine learning | Tell me about machine learning":
         "Machine learning is a way of building software that learns from examples instead of following rules written "
         "by hand. A model makes predictions, measures its errors, and adjusts its parameters to make them smaller.",
@@ -2983,20 +2982,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; end the program if it is wrong."""
     about = (__doc__ or "").partition("\nThe rooms of this file")[0]
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, count_or_0 = whole_number(1, 1024), whole_number(0, 1_000_000)
+    add = parser.add_argument
+    add("--verbose", action="store_true", help="log prompts, refusals, requests to /health, and what ttnn logs")
+    add("--version", action="version", version=f"tt_api_server {__version__}")
     add = parser.add_argument_group("model").add_argument
+    count = whole_number(1, 1024)
     add("--model", metavar="DIR", help="or OWNER/NAME in Hugging Face's cache (default: $HF_MODEL, $LLAMA_DIR, a demo)")
     add("--device", choices=("auto", "tt", "cpu"), default="auto", help="auto: the card if there is one, else the CPU")
     add("--max-batch-size", type=count, default=32, metavar="N", help="requests that run together (default: 32)")
-    length = f"tokens of prompt and answer (default: {DEFAULT_MAX_SEQ_LEN}, or the model's limit if that is lower)"
-    add("--max-seq-len", type=whole_number(32, 1_000_000), metavar="N", help=length)
-    add("--max-queue", type=count_or_0, default=256, metavar="N", help="requests that wait for a slot (default: 256)")
+    add("--max-seq-len", type=whole_number(32, 10**6), metavar="N", help="tokens of prompt and answer (default: 8192)")
+    add("--max-queue", type=whole_number(0, 10**6), default=256, metavar="N", help="requests that wait (default: 256)")
     add = parser.add_argument_group("network").add_argument
     add("--port", type=whole_number(0, 65535), default=8080, help="0 is any free port (default: 8080)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, only this machine)")
     add("--api-key", metavar="KEY", default=os.environ.get("TT_API_KEY"), help="better in $TT_API_KEY: `ps` shows this")
-    sites = "site whose pages may use this server, as in https://app.example, or * for all; may be repeated"
-    add("--allow-origin", action="append", type=origin, default=[], metavar="ORIGIN", help=sites)
+    add("--allow-origin", action="append", type=origin, default=[], metavar="URL", help="pages that may ask; * is any")
     add = parser.add_argument_group("card (MESH_DEVICE: the board, TT_METAL_HOME: the tt-metal checkout)").add_argument
     add("--accuracy", action="store_true", help="tt-metal's settings for accuracy instead of performance")
     add("--data-parallel", type=whole_number(1, 32), default=1, metavar="N", help="copies of the model (default: 1)")
@@ -3005,25 +3005,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("CPU").add_argument
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="arithmetic; auto is the fastest")
     add("--threads", type=count, default=0, metavar="N", help="default: all cores, or one for a tiny model")
-    add = parser.add_argument_group("other").add_argument
-    add("--verbose", action="store_true", help="log prompts, refusals, requests to /health, and what ttnn logs")
-    add("--version", action="version", version=f"tt_api_server {__version__}")
     return parser.parse_args(arguments)
 
 
 def bind(options: argparse.Namespace) -> ApiServer:
     """Listen, before anything is loaded. Raises UserError if the address or the port is not available."""
-    host, port = options.host, options.port
-    if not host or options.api_key == "":  # an empty host means all addresses; an empty key would mean no key
+    if not options.host or options.api_key == "":  # an empty host means all addresses; an empty key would mean no key
         raise UserError("--host, --api-key or TT_API_KEY is empty: give it a value, or leave it out")
     try:
-        server = ApiServer(host, port)
+        server = ApiServer(options.host, options.port)
     except OSError as error:
-        reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or error
-        raise UserError(
-            f"cannot listen on {host}, port {port} ({reason}): choose another --port (0 is any free one), or a --host "
-            "of this machine (127.0.0.1 is only itself, 0.0.0.0 the whole network)"
-        ) from error
+        problem = f"cannot listen on {options.host}, port {options.port} ({error.strerror or error})"
+        raise UserError(f"{problem}: choose another --host or --port (0 is any free port)") from error
     server.api_key, server.allowed_origins = options.api_key, options.allow_origin
     # One connection, which is one open file, for each request that runs or waits, and some to spare.
     wanted = options.max_batch_size * options.data_parallel + options.max_queue + 256
@@ -3034,7 +3027,7 @@ def bind(options: argparse.Namespace) -> ApiServer:
     return server
 
 
-def start_logging() -> queue.Queue[Any]:
+def start_logging(verbose: bool) -> queue.Queue[Any]:
     """Write log and banner in a thread, so that a blocked terminal stops nothing; returns the lines still to write."""
     logging.raiseExceptions = False  # losing a line is no error
     lines: queue.Queue[Any] = queue.Queue(10_000)  # lines beyond are lost
@@ -3042,7 +3035,7 @@ def start_logging() -> queue.Queue[Any]:
         handler = logging.handlers.QueueHandler(lines)
         handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
         source.addHandler(handler)
-        source.setLevel(logging.INFO)
+        source.setLevel(logging.DEBUG if verbose else logging.INFO)
         source.propagate = False
     output = logging.StreamHandler()
     output.terminator = ""
@@ -3058,8 +3051,8 @@ def progress_on_terminal() -> Progress:
         nonlocal last_stage
         if live:
             bar = "" if done is None else f" [{'#' * round(30 * done):30}] {done:4.0%}"
-            end = "\n" if stage == "ready" else ""
-            terminal.info(f"\r\x1b[K  {stage}{bar}  {time.monotonic() - began:.0f} s{end}")  # \x1b[K clears the line
+            line = f"\r\x1b[K  {stage}{bar}  {time.monotonic() - began:.0f} s"  # \x1b[K clears the rest of the line
+            terminal.info(line + "\n" * (stage == "ready"))
         elif stage != last_stage:
             terminal.info(f"  {stage}\n")
         last_stage = stage
@@ -3068,7 +3061,7 @@ def progress_on_terminal() -> Progress:
 
 
 def complete_options(options: argparse.Namespace, found: Checkpoint | None) -> None:
-    """Choose the device and the tokens of a slot. Raises UserError if an option or something for a card is wrong."""
+    """Set --device and --max-seq-len. Raises UserError if an option does not fit, or the card is missing."""
     longest = found.config.max_position if found else DEMO_CONFIG.max_position
     if (options.max_seq_len or 0) > longest:
         raise UserError(f"--max-seq-len is {options.max_seq_len}, and the model's limit is {longest}: lower it")
@@ -3128,7 +3121,6 @@ Try it:
   curl -s {url}/chat{key} -H 'Content-Type: application/json' -d '{{"prompt": "What is machine learning?"}}'
 
 Press CTRL+C to stop the server
-
 """)
     notify_systemd("READY=1")
 
@@ -3140,9 +3132,8 @@ def serve(options: argparse.Namespace) -> int:
     url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
     found = find_checkpoint(options.model)
     complete_options(options, found)
-    server.model, server.note = DEMO_NAME, DEMO_NOTE
-    if found:
-        server.model, server.folder, server.note = found.name, str(found.folder), ""
+    served = (found.name, str(found.folder), "") if found else (DEMO_NAME, "", DEMO_NOTE)
+    server.model, server.folder, server.note = served
     about = f"Model:  {server.model}, {server.folder or server.note}\nHealth: {url}/health, also during the load"
     terminal.info(f"Language model server on Tenstorrent\n{'=' * 60}\n{about}\n\n")
     if not server.on_loopback and not server.api_key:
@@ -3172,10 +3163,7 @@ def exit_if_stuck(scheduler: Scheduler) -> None:
 
 
 def stop_on_signals(server: ApiServer) -> None:
-    """Stop at SIGINT or SIGTERM. This has a thread of its own, because the main thread may hang in the engine.
-
-    The first signal lets the requests under way finish; the second one, or DRAIN_SECONDS, cuts them short.
-    """
+    """Stop at a signal, even if the main thread hangs. A second one, or DRAIN_SECONDS, cuts the requests short."""
     scheduler = server.scheduler
     signal.sigwait(STOP_SIGNALS)
     notify_systemd("STOPPING=1")
@@ -3206,9 +3194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Every thread inherits this and leaves the signals to stop_on_signals, which waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     options = parse_arguments(arguments)
-    lines = start_logging()
-    if options.verbose:
-        logger.setLevel(logging.DEBUG)
+    lines = start_logging(options.verbose)
     try:
         status = serve(options)
     except UserError as error:
@@ -3221,5 +3207,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Do not wait for threads in the middle of a load, and do not let ttnn print pages about objects that still exist.
+    # Python's own exit would wait for threads, and ttnn would print pages about objects that still exist.
     os._exit(main())
