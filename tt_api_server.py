@@ -1412,7 +1412,7 @@ class TTEngine:
 # ======================================================================================================================
 
 DEMO_NAME = "demo-llama-tiny"
-DEMO_NOTE = "a tiny demo that knows a few answers; to serve a real model, give --model or set HF_MODEL or LLAMA_DIR"
+DEMO_NOTE = "a tiny demo on the CPU, with a few answers; --model, HF_MODEL or LLAMA_DIR names a real model"
 DEMO_UNKNOWN = (
     "Sorry, I do not know that: I am only a tiny demo model, trained on this machine in a few seconds. Ask me "
     '"What can you do?", or serve a real Llama 3 with --model DIR or HF_MODEL.'
