@@ -3015,7 +3015,7 @@ class SoakTest(unittest.TestCase):
                 self.assertRegex(status, r"^(2\d\d|4\d\d|505|closed)$", (data, reply))
                 if status[0] == "4" and not data.startswith(b"HEAD"):
                     self.assertIn("error", json.JSONDecoder().raw_decode(text.decode())[0], data)
-            wait_until(lambda: not api.connections and api.scheduler.busy == 0)
+            wait_until(lambda: not api.handlers and api.scheduler.busy == 0)
             wait_until(lambda: count("task", os.getpid()) <= before)
             self.assertEqual(chat(api.server_port, max_tokens=5)["tokens_generated"], 5)
         print(f"\n{sum(statuses.values())} malformed inputs: {dict(statuses)}", flush=True)

@@ -87,7 +87,6 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -1997,8 +1996,8 @@ class Scheduler:
 # Dialects
 # ======================================================================================================================
 
-Check = tuple[str, Callable[[Any], bool]]  # what a field must be, in words, and whether a value is
-Table = Mapping[str, tuple[Any, Check]]  # a field's name to its default, ... where it must be there, and its check
+Check = tuple[str, Callable[[Any], bool]]  # what a field must be, in words, and the test for it
+Table = Mapping[str, tuple[Any, Check]]  # a field's name to its default, or ... if it is required, and its check
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -2008,36 +2007,33 @@ def number(low: float, high: float) -> Check:
     return f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high
 
 
-def integer(low: int, high: int) -> Check:
-    """A whole number from low to high."""
-    return f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high
+def integer(which: str, low: int, high: float = math.inf) -> Check:
+    """A whole number from low to high; `which` says so in words."""
+    return f"a whole number {which}", lambda v: type(v) is int and low <= v <= high
 
 
-def strings(value: Any) -> bool:
-    """Whether this is a list of up to four strings, none of them empty."""
-    return isinstance(value, list) and len(value) <= 4 and all(isinstance(s, str) and s for s in value)
-
-
-def token_ids(value: Any) -> bool:
-    """Whether this is a list of token ids."""
-    return isinstance(value, list) and bool(value) and all(type(t) is int and 0 <= t < VOCAB_SIZE for t in value)
-
-
-LIMIT: Check = "a whole number from 1, or -1 for no limit", lambda v: type(v) is int and (v == -1 or 1 <= v <= 2**31)
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, and anything else as the one item of a list."""
+    return value if isinstance(value, list) else [value]
 
 
 def one_prompt(value: Any) -> str | list[int] | None:
-    """The prompt, text or token ids, which may be the one item of a list; None where it is neither."""
-    value = value[0] if isinstance(value, list) and len(value) == 1 and type(value[0]) is not int else value
-    return value if token_ids(value) or (isinstance(value, str) and value) else None
+    """The prompt, text or token ids, which may be the one item of a list; None if it is neither."""
+    if isinstance(value, list) and len(value) == 1 and type(value[0]) is not int:
+        (value,) = value
+    ids = isinstance(value, list) and all(type(token) is int and 0 <= token < VOCAB_SIZE for token in value)
+    return value or None if ids or isinstance(value, str) else None
 
 
 FLAG: Check = "true or false", lambda v: type(v) is bool
 TEXT: Check = "a string", lambda v: isinstance(v, str)
 NONEMPTY: Check = "a string that is not empty", lambda v: isinstance(v, str) and v != ""
-STOP: Check = "a string or a list of up to four strings, none of them empty", lambda v: strings([v]) or strings(v)
+LIMIT: Check = "a whole number from 1, or -1 for no limit", lambda v: type(v) is int and (v == -1 or v >= 1)
 MESSAGES: Check = 'a list of at least one {"role": ..., "content": ...}', lambda v: isinstance(v, list) and bool(v)
-OBJECT: Check = "an object", lambda v: isinstance(v, dict)
+STOP: Check = (
+    "a string or a list of up to four strings, none of them empty",
+    lambda v: len(as_list(v)) <= 4 and all(isinstance(stop, str) and stop for stop in as_list(v)),
+)
 PROMPT: Check = "one string, not empty, or one list of token ids", lambda v: bool(one_prompt(v))
 MESSAGE: Table = {
     "role": (..., (f"one of {', '.join(ROLES)}", lambda v: isinstance(v, str) and v in ROLES)),
@@ -2051,15 +2047,15 @@ def sampling_fields(temperature: float, top_p: float) -> Table:
     return {
         "temperature": (temperature, number(0, 2)),
         "top_p": (top_p, number(0, 1)),
-        "top_k": (0, integer(-1, VOCAB_SIZE)),  # -1 is 0 to vLLM
-        "seed": (None, integer(-(2**63), 2**64 - 1)),  # -1 is none to vLLM and llama.cpp
+        "top_k": (0, integer(f"from -1 to {VOCAB_SIZE}, the size of the vocabulary", -1, VOCAB_SIZE)),  # vLLM: -1 is 0
+        "seed": (None, integer("that fits in 64 bits", -(2**63), 2**64 - 1)),  # vLLM, llama.cpp: -1 is none
         "stop": ([], STOP),
         "stream": (False, FLAG),
     }
 
 
-# Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, wherever they stand, with the
-# values that ask for nothing.
+# Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any level, with the values
+# that ask for nothing.
 UNSUPPORTED: dict[str, list[Any]] = {
     "n": [1], "best_of": [1], "logit_bias": [{}], "bad_words": [[]], "stop_token_ids": [[]], "min_tokens": [0],
     "presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1], "repeat_penalty": [1], "min_p": [0],
@@ -2069,37 +2065,35 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "json_schema": [], "grammar": [""], "tools": [[]], "tool_choice": ["none", "auto"], "tool_calls": [[]],
     "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]], "audio": [],
     "web_search_options": [], "chat_template": [], "chat_template_kwargs": [{}], "documents": [[]],
-    "add_generation_prompt": [True], "continue_final_message": [False],
-    "echo": [False], "suffix": [""],
+    "add_generation_prompt": [True], "continue_final_message": [False], "echo": [False], "suffix": [""],
 }  # fmt: skip
 
 
 class Dialect:
-    """How a kind of client asks and is answered: this one at POST /chat, in JSON or in lines of it."""
+    """The JSON of one kind of client. This class is POST /chat, which streams one JSON object a line."""
 
     fields: ClassVar[Table] = {
         "prompt": (None, NONEMPTY),
         "messages": (None, MESSAGES),
         "system": (None, TEXT),
-        "max_tokens": (None, integer(1, 2**31)),
+        "max_tokens": (None, integer("from 1", 1)),
         **sampling_fields(temperature=0.7, top_p=0.9),
     }
     content_type = "application/x-ndjson"  # of a stream
-    default_max_tokens: int | None = 128  # None: what the context leaves
+    default_max_tokens: int | None = 128  # None: the rest of the context
     example = '{"prompt": "Hello!"}'
 
     def __init__(self, server: ApiServer) -> None:
         self.server = server
 
     def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
-        """A field that is not in the table. This dialect is ours: raise ApiError, and suggest the nearest name."""
-        near = [known for known in table if known.startswith(name)]
-        near = near or difflib.get_close_matches(name, table, 1)
+        """Handle a field that is not in the table. /chat is our own API: refuse the field, and suggest the nearest."""
+        near = [known for known in table if known.startswith(name)] or difflib.get_close_matches(name, table, 1)
         hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(table)}"
         raise ApiError(400, f"unknown field {where}{printable(name)}: {hint}", f"{where}{printable(name)}")
 
     def check(self, body: Any, table: Table, where: str = "") -> dict[str, Any]:
-        """The fields of a JSON object; null is the same as absent. Raises ApiError."""
+        """Check a JSON object and fill in the defaults; null counts as absent. Raises ApiError."""
         if not isinstance(body, dict):
             raise ApiError(400, f"{where or 'the body'} must be a JSON object, not {shown(body)}", where or None)
         prefix = f"{where}." if where else ""
@@ -2117,7 +2111,7 @@ class Dialect:
         return fields
 
     def read(self, body: Any) -> Request:
-        """Check the body. Raises ApiError."""
+        """Make a Request of a body. Raises ApiError."""
         fields = self.check(body, self.fields)
         prompt = self.encode(fields)
         context = self.server.scheduler.max_seq_len
@@ -2126,32 +2120,33 @@ class Dialect:
         max_tokens = None if max_tokens == -1 else max_tokens
         if (max_tokens or 1) > room:
             param = "max_tokens" if room > 0 else "prompt" if fields.get("messages") is None else "messages"
-            asked = f" and max_tokens is {max_tokens}" if max_tokens else ""
-            holds = f"the context holds {context} of prompt and answer: shorten the prompt or lower max_tokens"
-            message = f"the prompt has {len(prompt)} tokens{asked}, and {holds}"
+            asked = f" and max_tokens is {shown(max_tokens)}" if max_tokens else ""
+            cure = "shorten the prompt or lower max_tokens"
+            message = f"the prompt has {len(prompt)} tokens{asked}, but the context holds {context} in all: {cure}"
             raise ApiError(400, message, param, "context_length_exceeded")
-        # Room is kept from the start: where the KV cache does not hold the whole context for all slots at once, as on a
-        # card, an answer without a limit gets its slot's share.
+        # A slot's cache is reserved for the whole answer before it starts. If the cache cannot hold the full context
+        # for all slots at once, as on a card, an answer without a limit gets its slot's share.
         default = self.default_max_tokens or max(self.server.scheduler.slot_share, 1024)
         seed = None if fields["seed"] == -1 else fields["seed"]
-        stop = [fields["stop"]] if isinstance(fields["stop"], str) else fields["stop"]
         return Request(
             prompt=prompt,
             max_tokens=max_tokens or min(default, room),
             sampling=SamplingParams(fields["temperature"], fields["top_p"], max(0, fields["top_k"]), seed),
             stop_tokens=frozenset() if fields.get("ignore_eos") else self.server.tokenizer.stop_tokens,
-            text=TextStream(self.server.tokenizer, stop),
+            text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
             fields=fields,
         )
 
     def encode(self, fields: dict[str, Any]) -> list[int]:
-        """The prompt's token ids."""
+        """The prompt's token ids. Raises ApiError."""
         messages, prompt = fields["messages"], fields["prompt"]
-        if (messages is None) == (prompt is None):
-            raise ApiError(400, f'give either "prompt", a string, or "messages", a list: {self.example}')
+        if messages is not None and prompt is not None:
+            raise ApiError(400, "send prompt or messages, not both")
+        if messages is None and prompt is None:
+            raise ApiError(400, f"send prompt, a string, or messages, a list: for example {self.example}")
         system = [] if fields["system"] is None else [("system", fields["system"])]
         chat = [("user", prompt)] if messages is None else self.conversation(messages)
-        fields["prompt"] = chat[-1][1]  # which the answer repeats
+        fields["prompt"] = chat[-1][1]  # the answer repeats it
         return self.server.tokenizer.encode_chat([*system, *chat])
 
     def conversation(self, messages: list[Any]) -> list[tuple[str, str]]:
@@ -2167,12 +2162,11 @@ class Dialect:
         return chat
 
     def whole(self, request: Request) -> dict[str, Any]:
-        """The body of a plain answer."""
-        prompt, answer = request.fields["prompt"], request.answer
-        return {"success": True, "prompt": prompt, "response": answer, **request.figures()}
+        """The body of an answer that is not streamed."""
+        return {"success": True, "prompt": request.fields["prompt"], "response": request.answer, **request.figures()}
 
     def begin(self, request: Request) -> bytes:
-        """What a stream starts with, before the first text."""
+        """The start of a stream, before the first text."""
         return b""
 
     def piece(self, request: Request, text: str) -> bytes:
@@ -2188,27 +2182,25 @@ class Dialect:
         return {"error": str(error)}
 
     def line(self, value: dict[str, Any]) -> bytes:
-        """`value` as an item of a stream."""
+        """One item of a stream."""
         return to_json(value)
 
 
 class ChatCompletions(Dialect):
     """POST /v1/chat/completions: OpenAI's JSON, or server-sent events.
 
-    Source: https://platform.openai.com/docs/api-reference/chat/create, and what its clients send and expect. Programs
-    choose these fields: what would change the answer and is not supported is refused, all else is ignored.
+    Client programs choose these fields. A field that would change the answer and is not supported is refused; every
+    other unknown field is ignored. Source: https://platform.openai.com/docs/api-reference/chat/create
     """
 
     common: ClassVar[Table] = {
         "model": (None, TEXT),
-        "max_tokens": (None, LIMIT),  # LM Studio's and llama.cpp's -1: no limit
+        "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
         **sampling_fields(temperature=1.0, top_p=1.0),
-        "stream_options": ({}, OBJECT),
-        "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: the answer goes on to max_tokens
+        "stream_options": ({}, ("an object", lambda v: isinstance(v, dict))),
+        "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
     }
-    fields: ClassVar[Table] = {
-        "messages": (..., MESSAGES), "max_completion_tokens": (None, LIMIT), **common
-    }  # fmt: skip
+    fields: ClassVar[Table] = {"messages": (..., MESSAGES), "max_completion_tokens": (None, LIMIT), **common}
     content_type = "text/event-stream"
     default_max_tokens: int | None = None
     example = '{"messages": [{"role": "user", "content": "Hello!"}]}'
@@ -2274,20 +2266,18 @@ class ChatCompletions(Dialect):
 
 
 class Completions(ChatCompletions):
-    """POST /v1/completions: plain text that the model continues, without a chat format."""
+    """POST /v1/completions: the model continues a plain text, without a chat format."""
 
     fields: ClassVar[Table] = {"prompt": (..., PROMPT), **ChatCompletions.common}
     default_max_tokens = 16  # OpenAI's
     example = Dialect.example
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl-"
+    begin = Dialect.begin
 
     def encode(self, fields: dict[str, Any]) -> list[int]:
         prompt = one_prompt(fields["prompt"]) or ""
         return prompt if isinstance(prompt, list) else self.server.tokenizer.encode_document(prompt)
-
-    def begin(self, request: Request) -> bytes:
-        return b""
 
     def _envelope(self, request: Request, kind: str, finish_reason: str | None, **content: Any) -> dict[str, Any]:
         text = "".join(part.get("content", "") for part in content.values())
@@ -2295,9 +2285,9 @@ class Completions(ChatCompletions):
 
 
 def check_model(name: str, served: str) -> None:
-    """Raise ApiError unless this is the name of the model that is served; OWNER/ may stand before it."""
+    """Raise ApiError unless `name` is the served model's, alone or as OWNER/NAME."""
     if served not in (name, name.rpartition("/")[2]):
-        message = f"there is no model {printable(name)} here: this server has {served}, which needs no name"
+        message = f"there is no model {printable(name)} here: leave the model out, or ask for {served}"
         raise ApiError(404, message, "model", "model_not_found")
 
 
@@ -2467,8 +2457,8 @@ poll()
 # HTTP
 # ======================================================================================================================
 
-MAX_BODY = 2 << 20  # bytes: the longest context several times over
-REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+MAX_BODY = 2 << 20  # bytes: several times the longest context
+CLIENT_LEFT = 499  # nginx's status for this; only the log and the metrics have it
 
 
 class ApiHandler(BaseHTTPRequestHandler):
@@ -2476,109 +2466,104 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     server: ApiServer
     protocol_version = default_request_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or each answer of a kept connection may wait 40 ms for an acknowledgement
-    wbufsize = -1  # an answer, and each piece of a stream, leaves in one write
+    disable_nagle_algorithm = True  # else an answer on a kept connection can wait 40 ms for an acknowledgement
+    wbufsize = -1  # buffered: an answer, or a piece of a stream, leaves in one write
 
     def setup(self) -> None:
         super().setup()
-        # Of each read and write; the sweep bounds a whole header or body, and comes first.
+        # The limit of each read and write. The sweep limits a whole header or body, and comes first.
         self.connection.settimeout(self.server.patience + 1)
-        self.deadline = math.inf  # until when the client must have sent what is waited for
-        self.late = False  # it has not
+        self.deadline = math.inf  # the sweep then ends the wait for the client's data
+        self.late = False  # it has done so
         self.waiting: Request | None = None  # the request that is being answered
-        self.server.connections[self.connection] = self
+        self.refused = len(self.server.handlers) >= self.server.max_connections
+        self.server.handlers.add(self)
 
     def handle_one_request(self) -> None:
-        """Wait for a request, read it and answer it."""
-        self.command = self.path = self.endpoint = self.outcome = ""
-        self.status, self.streaming, self.unread = 0, False, False
-        self.dialect = Dialect(self.server)
+        """Wait for a request, answer it and log it."""
+        self.command = self.path = self.endpoint = self.route = self.outcome = ""
+        self.headers, self.request_version, self.dialect = self.MessageClass(), "HTTP/1.1", Dialect(self.server)
+        self.status, self.unread = 0, self.refused
         self.deadline = time.monotonic() + self.server.patience
         try:
-            super().handle_one_request()
-        except OSError:  # its last flush, to a client that is gone
-            self.close_connection = True
-        if self.status:
-            route = self.route if self.route in ROUTES else "other"  # clients do not choose what is counted
-            self.server.responses[route, self.status] += 1
-        if self.status or self.outcome:
-            level = logging.DEBUG if self.command in ("GET", "HEAD") and self.status in (200, 503) else logging.INFO
-            target = f"{printable(self.command)} {printable(self.endpoint)}"
-            logger.log(level, "%s %s%s", target, self.status or "-", self.outcome)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("do_"):  # http.server calls do_METHOD: all methods take one path
-            return self.answer
-        raise AttributeError(name)
-
-    def answer(self) -> None:
-        """Answer one request."""
-        self.deadline = math.inf
-        try:
-            self.read_target()
-            self.check_site()
-            self.check_key()
-            body = self.read_body()
-            if self.route not in ROUTES:
-                known = ", ".join(f"{method} {path}" for path, (method, _) in ROUTES.items())
-                raise ApiError(404, f"there is no {printable(self.endpoint)} here: the endpoints are {known}")
-            method, respond = ROUTES[self.route]
-            allowed = "OPTIONS, GET, HEAD" if method == "GET" else f"OPTIONS, {method}"
-            if self.command == "OPTIONS":
-                cors = {"Methods": method, "Headers": "Content-Type, Authorization, *"}  # * is not Authorization
-                self.send(204, b"", Allow=allowed, **{f"Access-Control-Allow-{name}": cors[name] for name in cors})
-            elif self.command not in allowed.split(", "):
-                raise ApiError(405, f"{self.endpoint} takes {method}, not {self.command}", Allow=allowed)
-            else:
-                respond(self, body)
-        except ApiError as error:
-            self.send_api_error(error)
+            self.answer()
         except OSError:
             self.hang_up()
+        if self.status:
+            route = self.route if self.route in ROUTES else "other"  # or clients could add any number of counters
+            self.server.responses[route, self.status] += 1
+            level = logging.DEBUG if self.command in ("GET", "HEAD") and self.status in (200, 503) else logging.INFO
+            target = f"{printable(self.command)} {printable(self.endpoint)}"
+            logger.log(level, "%s %s%s", target, self.status, self.outcome)
+
+    def answer(self) -> None:
+        """Answer one request, or send an error. Raises OSError if the client has left."""
+        try:
+            if self.refused:
+                raise ApiError(503, "too many connections are open: try again in a moment")
+            if self.read_header():
+                self.check_site()
+                self.check_key()
+                self.respond(self.read_body())
+        except ApiError as error:
+            self.send_api_error(error)
+        except RecursionError:
+            self.send_api_error(ApiError(400, "the body is nested too deeply: send less"))
+        except OSError:
+            raise
         except Exception:
             logger.exception("an error in the server on %s", printable(self.path))
             self.send_api_error(ApiError(500, "the server failed on this request: its log says why"))
 
-    def read_target(self) -> None:
-        """Find the endpoint and its dialect. Raises ApiError for a header that a proxy may have read otherwise."""
-        lengths, encodings = (self.headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
-        folded = any("\n" in value for value in self.headers.values())
-        several = len(lengths) + len(encodings) > 1 or len(self.headers.get_all("Host", [])) > 1
-        malformed = bool(self.headers.defects) or folded or several
-        self.unread = malformed or lengths + encodings not in ([], ["0"])
+    def read_header(self) -> bool:
+        """Read the header and find the endpoint; False if there is none. Raises ApiError if it is malformed.
+
+        Also malformed is a header that a proxy in front could understand differently (request smuggling).
+        """
+        self.raw_requestline = self.rfile.readline(65537)
+        if len(self.raw_requestline) > 65536:
+            self.send_error(414)
+        if not self.raw_requestline or not self.parse_request():
+            self.close_connection = True
+            return False
+        self.deadline = math.inf
         with contextlib.suppress(ValueError):
             self.endpoint = urllib.parse.urlsplit(self.path).path.rstrip("/") or "/"
+        self.route = "/v1/models/NAME" if self.endpoint.startswith("/v1/models/") else self.endpoint
         if self.endpoint.startswith("/v1"):
             self.dialect = (Completions if self.endpoint == "/v1/completions" else ChatCompletions)(self.server)
-        if malformed or self.late or not self.endpoint:
-            raise ApiError(400, "the header must have a path, one NAME: VALUE in each line, and one length of the body")
-
-    @property
-    def route(self) -> str:
-        """The key of ROUTES, if there is one; else the path."""
-        return "/v1/models/NAME" if self.endpoint.startswith("/v1/models/") else self.endpoint
+        fields = [f"{name}: {value}".lower() for name, value in self.headers.items()]
+        framing = " ".join(field for field in fields if field.startswith(("content-length:", "transfer-encoding:")))
+        known = "|content-length: [0-9]{1,18}" + "|transfer-encoding: chunked" * (self.request_version != "HTTP/1.0")
+        folded, hosts = "\n" in "".join(fields), sum(field.startswith("host:") for field in fields)
+        malformed = self.headers.defects or folded or hosts > 1 or not re.fullmatch(known, framing) or not self.endpoint
+        self.unread = bool(malformed) or framing not in ("", "content-length: 0")
+        if malformed or self.late:
+            rules = "one NAME: VALUE in each line, one Host, and one Content-Length or Transfer-Encoding: chunked"
+            raise ApiError(400, f"the header is malformed: send a path, {rules}")
+        return True
 
     def check_site(self) -> None:
-        """Refuse pages of other sites: by Origin, and by Host where only this machine may ask (DNS rebinding)."""
+        """Refuse pages of other sites by their Origin and, if only this machine may ask, by Host (DNS rebinding)."""
         host, origin, server = self.headers.get("Host"), self.headers.get("Origin"), self.server
         if host and server.on_loopback and not server.api_key and kind_of_host(f"//{host}") != "loopback":
-            message = f"the Host {printable(host)} is not this machine's: ask localhost, or give the server a key"
-            raise ApiError(403, message)
+            name = printable(host)
+            raise ApiError(403, f"the Host {name} is not this machine: use localhost, or start the server with a key")
         if origin and not self.allowed(origin):
             name = printable(origin)
-            raise ApiError(403, f"pages of {name} may not use this server: --allow-origin {name} lets them")
+            raise ApiError(403, f"pages of {name} may not use this server: start it with --allow-origin {name}")
 
     def allowed(self, origin: str) -> bool:
-        """Whether pages of this origin may ask: this machine's, those of --allow-origin, and the server's own page.
+        """Whether pages of this origin may use the server: this machine's, the server's own, those of --allow-origin.
 
-        Another site's name may lead here by now: the own page is known by an address, or where a key is needed anyway.
+        The server's own page counts only under an IP address or with a key: another site can make its name lead here.
         """
         kind, named = kind_of_host(origin), self.server.allowed_origins
         own = origin.partition("://")[2] == self.headers.get("Host") and (self.server.api_key or kind == "address")
         return bool(own) or kind == "loopback" or origin in named or "*" in named
 
     def check_key(self) -> None:
-        """Require the API key: as a Bearer token or, from browsers, which ask their user, as a Basic password."""
+        """Require the API key, as a Bearer token or as a Basic password, for which a browser asks its user."""
         key = self.server.api_key
         if key is None or self.endpoint == "/health" or self.command == "OPTIONS":
             return
@@ -2593,42 +2578,47 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise ApiError(401, message, code="invalid_api_key", **challenge)
 
     def read_body(self) -> bytes:
-        """The whole body, whatever becomes of the request, so that the connection can go on."""
-        length, encoding = self.headers.get("Content-Length", "0"), self.headers.get("Transfer-Encoding")
-        if encoding is not None and (encoding.lower() != "chunked" or self.request_version == "HTTP/1.0"):
-            raise ApiError(400, f"Transfer-Encoding {printable(encoding)} is not read: send the body chunked or whole")
-        if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise ApiError(400, "Content-Length must be a number")
-        if int(length) > MAX_BODY:
-            raise ApiError(413, f"the body has {length} bytes, and at most {MAX_BODY} are read")
+        """Read the whole body, even of a request that is refused afterwards, so that the connection can go on."""
         self.wfile.flush()  # http.server's 100 Continue
         self.deadline = time.monotonic() + self.server.patience
-        body = self.read_chunks() if encoding else self.rfile.read(int(length))
-        self.deadline = math.inf
-        if len(body) < int(length):
-            raise ApiError(400, f"the body ends after {len(body)} of its {length} bytes")
-        self.unread = False
-        return body
+        length, body = int(self.headers.get("Content-Length", 0)), bytearray()
+        for size in self.chunk_sizes() if "Transfer-Encoding" in self.headers else [length]:
+            if len(body) + size > MAX_BODY:
+                raise ApiError(413, f"the body has more than {MAX_BODY} bytes: send less")
+            body += self.rfile.read(size)
+        if len(body) < length:
+            raise ApiError(400, f"the body ends after {len(body)} of {length} bytes: send all of it")
+        self.deadline, self.unread = math.inf, False
+        return bytes(body)
 
-    def read_chunks(self) -> bytes:
-        """A chunked body (RFC 9112, 7.1). Its trailer fields are read and not used."""
-        body, malformed = bytearray(), ApiError(400, "the body is not well chunked")
-        while True:
+    def chunk_sizes(self) -> Iterator[int]:
+        """Yield the size of each chunk, which the caller then reads (RFC 9112, 7.1). Ignores trailer fields."""
+        malformed, size = ApiError(400, "the chunked body is malformed: send it with a Content-Length"), -1
+        while size:
             head = re.fullmatch(rb"([0-9a-fA-F]{1,8})[ \t]*(;[^\r\n]*)?\r\n", self.rfile.readline(1024))
             if not head:
                 raise malformed
-            size = int(head[1], 16)
-            if len(body) + size > MAX_BODY:
-                raise ApiError(413, f"the body has more than the {MAX_BODY} bytes that are read")
-            if not size:
-                break
-            body += self.rfile.read(size)
-            if self.rfile.read(2) != b"\r\n":
-                raise malformed
-        while (line := self.rfile.readline(1024)) != b"\r\n":
-            if not line.endswith(b"\n"):
-                raise malformed
-        return bytes(body)
+            yield (size := int(head[1], 16))
+            while (line := self.rfile.readline(1024)) != b"\r\n":
+                if size or not line.endswith(b"\n"):  # only the last chunk has lines after it, the trailer
+                    raise malformed
+
+    def respond(self, body: bytes) -> None:
+        """Call the endpoint. Raises ApiError if there is none, or for a wrong method."""
+        if self.route not in ROUTES:
+            near = difflib.get_close_matches(self.endpoint, ROUTES, 1)
+            known = ", ".join(f"{method} {path}" for path, (method, _) in ROUTES.items())
+            hint = f"did you mean {near[0]}?" if near else f"the endpoints are {known}"
+            raise ApiError(404, f"there is no {printable(self.endpoint)} here: {hint}")
+        method, endpoint = ROUTES[self.route]
+        allowed = "OPTIONS, GET, HEAD" if method == "GET" else f"OPTIONS, {method}"
+        if self.command == "OPTIONS":
+            cors = {"Methods": method, "Headers": "Content-Type, Authorization, *"}  # * does not cover Authorization
+            self.send(204, b"", Allow=allowed, **{f"Access-Control-Allow-{name}": cors[name] for name in cors})
+        elif self.command not in allowed.split(", "):
+            raise ApiError(405, f"{self.endpoint} takes {method}, not {self.command}", Allow=allowed)
+        else:
+            endpoint(self, body)
 
     # The endpoints
 
@@ -2648,61 +2638,51 @@ class ApiHandler(BaseHTTPRequestHandler):
         if name:
             check_model(name, server.model)
         model = {"id": server.model, "object": "model", "created": server.created, "owned_by": "tt_api_server"}
-        model["max_model_len"] = server.scheduler.max_seq_len  # vLLM's name for it
+        model["max_model_len"] = server.scheduler.max_seq_len  # as vLLM calls it
         self.send(200, to_json(model if name else {"object": "list", "data": [model]}))
 
     def complete(self, body: bytes) -> None:
-        """The one path of a request for text, in any dialect, streamed or not."""
+        """Generate text, in any dialect, streamed or not."""
         self.server.scheduler.check_available()
-        try:
-            with self.server.turns:
-                request = self.dialect.read(self.read_json(body))
-        except RecursionError as error:
-            raise ApiError(400, "the body is nested too deeply") from error
+        with self.server.parsing:
+            request = self.dialect.read(self.read_json(body))
         self.server.scheduler.submit(request)
-        self.waiting = request  # from now on the sweep looks whether the client is still there
-        streams = request.fields["stream"]
+        self.waiting = request  # from now on the sweep checks that the client is still there
         try:
-            if streams:
+            if request.fields["stream"]:
                 self.send_piece(self.dialect.begin(request))
-            for piece in request.pieces():
-                if streams:
+                for piece in request.pieces():
                     self.send_piece(self.dialect.piece(request, piece))
-            if streams:
                 self.send_piece(self.dialect.end(request), last=True)
             else:
+                for _ in request.pieces():
+                    pass  # until request.answer is complete
                 self.send(200, to_json(self.dialect.whole(request)))
         finally:
             self.waiting = None
             if not request.outcome:
                 self.server.scheduler.cancel(request, request.finish_reason or "cancelled")
-            line = (
-                " prompt={prompt_tokens} generated={tokens_generated} first={time_to_first_token_seconds}s "
-                "{tokens_per_second} tokens/s"
+            figures = request.figures()
+            counts = f" prompt={len(request.prompt)} generated={request.count}"
+            self.outcome = "{} first={time_to_first_token_seconds}s {tokens_per_second} tokens/s".format(
+                counts, **figures
             )
-            self.outcome = line.format(**request.figures())
 
     def read_json(self, body: bytes) -> Any:
         """The body's content. Raises ApiError."""
-        media_type = self.headers.get("Content-Type", "nothing").partition(";")[0].strip()
-        if media_type.lower() != "application/json":
-            json_type = "send JSON, with -H 'Content-Type: application/json'"
-            raise ApiError(415, f"the body is {printable(media_type)}: {json_type}")
-        if self.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise ApiError(415, "the body has a Content-Encoding: send it without compression")
+        if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
+            cure = "send it plain, with the header that says so: -H 'Content-Type: application/json'"
+            raise ApiError(415, f"the body must be JSON, not another type and not compressed: {cure}")
         logger.debug("%s", printable(body.decode(errors="replace")))
         try:
             return json.loads(body)
         except ValueError as error:
-            reason = (
-                "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error) if body else "it is empty"
-            )
-            raise ApiError(400, f"the body is not JSON ({reason}): send {self.dialect.example}") from error
+            raise ApiError(400, f"the body is not JSON ({error}): send {self.dialect.example}") from error
 
     # Answers
 
     def send(self, status: int, body: bytes, content_type: str = "application/json", **headers: str) -> None:
-        """A whole answer."""
+        """Send a whole answer."""
         if status != 204:
             headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **headers}
         if status == 503:
@@ -2712,10 +2692,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def send_piece(self, data: bytes, last: bool = False) -> None:
-        """A piece of a stream; the head leaves with the first."""
+        """Send a piece of a stream; the header leaves with the first."""
         chunked = self.request_version != "HTTP/1.0"
-        if not self.streaming:
-            self.streaming, self.close_connection = True, self.close_connection or not chunked
+        if not self.status:
+            self.close_connection = self.close_connection or not chunked
             framing = {"Transfer-Encoding": "chunked"} if chunked else {}
             self.send_head(200, {"Content-Type": self.dialect.content_type, "Cache-Control": "no-cache", **framing})
         if chunked:
@@ -2723,59 +2703,54 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.wfile.write(data)
         self.wfile.flush()
 
-    def send_head(self, status: int, headers: Mapping[str, str]) -> None:
-        """The status line and the header."""
+    def send_head(self, status: int, headers: dict[str, str]) -> None:
+        """Write the status line and the header."""
         self.status = status
         self.send_response_only(status)
-        self.send_header("Date", self.date_time_string())
-        origin = self.headers.get("Origin") if hasattr(self, "headers") else None
+        # The rest of an unread body would be taken for the next request. http.server acts on this header.
+        connection = "close" if self.unread or self.close_connection else "keep-alive"
+        headers |= {"Date": self.date_time_string(), "Connection": connection}
+        origin = self.headers.get("Origin")
         if origin and self.allowed(origin):
-            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-        if self.unread or self.close_connection:  # the rest of an unread body would be taken for the next request
-            headers = {**headers, "Connection": "close"}  # http.server acts on it
-        elif self.request_version == "HTTP/1.0":
-            headers = {**headers, "Connection": "keep-alive"}
+            headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
 
     def send_api_error(self, error: ApiError) -> None:
-        """An error in the dialect's words; a stream that has begun ends with it."""
+        """Send an error in the dialect's form; in a stream that has begun, as its last item."""
         if self.late:
             error = ApiError(408, "the request did not come in time: send it again")
-        logger.debug("%s %s: %s", printable(self.command), printable(self.path), error)
         body = self.dialect.error(error)
-        try:
-            if self.streaming:
-                self.send_piece(self.dialect.line(body), last=True)
-            else:
-                self.send(error.status, to_json(body), **error.headers)
-        except OSError:
-            self.hang_up()
+        if self.status:
+            self.send_piece(self.dialect.line(body), last=True)
+        else:
+            self.send(error.status, to_json(body), **error.headers)
+        logger.debug("%s %s: %s", printable(self.command), printable(self.path), error)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """http.server's own errors, of the first line and the header."""
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> NoReturn:
+        """http.server calls this for a first line or a header that it cannot parse."""
         self.unread = True
-        self.send_api_error(ApiError(code, printable(message or HTTPStatus(code).phrase)))
+        too_long = "a line of the header has more than 65536 bytes, or the header has more than 100 fields: send less"
+        raise ApiError(code, too_long if code in (414, 431) else f"this is not HTTP/1.1 ({printable(message)})")
 
     def hang_up(self) -> None:
-        """The client is gone, or takes no more: do not wait for it to take what is still buffered."""
-        self.close_connection, self.outcome = True, f"{self.outcome} client gone"
+        """The client has left or does not read: end the connection without waiting until it takes the rest."""
+        self.close_connection = True
+        if self.command:  # not between two requests
+            self.status, self.outcome = CLIENT_LEFT, f"{self.outcome} the client has left"
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def finish(self) -> None:
-        """Close. Unread input would then reset the connection, and the client might lose the answer: drain it first."""
+        """Close the connection. Unread input would reset it, and the client could lose the answer: drain it first."""
+        self.deadline, self.late = time.monotonic() + 2, False
         with contextlib.suppress(OSError):
             super().finish()
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(0.2)
-            deadline = time.monotonic() + 2
-            while self.unread and self.connection.recv(65536) and time.monotonic() < deadline:
+            while self.unread and not self.late and self.connection.recv(65536):
                 pass
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """http.server's log; handle_one_request has its own."""
+        self.server.handlers.discard(self)
 
 
 ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
@@ -2793,43 +2768,41 @@ ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
 def metrics_text(server: ApiServer) -> str:
     """The metrics in Prometheus's format, under vLLM's names with tt_ for vllm:."""
     scheduler, statistics = server.scheduler, server.scheduler.statistics
-    sums = statistics.sums
+    sums, model = statistics.sums, f"model_name={json.dumps(printable(server.model))}"
     prompt_tokens = sums["request_prompt_tokens"]
-    model = f"model_name={json.dumps(printable(server.model))}"
+    outcomes = {f',finished_reason="{outcome}"': count for outcome, count in statistics.finished.items()}
+    responses = {f',path="{p}",status="{s}"': count for (p, s), count in dict(server.responses).items()}
+    families: dict[str, tuple[str, Mapping[str, float]]] = {  # a name to its help and its samples by label
+        "num_requests_running": ("Requests in a slot.", {"": scheduler.busy}),
+        "num_requests_waiting": ("Requests that wait for a slot.", {"": len(scheduler.queue)}),
+        "slots": ("Requests that can run together.", {"": len(scheduler.slots)}),
+        "http_connections": ("Open connections.", {"": len(server.handlers)}),
+        "kv_cache_usage_perc": ("Part of the KV cache that is reserved; 1 is all.", {"": scheduler.kv_cache_use}),
+        "requests_accepted_total": ("Requests that were queued.", {"": statistics.accepted}),
+        "prompt_tokens_total": ("Prompt tokens of requests that got a token.", {"": prompt_tokens}),
+        "prefix_cache_queries_total": ("The same, under vLLM's other name.", {"": prompt_tokens}),
+        "prefix_cache_hits_total": ("Those that the KV cache had already.", {"": statistics.cached_tokens}),
+        "generation_tokens_total": ("Tokens generated.", {"": sums["request_generation_tokens"]}),
+        "request_success_total": ("Requests that ended, by outcome.", outcomes),
+        "http_responses_total": ("Answers by path and status; 499: the client left.", responses),
+    }
     lines: list[str] = []
-
-    def add(name: str, kind: str, what: str, *samples: tuple[str, str, float]) -> None:  # suffix, labels, value
-        lines.extend([f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {kind}"])
-        for suffix, labels, value in samples:
-            lines.append(f"tt_{name}{suffix}{{{model}{labels}}} {value}")
-
-    for name, kind, what, value in (
-        ("num_requests_running", "gauge", "Requests in a slot.", scheduler.busy),
-        ("num_requests_waiting", "gauge", "Requests that wait for a slot.", len(scheduler.queue)),
-        ("slots", "gauge", "Requests that can run together.", len(scheduler.slots)),
-        ("http_connections", "gauge", "Open connections.", len(server.connections)),
-        ("kv_cache_usage_perc", "gauge", "Part of the KV cache that is reserved; 1 is all.", scheduler.kv_cache_use),
-        ("requests_accepted_total", "counter", "Requests that were queued.", statistics.accepted),
-        ("prompt_tokens_total", "counter", "Prompt tokens of requests that got a token.", prompt_tokens),
-        ("prefix_cache_queries_total", "counter", "The same, as vLLM has it.", prompt_tokens),
-        ("prefix_cache_hits_total", "counter", "Of those, tokens that a slot held already.", statistics.cached_tokens),
-        ("generation_tokens_total", "counter", "Tokens generated.", sums["request_generation_tokens"]),
-    ):
-        add(name, kind, what, ("", "", value))
-    outcomes = [("", f',finished_reason="{outcome}"', count) for outcome, count in statistics.finished.items()]
-    add("request_success_total", "counter", "Requests that ended, by outcome.", *outcomes)
-    responses = [("", f',path="{p}",status="{s}"', count) for (p, s), count in dict(server.responses).items()]
-    add("http_responses_total", "counter", "Answers, by path and status.", *responses)
+    for name, (what, samples) in families.items():
+        lines += [f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {'counter' if name.endswith('_total') else 'gauge'}"]
+        lines += [f"tt_{name}{{{model}{labels}}} {value}" for labels, value in samples.items()]
     for name, what in HISTOGRAMS.items():
-        counts = list(itertools.accumulate(statistics.counts[name]))
-        bounds = [*(f"{bound:g}" for bound in BOUNDS), "+Inf"]
-        buckets = [("_bucket", f',le="{bound}"', count) for bound, count in zip(bounds, counts)]
-        add(name, "histogram", what, *buckets, ("_sum", "", sums[name]), ("_count", "", counts[-1]))
+        counts, bounds = itertools.accumulate(statistics.counts[name]), [*(f"{bound:g}" for bound in BOUNDS), "+Inf"]
+        lines += [f"# HELP tt_{name} {what}", f"# TYPE tt_{name} histogram"]
+        lines += [f'tt_{name}_bucket{{{model},le="{bound}"}} {count}' for bound, count in zip(bounds, counts)]
+        lines += [
+            f"tt_{name}_sum{{{model}}} {sums[name]}",
+            f"tt_{name}_count{{{model}}} {sum(statistics.counts[name])}",
+        ]
     return "\n".join([*lines, ""])
 
 
 def kind_of_host(url: str) -> str:
-    """Whether a URL, or //host:port, has a "name", an "address", or "loopback", which only this machine has."""
+    """What the host of a URL, or of //host:port, is: "loopback" (this machine only), another "address", or a "name"."""
     with contextlib.suppress(ValueError):
         host = urllib.parse.urlsplit(url).hostname or ""
         if host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback:
@@ -2845,15 +2818,15 @@ def hung_up(connection: socket.socket) -> bool:
         poll.register(connection, select.POLLIN | getattr(select, "POLLRDHUP", 0))  # Linux sees it behind unread input
         events = sum(event for _, event in poll.poll(0))
         return events > select.POLLIN or (events > 0 and not connection.recv(1, socket.MSG_PEEK))
-    except (OSError, ValueError):  # closed at this end too
+    except (OSError, ValueError):  # this side has closed it
         return True
 
 
 class ApiServer(ThreadingHTTPServer):
-    """The listening socket, and what its handlers share."""
+    """The listening socket, and the state that its handlers share."""
 
     request_queue_size = 1024
-    allow_reuse_port = False  # http.server's default from Python 3.14 on would let two servers share a port unawares
+    allow_reuse_port = False  # from Python 3.14 on http.server sets it, and two servers could share a port unnoticed
 
     def __init__(self, host: str, port: int, patience: float = 60.0) -> None:
         """`patience`: seconds that a client may take for a header, for a body, for each write, and between requests."""
@@ -2870,9 +2843,8 @@ class ApiServer(ThreadingHTTPServer):
         self.cut_short = False  # a stop has cancelled requests
         self.created, self.started = int(time.time()), time.monotonic()
         self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
-        self.turns = threading.Semaphore(2)  # to read JSON and text: a crowd of requests must not hold /health up
-        self.connections: dict[Any, ApiHandler | None] = {}  # those that are open
-        self._refused: deque[tuple[float, socket.socket]] = deque()  # and when they are closed
+        self.parsing = threading.Semaphore(2)  # more threads that parse JSON and text at once would delay /health
+        self.handlers: set[ApiHandler] = set()  # one for each open connection
         self._next_sweep = 0.0
 
     def server_bind(self) -> None:
@@ -2880,51 +2852,31 @@ class ApiServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a new connection a thread; beyond the limit, refuse it at once."""
-        if len(self.connections) < self.max_connections:
-            self.connections[request] = None
-            super().process_request(request, client_address)
-            return
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            request.send(REFUSAL)
-            request.shutdown(socket.SHUT_WR)
-        # The sweep closes it: at once, this could reset it before the client has read.
-        self._refused.append((time.monotonic() + 0.5, request))
-
-    def shutdown_request(self, request: Any) -> None:
-        """A connection has ended."""
-        self.connections.pop(request, None)
-        super().shutdown_request(request)
-
     def service_actions(self) -> None:
-        """Sweep twice a second: end what is late, and answers whose client has left."""
+        """Sweep twice a second: end waits that are over their deadline, and answers whose client has left."""
         now = time.monotonic()
         if now < self._next_sweep:
             return
-        for connection, handler in list(self.connections.items()):
-            if handler and handler.deadline < now:
+        for handler in list(self.handlers):
+            if handler.deadline < now:
                 handler.late, handler.deadline = True, math.inf
                 with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RD)  # wakes the handler, which reads
-            if handler and (request := handler.waiting) and hung_up(connection):
-                self.scheduler.cancel(request)
+                    handler.connection.shutdown(socket.SHUT_RD)  # the handler's read returns
+            if (request := handler.waiting) and hung_up(handler.connection):
                 with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)  # the handler's next write fails
-        while self._refused and self._refused[0][0] < now:
-            super().shutdown_request(self._refused.popleft()[1])
+                    handler.connection.shutdown(socket.SHUT_RDWR)  # the handler's next write fails
+                self.scheduler.cancel(request)
         self._next_sweep = time.monotonic() + 0.5
 
     @property
     def under_way(self) -> int:
         """Requests whose answer is not delivered yet."""
-        return sum(bool(handler and handler.waiting) for handler in list(self.connections.values()))
+        return sum(handler.waiting is not None for handler in list(self.handlers))
 
     def health(self) -> dict[str, Any]:
-        """The body of GET /health; with the model's whole path if only this machine may ask."""
+        """The body of GET /health; it shows the model's full path only on a server for this machine alone."""
         scheduler, seconds = self.scheduler, round(time.monotonic() - self.started, 1)
-        state = scheduler.state  # looked at once: it may be another a moment later
+        state = scheduler.state  # asked once: it can change at any time
         report: dict[str, Any] = {
             "status": state,
             "model_loaded": state == "healthy",
@@ -2942,11 +2894,6 @@ class ApiServer(ThreadingHTTPServer):
         if state == "unhealthy":
             report["error"] = scheduler.error
         return report
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A broken connection is no news; anything else is."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            logger.exception("an error in the server on a connection")
 
 
 # ======================================================================================================================
