@@ -2098,7 +2098,8 @@ def refused_bodies() -> Iterator[tuple[Any, str]]:
         ("stream", "stream must be true or false", [1, "true", []]),
         ("stop", "stop must be .*up to four", [5, "", [""], list("abcde"), [1], {}]),
         ("prompt", "prompt must be a string that is not empty", [5, ["Hi"], True, ""]),
-        ("messages", 'either "prompt".*"messages"', [QUESTION]),
+        ("messages", "^send prompt or messages, not both$", [QUESTION]),
+        ("top_k", "size of the vocabulary", [128257]),
         ("temp", "temp.*did you mean temperature", [1]),
         ("qqq", "qqq.*max_tokens.*temperature", [1]),
         ("\ud800", r"unknown field \?:", [1]),  # half a character, as JSON can spell it
@@ -2121,9 +2122,9 @@ def refused_bodies() -> Iterator[tuple[Any, str]]:
         ([{**good, "content": [{**part, "txet": "Hi"}]}], r"messages\[0\]\.content.*txet.*did you mean text"),
     ):
         yield {"messages": messages}, expected
-    yield {}, 'either "prompt".*"messages"'
+    yield {}, 'send prompt.* or messages.*{"prompt": "Hello!"}'
     yield from {b"{": "Expecting", b'"Hi"': 'object, not "Hi"', b"[]": "object", b"null": "not null"}.items()
-    yield from {b"": "it is empty.*send {", b"\xe9": "not UTF-8", b"[" * 100_000: "nested too deeply"}.items()
+    yield from {b"": "Expecting.*send {", b"\xe9": "utf-8", b"[" * 100_000: "recursion depth"}.items()
     yield from {b'{"prompt": "a\nb"}': "control", b"9" * 5000: "digits", b" ": "Expecting"}.items()
 
 
@@ -2220,7 +2221,13 @@ class HttpErrorTest(unittest.TestCase):
         self.port = shared_server("random").port
 
     def test_routes(self) -> None:
-        check_error(ask(self.port, "/chats"), 404, "GET /, GET /health, GET /metrics, POST /chat")
+        check_error(ask(self.port, "/nowhere"), 404, "GET /, GET /health, GET /metrics, POST /chat")
+        for path, near in (
+            ("/chats", "/chat"),
+            ("/chat/completions", "/v1/chat/completions"),
+            ("/models", "/v1/models"),
+        ):
+            check_error(ask(self.port, path), 404, rf"did you mean {near}\?$")
         for case in ("GET /chat", "BREW /chat", "get /health", "POST /", "PUT /v1/models"):
             method, path = case.split()
             allowed = "OPTIONS, POST" if path == "/chat" else "OPTIONS, GET, HEAD"
@@ -2273,10 +2280,12 @@ class HttpErrorTest(unittest.TestCase):
         for media_type in ("text/plain", "application/x-www-form-urlencoded", "application/json-seq", ""):
             check_error(ask(self.port, "/chat", self.SMALL, "", {"Content-Type": media_type}), 415, "application/json")
         check_error(ask(self.port, "/chat", method="POST"), 415, "application/json")
-        for name, value in (("Content-Type", "Application/JSON; charset=utf-8"), ("Content-Encoding", "identity")):
-            self.assertEqual(ask(self.port, "/chat", self.SMALL, "", {name: value}).status, 200)
+        content_type = {"Content-Type": "Application/JSON; charset=utf-8"}
+        self.assertEqual(ask(self.port, "/chat", self.SMALL, "", content_type).status, 200)
         check_error(ask(self.port, "/chat", gzip.compress(self.SMALL), "", {"Content-Encoding": "gzip"}), 415, "compr")
-        check_error(first_answer(self.port, head("Content-Length: 99999999999")), 413, f"9 bytes.* {server.MAX_BODY}")
+        check_error(
+            first_answer(self.port, head("Content-Length: 99999999999")), 413, f"more than {server.MAX_BODY} bytes"
+        )
         # Sent whole, and read by nobody: the answer must arrive nevertheless.
         check_error(first_answer(self.port, post({"prompt": "x" * (9 << 20)})), 413, "bytes")
 
@@ -2331,7 +2340,9 @@ class HttpErrorTest(unittest.TestCase):
     def test_headers(self) -> None:
         fields = [f"X{i}: 1" for i in range(200)]
         for lines in (["X: " + "x" * 70_000], fields, fields[:1] * 200):
-            check_error(first_answer(self.port, head(*lines, start="GET /health HTTP/1.1")), 431)
+            check_error(
+                first_answer(self.port, head(*lines, start="GET /health HTTP/1.1")), 431, "65536.*100.*send less"
+            )
         get, https = "GET /health HTTP/1.1", "\x16\x03\x01\x02"
         hosts = f"{get}\r\nHost: localhost\r\nHost: evil.example"
         bad = ("what is this", https, "GET http://[::1/ HTTP/1.1", hosts)
@@ -2488,7 +2499,7 @@ class OpenAITest(unittest.TestCase):
             if options:
                 last = chunks.pop()
                 self.assertEqual((last["choices"], last["usage"]["completion_tokens"]), ([], 6))
-            self.assertEqual({chunk.get("usage", "none") for chunk in chunks}, {None if options else "none"})
+            self.assertNotIn("usage", {name for chunk in chunks for name in chunk})
             choices = [chunk["choices"][0] for chunk in chunks]
             deltas, reasons = ([choice[name] for choice in choices] for name in ("delta", "finish_reason"))
             self.assertEqual((deltas[0], deltas[-1]), ({"role": "assistant", "content": ""}, {}))
@@ -2658,14 +2669,13 @@ class AccessTest(unittest.TestCase):
 
     def check_origins(self, port: int, origins: Sequence[str], allowed: bool) -> str:
         """Ask as pages of these sites, and as their browser before that; returns all that was said."""
-        text, permitted = "", ["POST", "Content-Type, Authorization, *"] if allowed else [None, None]
+        text, permitted = "", "Content-Type, Authorization, *" if allowed else None
         for origin in origins:
             reply = ask(port, "/chat", ASKED, headers={"Origin": origin})
             preflight = ask(port, "/chat", method="OPTIONS", headers={"Origin": origin})
             found = [(r.status, r.headers["Access-Control-Allow-Origin"]) for r in (reply, preflight)]
             self.assertEqual(found, [(200, origin), (204, origin)] if allowed else [(403, None)] * 2, reply)
-            names = ("Access-Control-Allow-Methods", "Access-Control-Allow-Headers")
-            self.assertEqual([preflight.headers[name] for name in names], permitted)
+            self.assertEqual(preflight.headers["Access-Control-Allow-Headers"], permitted)
             text += reply.body.decode()
         return text
 
@@ -2921,7 +2931,7 @@ class TextAttackTest(unittest.TestCase):
                 reply = pool.submit(ask, port, "/chat", data)
                 while not reply.done():
                     answers += ask(port, "/health").status == 200
-                check_error(reply.result(), 400, r"^the prompt has \d{5,} tokens.*, and the context holds")
+                check_error(reply.result(), 400, r"^the prompt has \d{5,} tokens.*, but the context holds")
                 self.assertGreater(answers, 2)
 
     def test_special_tokens_in_every_field(self) -> None:
@@ -3253,12 +3263,10 @@ class PageTest(unittest.TestCase):
 
         with serving(engine, load=load) as api:
             page.open(api.server_port, "loading", question="Too early")
-            page.wait_for("#state", r"Getting ready: reading the stars, \d+ s$")
-            self.assertEqual((page.find("#bar").is_displayed(), page.script("return $('#bar').value")), (True, 0.5))
+            page.wait_for("#state", r"Getting ready: reading the stars, 50 %, \d+ s$")
             self.assertEqual((page.typed, page.texts("article")), ("Too early", []))
             loaded.set()
             page.wait_for("#status", "healthy · fake")
-            self.assertFalse(page.find("#bar").is_displayed())
             page.press(ENTER)
             early = page.wait_for(".assistant", ".")
             self.assertTrue(page.busy and text.startswith(early) and len(early) < len(text), early)

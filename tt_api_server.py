@@ -2002,14 +2002,9 @@ Table = Mapping[str, tuple[Any, Check]]  # a field's name to its default, or ...
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-def number(low: float, high: float) -> Check:
-    """A number from low to high."""
-    return f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high
-
-
-def integer(which: str, low: int, high: float = math.inf) -> Check:
-    """A whole number from low to high; `which` says so in words."""
-    return f"a whole number {which}", lambda v: type(v) is int and low <= v <= high
+def between(low: float, high: float, must: str, kinds: tuple[type, ...] = (int,)) -> Check:
+    """A number of one of these types from low to high; `must` says so in words."""
+    return must, lambda v: type(v) in kinds and low <= v <= high
 
 
 def as_list(value: Any) -> list[Any]:
@@ -2045,10 +2040,10 @@ PART: Table = {"type": (..., ('"text"', lambda v: v == "text")), "text": (..., T
 def sampling_fields(temperature: float, top_p: float) -> Table:
     """The fields that every dialect has, with the dialect's defaults."""
     return {
-        "temperature": (temperature, number(0, 2)),
-        "top_p": (top_p, number(0, 1)),
-        "top_k": (0, integer(f"from -1 to {VOCAB_SIZE}, the size of the vocabulary", -1, VOCAB_SIZE)),  # vLLM: -1 is 0
-        "seed": (None, integer("that fits in 64 bits", -(2**63), 2**64 - 1)),  # vLLM, llama.cpp: -1 is none
+        "temperature": (temperature, between(0, 2, "a number from 0 to 2", (int, float))),
+        "top_p": (top_p, between(0, 1, "a number from 0 to 1", (int, float))),
+        "top_k": (0, between(-1, VOCAB_SIZE, f"a whole number from -1 to {VOCAB_SIZE}, the size of the vocabulary")),
+        "seed": (None, between(-(2**63), 2**64 - 1, "a whole number that fits in 64 bits")),
         "stop": ([], STOP),
         "stream": (False, FLAG),
     }
@@ -2076,7 +2071,7 @@ class Dialect:
         "prompt": (None, NONEMPTY),
         "messages": (None, MESSAGES),
         "system": (None, TEXT),
-        "max_tokens": (None, integer("from 1", 1)),
+        "max_tokens": (None, between(1, math.inf, "a whole number from 1")),
         **sampling_fields(temperature=0.7, top_p=0.9),
     }
     content_type = "application/x-ndjson"  # of a stream
@@ -2088,9 +2083,10 @@ class Dialect:
 
     def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
         """Handle a field that is not in the table. /chat is our own API: refuse the field, and suggest the nearest."""
+        path = f"{where}{printable(name)}"
         near = [known for known in table if known.startswith(name)] or difflib.get_close_matches(name, table, 1)
         hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(table)}"
-        raise ApiError(400, f"unknown field {where}{printable(name)}: {hint}", f"{where}{printable(name)}")
+        raise ApiError(400, f"unknown field {path}: {hint}", path)
 
     def check(self, body: Any, table: Table, where: str = "") -> dict[str, Any]:
         """Check a JSON object and fill in the defaults; null counts as absent. Raises ApiError."""
@@ -2116,21 +2112,21 @@ class Dialect:
         prompt = self.encode(fields)
         context = self.server.scheduler.max_seq_len
         room = context - len(prompt)
-        max_tokens = fields.get("max_completion_tokens") or fields["max_tokens"]
-        max_tokens = None if max_tokens == -1 else max_tokens
-        if (max_tokens or 1) > room:
+        limit = max(fields.get("max_completion_tokens") or fields["max_tokens"] or 0, 0)  # 0: none
+        if max(limit, 1) > room:
             param = "max_tokens" if room > 0 else "prompt" if fields.get("messages") is None else "messages"
-            asked = f" and max_tokens is {shown(max_tokens)}" if max_tokens else ""
+            asked = f" and max_tokens is {shown(limit)}" if limit else ""
             cure = "shorten the prompt or lower max_tokens"
             message = f"the prompt has {len(prompt)} tokens{asked}, but the context holds {context} in all: {cure}"
             raise ApiError(400, message, param, "context_length_exceeded")
         # A slot's cache is reserved for the whole answer before it starts. If the cache cannot hold the full context
         # for all slots at once, as on a card, an answer without a limit gets its slot's share.
         default = self.default_max_tokens or max(self.server.scheduler.slot_share, 1024)
+        # As in vLLM and llama.cpp, -1 stands for no seed and for no top_k.
         seed = None if fields["seed"] == -1 else fields["seed"]
         return Request(
             prompt=prompt,
-            max_tokens=max_tokens or min(default, room),
+            max_tokens=limit or min(default, room),
             sampling=SamplingParams(fields["temperature"], fields["top_p"], max(0, fields["top_k"]), seed),
             stop_tokens=frozenset() if fields.get("ignore_eos") else self.server.tokenizer.stop_tokens,
             text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
@@ -2208,8 +2204,8 @@ class ChatCompletions(Dialect):
 
     def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
         if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
-            message = f"{where}{name} is not supported here: leave it out"
-            raise ApiError(400, message, f"{where}{name}", "unsupported_parameter")
+            path = f"{where}{name}"
+            raise ApiError(400, f"{path} is not supported here: leave it out", path, "unsupported_parameter")
 
     def read(self, body: Any) -> Request:
         request = super().read(body)
@@ -2251,13 +2247,11 @@ class ChatCompletions(Dialect):
             "object": kind,
             "created": request.fields["created"],
             "model": self.server.model,
-            "system_fingerprint": f"fp_{__version__}_{self.server.scheduler.device}",
             "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}],
         }
 
     def _chunk(self, request: Request, finish_reason: str | None, **delta: str) -> bytes:
-        usage = {"usage": None} if request.fields["include_usage"] else {}
-        return self.line({**self._envelope(request, self.chunk_kind, finish_reason, delta=delta), **usage})
+        return self.line(self._envelope(request, self.chunk_kind, finish_reason, delta=delta))
 
     def _usage(self, request: Request) -> dict[str, Any]:
         prompt, count = len(request.prompt), request.count
@@ -2300,7 +2294,7 @@ def to_json(value: dict[str, Any]) -> bytes:
 # Page
 # ======================================================================================================================
 
-# The chat page. What people and models write goes into it as text nodes only, never as markup.
+# The chat page. It inserts what people and models write as text nodes only, never as markup.
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -2313,22 +2307,17 @@ PAGE = r"""<!doctype html>
 body { display: flex; flex-direction: column; max-width: 46rem; min-height: 100dvh; margin: auto; padding: 0 1rem; }
 button, input, textarea { padding: .5rem .75rem; border: 1px solid GrayText; border-radius: .6rem; background: Canvas; }
 small, label, ::placeholder { color: var(--soft); font-size: .875rem; font-weight: 400; }
-
 header, footer { position: sticky; inset: 0; display: flex; flex-wrap: wrap; align-items: end; gap: .5rem;
   padding: 1rem 0; background: Canvas; }
 header div { flex: 1; line-height: 1.3; font-weight: 600; }
-#settings { margin: 5.5rem max(1rem, 50% - 22rem) 0 auto; padding: 1rem; border: 1px solid GrayText;
-  border-radius: 1rem; box-shadow: 0 .5rem 2rem #0004; }
+#settings { margin: 5.5rem max(1rem, 50% - 22rem) 0 auto; padding: 1rem; border-radius: 1rem; }
 label > * { display: block; width: 18rem; margin: .25rem 0 .75rem; color: CanvasText; font-size: 1rem; }
-
 main { flex: 1; padding: 1rem 0; }
-main:empty { flex: .4; }  /* before the first question the input is in the middle */
 article { display: grid; gap: .75rem; margin-bottom: 2.5rem; white-space: pre-wrap; }
 .user { justify-self: end; padding: .6rem 1rem; border-radius: 1.2rem; background: var(--tint); }
-[aria-busy=true] :last-child > .assistant::after { content: "▍"; color: var(--accent); }  /* there is more to come */
+[aria-busy=true] :last-child > .assistant::after { content: "▍"; color: var(--accent); }
 .failed small, .gone, .stopping, .unhealthy { color: var(--alert); }
-
-progress, footer small { width: 100%; accent-color: var(--accent); }
+#state { width: 100%; }
 #input { flex: 1; min-width: 0; max-height: 40vh; resize: none; field-sizing: content; }
 #send:enabled { border-color: var(--accent); background: var(--accent); color: Canvas; }
 </style>
@@ -2345,7 +2334,6 @@ progress, footer small { width: 100%; accent-color: var(--accent); }
 <main aria-live="polite"></main>
 <template><article><h2 class="user"></h2><div class="assistant"></div><small></small></article></template>
 <footer>
-  <progress id="bar" aria-label="Loading" hidden></progress>
   <textarea id="input" rows="2" placeholder="What would you like to know?" aria-label="Message" autofocus></textarea>
   <button id="send" disabled>Send</button>
   <small id="state"></small>
@@ -2353,23 +2341,22 @@ progress, footer small { width: 100%; accent-color: var(--accent); }
 <script>
 const $ = (selector) => document.querySelector(selector)
 const input = $("#input")
-let health = {}  // what GET /health answered last
+let health = {}  // the last answer of GET /health
 let request = null  // the AbortController of the answer under way
-let atEnd = true  // whether the reader looks at the end of the conversation, which stays in view then
+let atEnd = true  // the reader is at the end of the conversation: keep the end in view
 
-function render() {  // shows the health and what the button does; the conversation is up to ask()
+function render() {
   const {status, model, device, error, progress = {}} = health
   const summary = [status, device].filter(Boolean).join(" · ")
-  if ($("#status").textContent !== summary) $("#status").textContent = summary  // each change is read out
+  const percent = progress.done ? ` ${Math.round(100 * progress.done)} %,` : ""
+  if ($("#status").textContent !== summary) $("#status").textContent = summary  // screen readers read out each change
   $("#model").textContent = document.title = model || "Chat"
-  $("#bar").hidden = status !== "loading"
-  $("#bar").value = progress.done || 0
   $("#state").className = status
   $("#state").textContent = {
     healthy: "Enter sends · Shift+Enter new line · Esc stops",
-    loading: `Getting ready: ${progress.doing}, ${Math.round(progress.seconds)} s`,
+    loading: `Getting ready: ${progress.doing},${percent} ${Math.round(progress.seconds)} s`,
     stopping: "The server is stopping: it completes the answers under way and takes no new questions",
-    gone: "The server cannot be reached: this page looks for it every second",
+    gone: "The server cannot be reached: this page tries again every second",
   }[status] || `The server cannot answer: ${error}`
   $("#send").textContent = request ? "Stop" : "Send"
   $("#send").disabled = !request && status !== "healthy"
@@ -2394,27 +2381,27 @@ async function ask() {
   atEnd = true
   request = new AbortController()
   render()
-  const last = await receive(assistant).catch(() => ({}))  // stopped, or the connection broke
+  const last = await receive(assistant).catch(() => ({}))  // the reader stopped it, or the connection broke
   if (last.done) {
     note.textContent = `${last.tokens_per_second} tokens/s · first token after ${last.time_to_first_token_seconds} s`
     if (last.finish_reason === "length") note.prepend(`Cut off at the limit of ${last.tokens_generated} tokens · `)
   } else if (request.signal.aborted) {
     note.textContent = "Stopped"
-  } else {  // the question goes back to where it was written
+  } else {
     turn.className = "failed"
     note.textContent = "Failed: " + (last.error || "the connection to the server broke")
-    input.value = [question, input.value].filter(Boolean).join("\n")
+    input.value = [question, input.value].filter(Boolean).join("\n")  // to send it again
   }
   request = null
   render()
 }
 
-async function receive(assistant) {  // shows the answer as it comes; returns the last line: the figures, or an error
+async function receive(assistant) {  // shows the answer as it arrives; returns the last line: the figures, or an error
   const shown = document.querySelectorAll("article:not(.failed) > :is(h2, div)")  // the last is the answer to come
   const messages = [...shown].slice(0, -1).map(({className, textContent}) => ({role: className, content: textContent}))
   const response = await fetch("/chat", {
     method: "POST", headers: {"Content-Type": "application/json"}, signal: request.signal,
-    body: JSON.stringify({  // an empty number is NaN, which JSON spells null: the server's default
+    body: JSON.stringify({  // an empty number is NaN, in JSON null: the server's default
       messages, stream: true, system: $("#system").value || null,
       temperature: $("#temperature").valueAsNumber, max_tokens: $("#max-tokens").valueAsNumber,
     }),
@@ -2433,7 +2420,7 @@ async function receive(assistant) {  // shows the answer as it comes; returns th
 }
 
 document.onkeydown = (event) => {
-  if (event.isComposing || event.keyCode === 229) return  // an input method's; Safari has the code alone
+  if (event.isComposing || event.keyCode === 229) return  // belongs to an input method; Safari sets only keyCode
   if (event.key === "Escape") request?.abort()
   if (event.key !== "Enter" || event.shiftKey || event.target !== input) return
   event.preventDefault()
@@ -2458,7 +2445,6 @@ poll()
 # ======================================================================================================================
 
 MAX_BODY = 2 << 20  # bytes: several times the longest context
-CLIENT_LEFT = 499  # nginx's status for this; only the log and the metrics have it
 
 
 class ApiHandler(BaseHTTPRequestHandler):
@@ -2471,10 +2457,9 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        # The limit of each read and write. The sweep limits a whole header or body, and comes first.
-        self.connection.settimeout(self.server.patience + 1)
-        self.deadline = math.inf  # the sweep then ends the wait for the client's data
-        self.late = False  # it has done so
+        self.connection.settimeout(self.server.patience + 1)  # of each read and write; a deadline comes first
+        self.deadline = math.inf  # of a whole header or body; then the sweep ends the wait for it
+        self.late = False  # the sweep has done so
         self.waiting: Request | None = None  # the request that is being answered
         self.refused = len(self.server.handlers) >= self.server.max_connections
         self.server.handlers.add(self)
@@ -2493,8 +2478,9 @@ class ApiHandler(BaseHTTPRequestHandler):
             route = self.route if self.route in ROUTES else "other"  # or clients could add any number of counters
             self.server.responses[route, self.status] += 1
             level = logging.DEBUG if self.command in ("GET", "HEAD") and self.status in (200, 503) else logging.INFO
-            target = f"{printable(self.command)} {printable(self.endpoint)}"
-            logger.log(level, "%s %s%s", target, self.status, self.outcome)
+            logger.log(
+                level, "%s %s %s%s", printable(self.command), printable(self.endpoint), self.status, self.outcome
+            )
 
     def answer(self) -> None:
         """Answer one request, or send an error. Raises OSError if the client has left."""
@@ -2507,8 +2493,6 @@ class ApiHandler(BaseHTTPRequestHandler):
                 self.respond(self.read_body())
         except ApiError as error:
             self.send_api_error(error)
-        except RecursionError:
-            self.send_api_error(ApiError(400, "the body is nested too deeply: send less"))
         except OSError:
             raise
         except Exception:
@@ -2516,10 +2500,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             self.send_api_error(ApiError(500, "the server failed on this request: its log says why"))
 
     def read_header(self) -> bool:
-        """Read the header and find the endpoint; False if there is none. Raises ApiError if it is malformed.
-
-        Also malformed is a header that a proxy in front could understand differently (request smuggling).
-        """
+        """Read the header and find the endpoint; False if the client sends no more. Raises ApiError."""
         self.raw_requestline = self.rfile.readline(65537)
         if len(self.raw_requestline) > 65536:
             self.send_error(414)
@@ -2532,6 +2513,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.route = "/v1/models/NAME" if self.endpoint.startswith("/v1/models/") else self.endpoint
         if self.endpoint.startswith("/v1"):
             self.dialect = (Completions if self.endpoint == "/v1/completions" else ChatCompletions)(self.server)
+        # Refuse a header that a proxy in front could understand differently (request smuggling).
         fields = [f"{name}: {value}".lower() for name, value in self.headers.items()]
         framing = " ".join(field for field in fields if field.startswith(("content-length:", "transfer-encoding:")))
         known = "|content-length: [0-9]{1,18}" + "|transfer-encoding: chunked" * (self.request_version != "HTTP/1.0")
@@ -2547,18 +2529,16 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Refuse pages of other sites by their Origin and, if only this machine may ask, by Host (DNS rebinding)."""
         host, origin, server = self.headers.get("Host"), self.headers.get("Origin"), self.server
         if host and server.on_loopback and not server.api_key and kind_of_host(f"//{host}") != "loopback":
-            name = printable(host)
-            raise ApiError(403, f"the Host {name} is not this machine: use localhost, or start the server with a key")
+            message = f"the Host {printable(host)} is not this machine: use localhost, or set an API key"
+            raise ApiError(403, message)
         if origin and not self.allowed(origin):
             name = printable(origin)
-            raise ApiError(403, f"pages of {name} may not use this server: start it with --allow-origin {name}")
+            raise ApiError(403, f"pages of {name} may not use this server: --allow-origin {name} lets them")
 
     def allowed(self, origin: str) -> bool:
-        """Whether pages of this origin may use the server: this machine's, the server's own, those of --allow-origin.
-
-        The server's own page counts only under an IP address or with a key: another site can make its name lead here.
-        """
+        """Whether pages of this origin may use the server: this machine's, its own, and those of --allow-origin."""
         kind, named = kind_of_host(origin), self.server.allowed_origins
+        # Another site can make its name lead here, so the server's own page needs an IP address in the URL, or the key.
         own = origin.partition("://")[2] == self.headers.get("Host") and (self.server.api_key or kind == "address")
         return bool(own) or kind == "loopback" or origin in named or "*" in named
 
@@ -2613,8 +2593,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         method, endpoint = ROUTES[self.route]
         allowed = "OPTIONS, GET, HEAD" if method == "GET" else f"OPTIONS, {method}"
         if self.command == "OPTIONS":
-            cors = {"Methods": method, "Headers": "Content-Type, Authorization, *"}  # * does not cover Authorization
-            self.send(204, b"", Allow=allowed, **{f"Access-Control-Allow-{name}": cors[name] for name in cors})
+            # The wildcard does not cover Authorization.
+            self.send(204, b"", **{"Allow": allowed, "Access-Control-Allow-Headers": "Content-Type, Authorization, *"})
         elif self.command not in allowed.split(", "):
             raise ApiError(405, f"{self.endpoint} takes {method}, not {self.command}", Allow=allowed)
         else:
@@ -2626,11 +2606,60 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.send(200, PAGE.encode(), "text/html; charset=utf-8")
 
     def health(self, body: bytes) -> None:
-        report = self.server.health()
-        self.send(200 if report["status"] == "healthy" else 503, to_json(report))
+        server, scheduler, state = self.server, self.server.scheduler, self.server.scheduler.state
+        folder = server.folder if server.on_loopback and not server.api_key else Path(server.folder).name
+        report: dict[str, Any] = {
+            "status": state,
+            "model_loaded": state == "healthy",
+            "model": server.model,
+            "device": scheduler.device,
+            "llama_dir": folder,
+            "note": server.note,
+            "uptime_seconds": round(time.monotonic() - server.started, 1),
+            "slots": {"total": len(scheduler.slots), "busy": scheduler.busy},
+            "queued": len(scheduler.queue),
+        }
+        if state == "loading":
+            doing, done = scheduler.doing
+            done = done and round(done, 2)
+            report["progress"] = {"doing": doing, "done": done, "seconds": report["uptime_seconds"]}
+        if state == "unhealthy":
+            report["error"] = scheduler.error
+        self.send(200 if state == "healthy" else 503, to_json(report))
 
     def metrics(self, body: bytes) -> None:
-        self.send(200, metrics_text(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
+        """Metrics in Prometheus's format, under vLLM's names with tt_ for vllm:."""
+        server, scheduler, statistics = self.server, self.server.scheduler, self.server.scheduler.statistics
+        sums, model = statistics.sums, f"model_name={json.dumps(printable(server.model))}"
+        outcomes = {f',finished_reason="{outcome}"': count for outcome, count in statistics.finished.items()}
+        responses = {f',path="{p}",status="{s}"': count for (p, s), count in dict(server.responses).items()}
+        families: dict[str, tuple[str, Mapping[str, float]]] = {  # a name to its help and its samples by label
+            "num_requests_running": ("Requests in a slot.", {"": scheduler.busy}),
+            "num_requests_waiting": ("Requests that wait for a slot.", {"": len(scheduler.queue)}),
+            "slots": ("Requests that can run together.", {"": len(scheduler.slots)}),
+            "http_connections": ("Open connections.", {"": len(server.handlers)}),
+            "kv_cache_usage_perc": ("Part of the KV cache that is reserved; 1 is all.", {"": scheduler.kv_cache_use}),
+            "requests_accepted_total": ("Requests that were queued.", {"": statistics.accepted}),
+            "prompt_tokens_total": ("Prompt tokens of requests that got a token.", {"": sums["request_prompt_tokens"]}),
+            "prefix_cache_queries_total": ("The same, under vLLM's other name.", {"": sums["request_prompt_tokens"]}),
+            "prefix_cache_hits_total": ("Those that the KV cache had already.", {"": statistics.cached_tokens}),
+            "generation_tokens_total": ("Tokens generated.", {"": sums["request_generation_tokens"]}),
+            "request_success_total": ("Requests that ended, by outcome.", outcomes),
+            "http_responses_total": ("Answers by path and status; 499: the client left.", responses),
+        }
+        lines: list[str] = []
+        for name, (what, samples) in families.items():
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {kind}"]
+            lines += [f"tt_{name}{{{model}{labels}}} {value}" for labels, value in samples.items()]
+        for name, what in HISTOGRAMS.items():
+            bounds = [*(f"{bound:g}" for bound in BOUNDS), "+Inf"]
+            counts = list(itertools.accumulate(statistics.counts[name]))
+            lines += [f"# HELP tt_{name} {what}", f"# TYPE tt_{name} histogram"]
+            lines += [f'tt_{name}_bucket{{{model},le="{bound}"}} {count}' for bound, count in zip(bounds, counts)]
+            lines += [f"tt_{name}_sum{{{model}}} {sums[name]}", f"tt_{name}_count{{{model}}} {counts[-1]}"]
+        text = "\n".join([*lines, ""])
+        self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def models(self, body: bytes) -> None:
         server, name = self.server, urllib.parse.unquote(self.endpoint[len("/v1/models/") :])
@@ -2644,8 +2673,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     def complete(self, body: bytes) -> None:
         """Generate text, in any dialect, streamed or not."""
         self.server.scheduler.check_available()
-        with self.server.parsing:
-            request = self.dialect.read(self.read_json(body))
+        request = self.read_request(body)
         self.server.scheduler.submit(request)
         self.waiting = request  # from now on the sweep checks that the client is still there
         try:
@@ -2660,24 +2688,22 @@ class ApiHandler(BaseHTTPRequestHandler):
                 self.send(200, to_json(self.dialect.whole(request)))
         finally:
             self.waiting = None
-            if not request.outcome:
-                self.server.scheduler.cancel(request, request.finish_reason or "cancelled")
+            self.server.scheduler.cancel(request, request.finish_reason or "cancelled")
             figures = request.figures()
-            counts = f" prompt={len(request.prompt)} generated={request.count}"
-            self.outcome = "{} first={time_to_first_token_seconds}s {tokens_per_second} tokens/s".format(
-                counts, **figures
-            )
+            first, speed = figures["time_to_first_token_seconds"], figures["tokens_per_second"]
+            self.outcome = f" prompt={len(request.prompt)} generated={request.count} first={first}s {speed} tokens/s"
 
-    def read_json(self, body: bytes) -> Any:
-        """The body's content. Raises ApiError."""
+    def read_request(self, body: bytes) -> Request:
+        """The request that the body asks for. Raises ApiError."""
         if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
             cure = "send it plain, with the header that says so: -H 'Content-Type: application/json'"
             raise ApiError(415, f"the body must be JSON, not another type and not compressed: {cure}")
         logger.debug("%s", printable(body.decode(errors="replace")))
         try:
-            return json.loads(body)
-        except ValueError as error:
-            raise ApiError(400, f"the body is not JSON ({error}): send {self.dialect.example}") from error
+            with self.server.parsing:
+                return self.dialect.read(json.loads(body))
+        except (ValueError, RecursionError) as error:  # RecursionError: it is nested too deeply
+            raise ApiError(400, f"the body is not valid JSON ({error}): send {self.dialect.example}") from error
 
     # Answers
 
@@ -2738,7 +2764,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         """The client has left or does not read: end the connection without waiting until it takes the rest."""
         self.close_connection = True
         if self.command:  # not between two requests
-            self.status, self.outcome = CLIENT_LEFT, f"{self.outcome} the client has left"
+            self.status, self.outcome = 499, f"{self.outcome} the client has left"  # 499 is nginx's, for the log
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
@@ -2763,42 +2789,6 @@ ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
     "/v1/models": ("GET", ApiHandler.models),
     "/v1/models/NAME": ("GET", ApiHandler.models),
 }
-
-
-def metrics_text(server: ApiServer) -> str:
-    """The metrics in Prometheus's format, under vLLM's names with tt_ for vllm:."""
-    scheduler, statistics = server.scheduler, server.scheduler.statistics
-    sums, model = statistics.sums, f"model_name={json.dumps(printable(server.model))}"
-    prompt_tokens = sums["request_prompt_tokens"]
-    outcomes = {f',finished_reason="{outcome}"': count for outcome, count in statistics.finished.items()}
-    responses = {f',path="{p}",status="{s}"': count for (p, s), count in dict(server.responses).items()}
-    families: dict[str, tuple[str, Mapping[str, float]]] = {  # a name to its help and its samples by label
-        "num_requests_running": ("Requests in a slot.", {"": scheduler.busy}),
-        "num_requests_waiting": ("Requests that wait for a slot.", {"": len(scheduler.queue)}),
-        "slots": ("Requests that can run together.", {"": len(scheduler.slots)}),
-        "http_connections": ("Open connections.", {"": len(server.handlers)}),
-        "kv_cache_usage_perc": ("Part of the KV cache that is reserved; 1 is all.", {"": scheduler.kv_cache_use}),
-        "requests_accepted_total": ("Requests that were queued.", {"": statistics.accepted}),
-        "prompt_tokens_total": ("Prompt tokens of requests that got a token.", {"": prompt_tokens}),
-        "prefix_cache_queries_total": ("The same, under vLLM's other name.", {"": prompt_tokens}),
-        "prefix_cache_hits_total": ("Those that the KV cache had already.", {"": statistics.cached_tokens}),
-        "generation_tokens_total": ("Tokens generated.", {"": sums["request_generation_tokens"]}),
-        "request_success_total": ("Requests that ended, by outcome.", outcomes),
-        "http_responses_total": ("Answers by path and status; 499: the client left.", responses),
-    }
-    lines: list[str] = []
-    for name, (what, samples) in families.items():
-        lines += [f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {'counter' if name.endswith('_total') else 'gauge'}"]
-        lines += [f"tt_{name}{{{model}{labels}}} {value}" for labels, value in samples.items()]
-    for name, what in HISTOGRAMS.items():
-        counts, bounds = itertools.accumulate(statistics.counts[name]), [*(f"{bound:g}" for bound in BOUNDS), "+Inf"]
-        lines += [f"# HELP tt_{name} {what}", f"# TYPE tt_{name} histogram"]
-        lines += [f'tt_{name}_bucket{{{model},le="{bound}"}} {count}' for bound, count in zip(bounds, counts)]
-        lines += [
-            f"tt_{name}_sum{{{model}}} {sums[name]}",
-            f"tt_{name}_count{{{model}}} {sum(statistics.counts[name])}",
-        ]
-    return "\n".join([*lines, ""])
 
 
 def kind_of_host(url: str) -> str:
@@ -2827,11 +2817,13 @@ class ApiServer(ThreadingHTTPServer):
 
     request_queue_size = 1024
     allow_reuse_port = False  # from Python 3.14 on http.server sets it, and two servers could share a port unnoticed
+    server_bind = socketserver.TCPServer.server_bind  # http.server's looks up this machine's name, for seconds
 
     def __init__(self, host: str, port: int, patience: float = 60.0) -> None:
         """`patience`: seconds that a client may take for a header, for a body, for each write, and between requests."""
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), ApiHandler)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.patience = patience
         self.on_loopback = kind_of_host(f"//[{host}]" if ":" in host else f"//{host}") == "loopback"
         self.scheduler: Scheduler
@@ -2846,11 +2838,6 @@ class ApiServer(ThreadingHTTPServer):
         self.parsing = threading.Semaphore(2)  # more threads that parse JSON and text at once would delay /health
         self.handlers: set[ApiHandler] = set()  # one for each open connection
         self._next_sweep = 0.0
-
-    def server_bind(self) -> None:
-        """Bind without http.server's look-up of this machine's name, which can take seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def service_actions(self) -> None:
         """Sweep twice a second: end waits that are over their deadline, and answers whose client has left."""
@@ -2872,28 +2859,6 @@ class ApiServer(ThreadingHTTPServer):
     def under_way(self) -> int:
         """Requests whose answer is not delivered yet."""
         return sum(handler.waiting is not None for handler in list(self.handlers))
-
-    def health(self) -> dict[str, Any]:
-        """The body of GET /health; it shows the model's full path only on a server for this machine alone."""
-        scheduler, seconds = self.scheduler, round(time.monotonic() - self.started, 1)
-        state = scheduler.state  # asked once: it can change at any time
-        report: dict[str, Any] = {
-            "status": state,
-            "model_loaded": state == "healthy",
-            "model": self.model,
-            "device": scheduler.device,
-            "llama_dir": self.folder if self.on_loopback and not self.api_key else Path(self.folder).name,
-            "note": self.note,
-            "uptime_seconds": seconds,
-            "slots": {"total": len(scheduler.slots), "busy": scheduler.busy},
-            "queued": len(scheduler.queue),
-        }
-        if state == "loading":
-            doing, done = scheduler.doing
-            report["progress"] = {"doing": doing, "done": done and round(done, 2), "seconds": seconds}
-        if state == "unhealthy":
-            report["error"] = scheduler.error
-        return report
 
 
 # ======================================================================================================================
