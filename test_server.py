@@ -2882,6 +2882,16 @@ class LoadTest(unittest.TestCase):
         self.assertEqual(finished(scrape(process.port)), [0, 500, 0, 0])
         wait_until(lambda: count("fd", process.process.pid) <= before + 2)
 
+    def test_too_many_connections(self) -> None:
+        """Those beyond the limit are told so at once, also before they send anything; one that closes makes room."""
+        with serving(FakeEngine(), connections=2) as api, contextlib.ExitStack() as stack:
+            first, _ = (stack.enter_context(dial(api.server_port, b"")) for _ in range(2))
+            wait_until(lambda: len(api.handlers) == 2)
+            for data in (b"", post(ASKED), post({"prompt": "x" * 10**6})):
+                check_error(first_answer(api.server_port, data), 503, "too many connections")
+            first.close()
+            wait_until(lambda: ask(api.server_port, "/health").status == 200)
+
     def test_a_reader_that_stops(self) -> None:
         """It is cut off after a while and its slot is free; others are answered meanwhile."""
         with serving(FakeEngine(max_seq_len=60_000, before_step=Gate(0.001)), patience=0.2) as api:
@@ -2895,7 +2905,7 @@ class LoadTest(unittest.TestCase):
             self.assertEqual(finished(scrape(port)), [0, 1, 0, 1])
 
     def test_who_leaves_frees_the_slot_at_every_stage(self) -> None:
-        """In the queue, while the prompt is read, before a plain answer, in a stream: long before its work is done."""
+        """In the queue, during prefill, before a plain answer, in a stream: long before its work is done. It is logged."""
         body = {"prompt": "Hello", "max_tokens": 10**5}
         stages = {
             "prefill": post({**body, "prompt": "word " * 40_000}),
@@ -2906,7 +2916,7 @@ class LoadTest(unittest.TestCase):
         for stage, data in stages.items():
             reached = "num_requests_running" if stage == "prefill" else "inter_token_latency_seconds_count"
             engine = FakeEngine(1, 10**6, prompt_chunk=16, before_step=Gate(0.01))
-            with self.subTest(stage), serving(engine) as api:
+            with self.subTest(stage), serving(engine) as api, self.assertLogs(server.logger, "DEBUG") as log:
                 port = api.server_port
                 with dial(port, data):
                     wait_for_figure(port, reached, 1)
@@ -2917,6 +2927,8 @@ class LoadTest(unittest.TestCase):
                 wait_for_figure(port, "num_requests_running", 0, 0)
                 self.assertEqual(finished(scrape(port)), [0, 0, 0, 2])
                 self.assertEqual(scrape(port)["tt_time_to_first_token_seconds_count"], stage != "prefill")
+                wait_until(lambda: len(re.findall("POST /chat 499 .*client has left", "\n".join(log.output))) == 2)  # noqa: B023
+                self.assertNotIn("the server stopped", "\n".join(log.output))
 
 
 class TextAttackTest(unittest.TestCase):

@@ -2529,8 +2529,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Refuse pages of other sites by their Origin and, if only this machine may ask, by Host (DNS rebinding)."""
         host, origin, server = self.headers.get("Host"), self.headers.get("Origin"), self.server
         if host and server.on_loopback and not server.api_key and kind_of_host(f"//{host}") != "loopback":
-            message = f"the Host {printable(host)} is not this machine: use localhost, or set an API key"
-            raise ApiError(403, message)
+            raise ApiError(403, f"the Host {printable(host)} is not this machine: use localhost, or set an API key")
         if origin and not self.allowed(origin):
             name = printable(origin)
             raise ApiError(403, f"pages of {name} may not use this server: --allow-origin {name} lets them")
@@ -2696,8 +2695,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     def read_request(self, body: bytes) -> Request:
         """The request that the body asks for. Raises ApiError."""
         if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
-            cure = "send it plain, with the header that says so: -H 'Content-Type: application/json'"
-            raise ApiError(415, f"the body must be JSON, not another type and not compressed: {cure}")
+            raise ApiError(415, "the body must be uncompressed JSON: send it with -H 'Content-Type: application/json'")
         logger.debug("%s", printable(body.decode(errors="replace")))
         try:
             with self.server.parsing:
