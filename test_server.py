@@ -2221,7 +2221,8 @@ class HttpErrorTest(unittest.TestCase):
         self.port = shared_server("random").port
 
     def test_routes(self) -> None:
-        check_error(ask(self.port, "/nowhere"), 404, "GET /, GET /health, GET /metrics, POST /chat")
+        for path in ("/nowhere", "/v1/embeddings"):
+            check_error(ask(self.port, path), 404, "GET /, GET /health, GET /metrics, POST /chat")
         for path, near in (
             ("/chats", "/chat"),
             ("/chat/completions", "/v1/chat/completions"),
@@ -2905,7 +2906,7 @@ class LoadTest(unittest.TestCase):
             self.assertEqual(finished(scrape(port)), [0, 1, 0, 1])
 
     def test_who_leaves_frees_the_slot_at_every_stage(self) -> None:
-        """In the queue, during prefill, before a plain answer, in a stream: long before its work is done. It is logged."""
+        """In the queue, during prefill, before a plain answer, in a stream: long before its work is done."""
         body = {"prompt": "Hello", "max_tokens": 10**5}
         stages = {
             "prefill": post({**body, "prompt": "word " * 40_000}),
@@ -2927,7 +2928,7 @@ class LoadTest(unittest.TestCase):
                 wait_for_figure(port, "num_requests_running", 0, 0)
                 self.assertEqual(finished(scrape(port)), [0, 0, 0, 2])
                 self.assertEqual(scrape(port)["tt_time_to_first_token_seconds_count"], stage != "prefill")
-                wait_until(lambda: len(re.findall("POST /chat 499 .*client has left", "\n".join(log.output))) == 2)  # noqa: B023
+                wait_until(lambda: len(re.findall("POST /chat 499 .*client has left", "\n".join(log.output))) == 2)
                 self.assertNotIn("the server stopped", "\n".join(log.output))
 
 

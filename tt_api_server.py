@@ -2585,7 +2585,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     def respond(self, body: bytes) -> None:
         """Call the endpoint. Raises ApiError if there is none, or for a wrong method."""
         if self.route not in ROUTES:
-            near = difflib.get_close_matches(self.endpoint, ROUTES, 1)
+            near = difflib.get_close_matches(self.endpoint, ROUTES, 1, 0.7)
             known = ", ".join(f"{method} {path}" for path, (method, _) in ROUTES.items())
             hint = f"did you mean {near[0]}?" if near else f"the endpoints are {known}"
             raise ApiError(404, f"there is no {printable(self.endpoint)} here: {hint}")
@@ -2756,7 +2756,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         """http.server calls this for a first line or a header that it cannot parse."""
         self.unread = True
         too_long = "a line of the header has more than 65536 bytes, or the header has more than 100 fields: send less"
-        raise ApiError(code, too_long if code in (414, 431) else f"this is not HTTP/1.1 ({printable(message)})")
+        raise ApiError(code, too_long if code in (414, 431) else f"send HTTP/1.1 without TLS: {printable(message)}")
 
     def hang_up(self) -> None:
         """The client has left or does not read: end the connection without waiting until it takes the rest."""
