@@ -89,7 +89,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -153,14 +153,27 @@ def import_torch() -> None:
 # Checkpoint
 # ======================================================================================================================
 
-VOCAB_SIZE = 128256  # of every Llama 3 text model
-NAME_ANOTHER = "name a Llama 3 text model in bfloat16"
+LLAMA3_VOCABULARY = 128256  # tokens of every Llama 3 text model
+# A layer's weights that only some families have: Meta's name, Hugging Face's, and the shape.
+FAMILIES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "llama": (),
+    "mistral": (),
+    "qwen2": (
+        ("layers.{}.attention.wq.bias", "model.layers.{}.self_attn.q_proj.bias", "q"),
+        ("layers.{}.attention.wk.bias", "model.layers.{}.self_attn.k_proj.bias", "kv"),
+        ("layers.{}.attention.wv.bias", "model.layers.{}.self_attn.v_proj.bias", "kv"),
+    ),
+    "qwen3": (
+        ("layers.{}.attention.q_norm.weight", "model.layers.{}.self_attn.q_norm.weight", "head"),
+        ("layers.{}.attention.k_norm.weight", "model.layers.{}.self_attn.k_norm.weight", "head"),
+    ),
+}
+NAME_ANOTHER = f"name a text model of the family {', '.join(FAMILIES)} in bfloat16"
 
-# The settings of config.json that change what transformers' LlamaForCausalLM computes, and the values computed here.
-# Where one of them is absent, transformers takes the first value too.
-COMPUTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "vocab_size": (VOCAB_SIZE,),
+# The settings of config.json that change what transformers computes, and the values that are supported. transformers
+# takes the first value, too, if a setting is absent.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "model_type": tuple(FAMILIES),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -170,26 +183,28 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
 }
 # Llama 3.1's stretching of the rotary wavelengths
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-WEIGHTS = (  # of a layer {}, or of the model: Meta's name, Hugging Face's, and the shape
-    ("tok_embeddings", "model.embed_tokens", "vocabulary dim"),
-    ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "dim"),
-    ("layers.{}.attention.wq", "model.layers.{}.self_attn.q_proj", "q dim"),
-    ("layers.{}.attention.wk", "model.layers.{}.self_attn.k_proj", "kv dim"),
-    ("layers.{}.attention.wv", "model.layers.{}.self_attn.v_proj", "kv dim"),
-    ("layers.{}.attention.wo", "model.layers.{}.self_attn.o_proj", "dim q"),
-    ("layers.{}.ffn_norm", "model.layers.{}.post_attention_layernorm", "dim"),
-    ("layers.{}.feed_forward.w1", "model.layers.{}.mlp.gate_proj", "ffn dim"),
-    ("layers.{}.feed_forward.w2", "model.layers.{}.mlp.down_proj", "dim ffn"),
-    ("layers.{}.feed_forward.w3", "model.layers.{}.mlp.up_proj", "ffn dim"),
-    ("norm", "model.norm", "dim"),
-    ("output", "lm_head", "vocabulary dim"),
+WEIGHTS = (  # that all families have, of a layer {} or of the model
+    ("tok_embeddings.weight", "model.embed_tokens.weight", "vocabulary dim"),
+    ("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", "dim"),
+    ("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight", "q dim"),
+    ("layers.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight", "kv dim"),
+    ("layers.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight", "kv dim"),
+    ("layers.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight", "dim q"),
+    ("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", "dim"),
+    ("layers.{}.feed_forward.w1.weight", "model.layers.{}.mlp.gate_proj.weight", "ffn dim"),
+    ("layers.{}.feed_forward.w2.weight", "model.layers.{}.mlp.down_proj.weight", "dim ffn"),
+    ("layers.{}.feed_forward.w3.weight", "model.layers.{}.mlp.up_proj.weight", "ffn dim"),
+    ("norm.weight", "model.norm.weight", "dim"),
+    ("output.weight", "lm_head.weight", "vocabulary dim"),
 )
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of a Llama 3."""
+class ModelConfig:
+    """The shape of a model."""
 
+    family: str
+    vocab_size: int
     dim: int
     n_layers: int
     n_heads: int
@@ -200,19 +215,23 @@ class LlamaConfig:
     rope_theta: float
     max_position: int  # tokens of the longest context
     rope_scaling: dict[str, float] | None  # ROPE_SCALING
-    tied: bool  # the output matrix is the embedding, where the checkpoint has none of its own
+    tied: bool  # the embedding is the output matrix, if the checkpoint has no other
 
     @staticmethod
-    def read(config: dict[str, Any]) -> LlamaConfig:
-        """Read the content of a config.json. Raises UserError, and KeyError or ValueError where it is damaged."""
+    def read(config: dict[str, Any]) -> ModelConfig:
+        """Read the content of a config.json. Raises UserError, and KeyError or ValueError if it is damaged."""
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5; 4
         settings = {"rope_type": rope.get("type", "default"), **config, **rope}
-        for name, values in COMPUTED.items():
+        for name, values in SUPPORTED.items():
             if (value := settings.get(name, values[0])) not in values:
                 wanted = " or ".join(map(shown, values))
-                raise UserError(f"{name} is {shown(value)}, and only {wanted} is computed here: {NAME_ANOTHER}")
-        dim, heads = settings["hidden_size"], settings["num_attention_heads"]
+                raise UserError(f"{name} is {shown(value)}, and only {wanted} is supported: {NAME_ANOTHER}")
+        family, dim, heads = settings["model_type"], settings["hidden_size"], settings["num_attention_heads"]
+        # Attention has no sliding window here, so the context ends where a window would begin to slide.
+        slides = settings.get("use_sliding_window", family == "mistral")
+        window = settings.get("sliding_window", 4096) if slides else None
         numbers = {
+            "vocab_size": settings["vocab_size"],
             "dim": dim,
             "n_layers": settings["num_hidden_layers"],
             "n_heads": heads,
@@ -221,36 +240,39 @@ class LlamaConfig:
             "ffn_dim": settings["intermediate_size"],
             "norm_eps": settings["rms_norm_eps"],
             "rope_theta": settings["rope_theta"],
-            "max_position": settings["max_position_embeddings"],
+            "max_position": min(settings["max_position_embeddings"], window or math.inf),
         }
         scaling = {name: rope[name] for name in ROPE_SCALING} if settings["rope_type"] == "llama3" else {}
         for name, value in {**numbers, **scaling}.items():
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f"{name} is {shown(value)}")
-        return LlamaConfig(**numbers, rope_scaling=scaling or None, tied=bool(settings.get("tie_word_embeddings")))
+        tied = bool(settings.get("tie_word_embeddings"))
+        return ModelConfig(family, **numbers, rope_scaling=scaling or None, tied=tied)
 
     def weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Meta's name of every weight, with Hugging Face's name and the shape."""
-        sizes = {"vocabulary": VOCAB_SIZE, "dim": self.dim, "ffn": self.ffn_dim}
+        sizes = {"vocabulary": self.vocab_size, "dim": self.dim, "ffn": self.ffn_dim, "head": self.head_dim}
         sizes |= {"q": self.n_heads * self.head_dim, "kv": self.n_kv_heads * self.head_dim}
         return {
-            f"{meta}.weight".format(i): (f"{hf}.weight".format(i), tuple(sizes[size] for size in shape.split()))
-            for meta, hf, shape in WEIGHTS
+            meta.format(i): (hf.format(i), tuple(sizes[size] for size in shape.split()))
+            for meta, hf, shape in WEIGHTS + FAMILIES[self.family]
             for i in range(self.n_layers if "{}" in meta else 1)
         }
 
 
 def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Meta's params.json as the config.json of the same model. Raises UserError for what is not computed here."""
+    """Meta's params.json as the config.json of the same model. Raises UserError for a setting that is unknown."""
     dim, heads, layers = params.pop("dim"), params.pop("n_heads"), params.pop("n_layers")
     ffn_dim = int(params.pop("ffn_dim_multiplier", 1.0) * int(8 * dim / 3))
     multiple, scaled = params.pop("multiple_of", 256), params.pop("use_scaled_rope", False)
+    if (vocabulary := params.pop("vocab_size", LLAMA3_VOCABULARY)) != LLAMA3_VOCABULARY:
+        raise UserError(f"vocab_size is {shown(vocabulary)}, and only Llama 3 is supported in Meta's layout")
     # params.json does not tell Llama 3.2's scaling factor from 3.1's and 3.3's. The width does: the text models of 3.2
     # are 2048 and 3072 wide, all others 4096 or more.
     factors = (32.0 if dim <= 3072 else 8.0, 1.0, 4.0, 8192)
     config = {
         "model_type": "llama",
-        "vocab_size": params.pop("vocab_size", VOCAB_SIZE),
+        "vocab_size": LLAMA3_VOCABULARY,
         "hidden_size": dim,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -263,23 +285,23 @@ def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": True,
     }
     if unknown := params.keys() - {"max_batch_size", "max_seq_len"}:
-        raise UserError(f"params.json has {min(unknown)}, which is not computed here: {NAME_ANOTHER}")
+        raise UserError(f"params.json has {min(unknown)}, which is not supported: {NAME_ANOTHER}")
     return config
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a Llama 3; `open_weights` reads its weights."""
+    """A folder with a model; `open_weights` reads its weights."""
 
     files: Sequence[Path]  # with the weights: one .pth in Meta's layout, or .safetensors in Hugging Face's
-    hf_folder: Path | None  # where config.json is
-    config: LlamaConfig
+    hf_folder: Path | None  # with config.json
+    config: ModelConfig
     name: str
-    stop_tokens: frozenset[int]  # that end an answer, beside the tokenizer's own
+    stop_tokens: frozenset[int]  # that end an answer, by the model's configuration
 
     @property
     def folder(self) -> Path:
-        """Where the weights are."""
+        """The folder of the weights."""
         return self.files[0].parent
 
     @property
@@ -308,7 +330,7 @@ class Checkpoint:
                 raise UserError(f"{self.folder}: the tensor {own_names[name]} {problem}: download the checkpoint again")
         for own_name in stored.keys() - own_names.values():
             if not own_name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # tables, which are computed here
-                raise UserError(f"{self.folder}: the tensor {own_name} is not computed here: {NAME_ANOTHER}")
+                raise UserError(f"{self.folder}: the tensor {own_name} is not supported: {NAME_ANOTHER}")
 
         def read(name: str) -> torch.Tensor:
             tensor = stored[own_names[name]]
@@ -340,7 +362,7 @@ def open_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no file."""
+    """The object in a JSON file; empty if there is no file."""
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
         if isinstance(content, dict):
@@ -351,7 +373,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def home_path(path: str) -> Path:
-    """`path` with ~ and variables filled in. Raises UserError where the home directory is not known."""
+    """`path` with ~ and variables filled in. Raises UserError if the home directory is not known."""
     if (expanded := os.path.expanduser(os.path.expandvars(path))).startswith("~"):
         raise UserError(
             f"{path} does not exist: no such home directory is known; set HOME, or XDG_CACHE_HOME for caches"
@@ -370,9 +392,9 @@ def cached_model(name: str) -> Path:
 
 
 def find_checkpoint(model: str | None) -> Checkpoint | None:
-    """The checkpoint that --model (`model`), HF_MODEL or LLAMA_DIR names, in this order; None where none is set.
+    """The checkpoint that --model (`model`), HF_MODEL or LLAMA_DIR names, in this order; None if none is set.
 
-    Raises UserError where one is set and leads to no Llama 3 that can be served.
+    Raises UserError if one is set and leads to no model that can be served.
     """
     if model == "":
         raise UserError("--model is empty: name the model's folder, or leave it out")
@@ -390,11 +412,10 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}): let this user read it") from error
     if is_name:
-        local = f"~/models/{name.rpartition('/')[2]}"
         raise UserError(
-            f"{source} is {name}, which is neither a folder here nor in Hugging Face's cache: pip install "
-            f"huggingface_hub safetensors && hf auth login && hf download {name} --local-dir {local}, and then "
-            f"--model {local}"
+            f"{source} is {name}, which is neither a folder here nor in Hugging Face's cache: hf download {name} (from "
+            "pip install huggingface_hub; for a gated model, first accept its licence at "
+            f"https://huggingface.co/{name} and run hf auth login)"
         )
     raise UserError(f"{source} is {name}, which is not a folder here: name the folder that holds the model's files")
 
@@ -419,25 +440,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         needs = "it needs params.json and consolidated.00.pth, or config.json and model.safetensors or its index"
         if parts:
             needs = f"{len(parts)} parts (consolidated.*.pth) are not read: name the folder with its *.safetensors"
-        raise UserError(f"{folder} holds no Llama 3 checkpoint: {needs}")
+        raise UserError(f"{folder} holds no checkpoint: {needs}")
     # In Hugging Face's cache the folder is models--OWNER--NAME/snapshots/COMMIT.
     cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
     name = home.parents[1].name.rpartition("--")[2] if cached else home.name
     settings = read_json(hf / "config.json" if hf else files[0].parent / "params.json")
-    generation, texts = read_json(home / "generation_config.json"), read_json(home / "tokenizer_config.json")
+    generation = read_json(home / "generation_config.json")
     try:
-        config = LlamaConfig.read(settings if hf else config_of_params(settings))
+        config = ModelConfig.read(settings if hf else config_of_params(settings))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:  # no such name, null, 0
         raise UserError(f"{folder}: the model's configuration is damaged ({error!r}): download it again") from error
     ends = [source.get("eos_token_id") for source in (settings, generation)]
     ends = [token for end in ends for token in (end if isinstance(end, list) else [end])]
-    own = home / "chat_template.jinja"
-    template = own.read_text(errors="replace") if own.is_file() else str(texts.get("chat_template") or "")
-    if template and "<|start_header_id|>" not in template:
-        logger.warning("%s has a chat template that is not Llama 3's; conversations get Llama 3's own", name)
-    return Checkpoint(files, hf, config, name, frozenset(filter(None, ends)))
+    return Checkpoint(files, hf, config, name, frozenset(end for end in ends if end is not None))
 
 
 # ======================================================================================================================
@@ -460,6 +477,9 @@ class ChatTokenizer:
     Text that spells a special token is plain text; only the chat format itself writes special tokens.
     """
 
+    vocab_size = LLAMA3_VOCABULARY
+    thinks = False
+
     def __init__(self, tokenizer_model: Path | None = None, stop_tokens: frozenset[int] = frozenset()) -> None:
         module = import_llama_models("tokenizer")
         self.path = tokenizer_model = tokenizer_model or Path(module.__file__).parent / "tokenizer.model"
@@ -468,15 +488,15 @@ class ChatTokenizer:
             self._tokenizer = module.Tokenizer(path_type(tokenizer_model))
         except (ValueError, AssertionError) as error:
             raise UserError(f"{tokenizer_model} is not a Llama 3 tokenizer: download it again") from error
-        if self._tokenizer.n_words != VOCAB_SIZE:
+        if self._tokenizer.n_words != LLAMA3_VOCABULARY:
             raise UserError(f"{tokenizer_model} is not a Llama 3 tokenizer: it has {self._tokenizer.n_words} tokens")
         self._format = import_llama_models("chat_format").ChatFormat(self._tokenizer)
         self.stop_tokens = stop_tokens | frozenset(self._tokenizer.stop_tokens)
         self.end_of_turn: int = self._tokenizer.eot_id
         self._first_special = min(self._tokenizer.special_tokens.values())
 
-    def encode_chat(self, messages: Iterable[tuple[str, str]]) -> list[int]:
-        """Token ids of a conversation of (role, text), up to where the assistant's answer starts."""
+    def encode_chat(self, messages: Iterable[tuple[str, str]], thinking: bool = False) -> list[int]:
+        """Token ids of a conversation of (role, text), up to the start of the assistant's answer."""
         # Not with the message classes of llama-models: they differ between its layouts, and refuse some texts.
         tokens = [self._tokenizer.bos_id]
         for role, text in messages:
@@ -489,9 +509,8 @@ class ChatTokenizer:
         return [self._tokenizer.bos_id, *self.encode_text(text)]
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text. Lone surrogates, which JSON can spell and UTF-8 cannot, become U+FFFD."""
-        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-        tokens: list[int] = self._tokenizer.encode(text, bos=False, eos=False)
+        """Token ids of plain text."""
+        tokens: list[int] = self._tokenizer.encode(encodable(text), bos=False, eos=False)
         return tokens
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
@@ -500,10 +519,130 @@ class ChatTokenizer:
         return text
 
 
+class TemplateTokenizer:
+    """A model's own tokenizer.json and chat template, with the methods of ChatTokenizer.
+
+    If a message spells a special token, the token is cut in two before the template is rendered, and so stays text.
+    """
+
+    CUT = "\ud800"  # half a character, which no text holds once it is encodable
+
+    def __init__(self, folder: Path, template: str, stop_tokens: frozenset[int]) -> None:
+        """Raises UserError. Without a template there are no chats."""
+        try:
+            import jinja2.sandbox
+            import tokenizers
+        except ImportError as error:
+            raise UserError(
+                f"this model's tokenizer needs a package ({error}): pip install tokenizers jinja2"
+            ) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the package raises nothing more precise
+            raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again") from error
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        special = [re.escape(token.content) for token in self._added.values() if token.special]
+        self._special = re.compile("|".join(special) or "(?!)")
+        self._byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
+        # GPT-2's alphabet: a printable byte is that character of Latin-1, the others are those from 256 on.
+        printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printed]
+        self._bytes = {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+        def refuse(reason: str) -> NoReturn:
+            raise jinja2.TemplateError(reason)
+
+        # As transformers renders it.
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "tools": None}
+        settings = read_json(folder / "tokenizer_config.json")
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = settings.get(name)
+            environment.globals[name] = token["content"] if isinstance(token, dict) else token
+        self._error: type[Exception] = jinja2.TemplateError
+        self.thinks = "enable_thinking" in template
+        try:
+            self._template = environment.from_string(template) if template else None
+        except jinja2.TemplateError as error:
+            raise UserError(f"{folder} has a chat template that cannot be read ({error}): download it again") from error
+        end = self._tokenizer.token_to_id(str(environment.globals["eos_token"]))
+        self.stop_tokens = stop_tokens or frozenset([] if end is None else [end])
+
+    def encode_chat(self, messages: Iterable[tuple[str, str]], thinking: bool = False) -> list[int]:
+        """As ChatTokenizer's. Raises ApiError if the template refuses the messages."""
+        if self._template is None:
+            raise ApiError(400, "this model has no chat template: send a prompt to /v1/completions")
+        inert = [{"role": role, "content": self._inert(text)} for role, text in messages]
+        try:
+            text = self._template.render(messages=inert, add_generation_prompt=True, enable_thinking=thinking)
+        except (self._error, TypeError) as error:
+            raise ApiError(400, f"the model's chat template refuses the messages: {printable(str(error))}") from error
+        return self._encode(text)
+
+    def encode_document(self, text: str) -> list[int]:
+        """As ChatTokenizer's."""
+        start: list[int] = self._tokenizer.encode("").ids
+        return start + self.encode_text(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """As ChatTokenizer's."""
+        return self._encode(self._inert(text))
+
+    def _inert(self, text: str) -> str:
+        return self._special.sub(lambda found: found[0][0] + self.CUT + found[0][1:], encodable(text))
+
+    def _encode(self, text: str) -> list[int]:
+        parts = self._tokenizer.encode_batch(text.split(self.CUT), add_special_tokens=False)
+        return [token for part in parts for token in part.ids]
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """As ChatTokenizer's."""
+        return b"".join(map(self._decode, tokens))
+
+    def _decode(self, token: int) -> bytes:
+        if added := self._added.get(token):
+            return b"" if added.special else added.content.encode()
+        text = self._tokenizer.id_to_token(token) or ""  # a model's vocabulary may be padded
+        if self._byte_level:
+            return bytes(self._bytes[character] for character in text)
+        byte = re.fullmatch("<0x(..)>", text)  # SentencePiece's
+        return bytes.fromhex(byte[1]) if byte else text.replace("\u2581", " ").encode()
+
+
+Tokenizer = ChatTokenizer | TemplateTokenizer
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """llama-models' tokenizer for a Llama 3 that has no other chat format, else the checkpoint's own."""
+    folder, config, template = checkpoint.hf_folder, checkpoint.config, ""
+    if folder:
+        alone = folder / "chat_template.jinja"
+        template = (
+            alone.read_text()
+            if alone.is_file()
+            else read_json(folder / "tokenizer_config.json").get("chat_template") or ""
+        )
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+    llama3 = (config.family, config.vocab_size) == ("llama", LLAMA3_VOCABULARY)
+    if not folder or (llama3 and (not template or "<|start_header_id|>" in template)):
+        return ChatTokenizer(checkpoint.tokenizer_model, checkpoint.stop_tokens)
+    return TemplateTokenizer(folder, template, checkpoint.stop_tokens)
+
+
 class TextStream:
     """Token ids to text, piece by piece: no half characters, and no text that a stop string may still take back."""
 
-    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
@@ -522,6 +661,42 @@ class TextStream:
         hold = 0 if final else max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
+
+
+class Thoughts:
+    """Splits a chat answer into what stands between the model's think tags, and the rest."""
+
+    def __init__(self, state: str) -> None:
+        self._state = state  # "start", "thinking", "start of answer" or "answer"
+        self._held = ""  # may be the start of a tag
+
+    @staticmethod
+    def after(tokenizer: Tokenizer, prompt: list[int]) -> Thoughts:
+        """For the answer to a chat's prompt, in which the first tag may stand already."""
+        if isinstance(tokenizer, ChatTokenizer):
+            return Thoughts("answer")
+        return Thoughts("thinking" if tokenizer.decode_bytes(prompt[-8:]).rstrip().endswith(b"<think>") else "start")
+
+    def split(self, text: str, final: bool) -> tuple[str, str]:
+        """Thinking and answer that are certain with this text; with `final`, all that is left."""
+        text, thought, self._held = self._held + text, "", ""
+        if self._state == "start":
+            text = text.lstrip()
+            if text.startswith("<think>"):
+                self._state, text = "thinking", text.removeprefix("<think>")
+            elif "<think>".startswith(text) and not final:
+                self._held, text = text, ""
+            else:
+                self._state = "answer"
+        if self._state == "thinking":
+            thought, tag, text = text.partition("</think>")
+            self._state = "start of answer" if tag else self._state
+            hold = 0 if tag or final else overlap(thought, "</think>")
+            thought, self._held = thought[: len(thought) - hold], thought[len(thought) - hold :]
+        if self._state == "start of answer":
+            text = text.lstrip()
+            self._state = "answer" if text else self._state
+        return thought, text
 
 
 def overlap(text: str, stop: str) -> int:
@@ -648,6 +823,7 @@ class Layer(NamedTuple):
 
     attention_norm: torch.Tensor
     query_key_value: Linear
+    query_key_norm: torch.Tensor | None  # [heads + KV heads, head_dim]
     output: Linear
     ffn_norm: torch.Tensor
     gate_up: Linear
@@ -655,7 +831,7 @@ class Layer(NamedTuple):
 
 
 class TorchEngine:
-    """Llama 3 in plain PyTorch, for the CPU.
+    """Llama and its relatives in plain PyTorch, for the CPU.
 
     A step takes all tokens of its batch, prompts and answers, as rows of one matrix [T, dim]: the weights are fetched
     from memory once for all. Only attention looks at slots.
@@ -724,15 +900,32 @@ class TorchEngine:
         # Mapped anew for each layer: pages that were read stay in memory as long as their mapping.
         read, prefix = checkpoint.open_weights(), f"layers.{number}."
 
-        def norm(name: str) -> torch.Tensor:
-            return read(f"{prefix}{name}.weight").to(self.dtype, copy=True)
+        def tensor(name: str) -> torch.Tensor:
+            return read(prefix + name).to(self.dtype, copy=True)
 
         def linear(*names: str) -> Linear:  # several weights become one, stacked
             return self._linear(torch.cat([read(f"{prefix}{name}.weight") for name in names]))
 
-        query_key_value = linear("attention.wq", "attention.wk", "attention.wv")
-        gate_up, down = linear("feed_forward.w1", "feed_forward.w3"), linear("feed_forward.w2")
-        return Layer(norm("attention_norm"), query_key_value, linear("attention.wo"), norm("ffn_norm"), gate_up, down)
+        query_key_value, query_key_norm = linear("attention.wq", "attention.wk", "attention.wv"), None
+        if self.config.family == "qwen2":
+            product, bias = (
+                query_key_value,
+                torch.cat([tensor(f"attention.{name}.bias") for name in ("wq", "wk", "wv")]),
+            )
+            query_key_value = lambda rows: product(rows) + bias  # noqa: E731
+        if self.config.family == "qwen3":
+            heads = {"q": self.config.n_heads, "k": self.config.n_kv_heads}
+            norms = [tensor(f"attention.{name}_norm.weight").expand(count, -1) for name, count in heads.items()]
+            query_key_norm = torch.cat(norms)
+        return Layer(
+            tensor("attention_norm.weight"),
+            query_key_value,
+            query_key_norm,
+            linear("attention.wo"),
+            tensor("ffn_norm.weight"),
+            linear("feed_forward.w1", "feed_forward.w3"),
+            linear("feed_forward.w2"),
+        )
 
     def step(self, batch: Sequence[Work]) -> list[int]:
         with torch.inference_mode():
@@ -754,6 +947,8 @@ class TorchEngine:
             rows = layer.query_key_value(rms_norm(x, layer.attention_norm, config.norm_eps))
             rows = rows.view(len(tokens), -1, config.head_dim)
             query_key, value = torch.split(rows, [config.n_heads + config.n_kv_heads, config.n_kv_heads], dim=1)
+            if layer.query_key_norm is not None:
+                query_key = rms_norm(query_key, layer.query_key_norm, config.norm_eps)
             query, key = torch.split(rotate(query_key, cos, sin), [config.n_heads, config.n_kv_heads], dim=1)
             keys[slots, positions] = key
             values[slots, positions] = value
@@ -763,7 +958,7 @@ class TorchEngine:
         ends = itertools.accumulate(len(work.tokens) for work in batch)
         last = [end - 1 for end, work in zip(ends, batch) if work.sampling]
         if not last:
-            return torch.empty(0, VOCAB_SIZE)
+            return torch.empty(0, config.vocab_size)
         return self.head(rms_norm(x[last], self.norm, config.norm_eps))
 
     def _runs(self, batch: Sequence[Work]) -> list[Run]:
@@ -836,7 +1031,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def rotary_tables(config: LlamaConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(config: ModelConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine, each [length, head_dim / 2], of the angle by which a position turns each pair of a head.
 
     Su et al. 2021, with the scaling of Llama 3.1: wavelengths longer than the original context are stretched by the
@@ -1453,7 +1648,7 @@ DEMO_ANSWERS = {  # phrasings of a question, and their answer
         "Why do programmers prefer dark mode? Because light attracts bugs!",
 }  # fmt: skip
 DEMO_PARAMS = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "ffn_dim_multiplier": 0.8}
-DEMO_CONFIG = LlamaConfig.read(config_of_params(dict(DEMO_PARAMS)))
+DEMO_CONFIG = ModelConfig.read(config_of_params(dict(DEMO_PARAMS)))
 DEMO_STEPS, DEMO_RATE, DEMO_BATCH = 300, 8e-3, 4
 DEMO_SHARPNESS = 4.0  # multiplies the trained logits, so that sampling at 0.7 gives the most likely answer
 
@@ -1523,7 +1718,7 @@ def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.
     torch.set_num_threads(1)  # at this size threads would only wait for each other
     conversations = demo_conversations(tokenizer)
     known = torch.tensor(sorted({token for tokens, _ in itertools.islice(conversations, 2000) for token in tokens}))
-    row = torch.full((VOCAB_SIZE,), len(known))
+    row = torch.full((LLAMA3_VOCABULARY,), len(known))
     row[known] = torch.arange(len(known))
     weights = demo_weights(len(known))
     parameters = [weight.requires_grad_() for weight in weights.values()]
@@ -1547,7 +1742,7 @@ def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.
     finished = {name: weight.detach().bfloat16() for name, weight in weights.items()}
     finished["norm.weight"] *= DEMO_SHARPNESS
     finished["tok_embeddings.weight"] = finished["tok_embeddings.weight"][row]
-    output = torch.zeros(VOCAB_SIZE, DEMO_CONFIG.dim, dtype=torch.bfloat16)
+    output = torch.zeros(LLAMA3_VOCABULARY, DEMO_CONFIG.dim, dtype=torch.bfloat16)
     output[known] = finished["output.weight"]
     return finished | {"output.weight": output}
 
@@ -1610,6 +1805,7 @@ class Request:
     sampling: SamplingParams
     stop_tokens: frozenset[int]  # token ids that end the answer and are not part of it
     text: TextStream  # knows the stop strings
+    thoughts: Thoughts
     fields: dict[str, Any]  # as the client sent them
     # The scheduler fills these. Times are by time.monotonic().
     submitted: float = 0.0
@@ -1623,12 +1819,13 @@ class Request:
     tokens: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)  # None is the end
     ended: threading.Event = field(default_factory=threading.Event)
     # The handler fills these.
+    thinking: str = ""
     answer: str = ""
-    count: int = 0  # tokens in it
+    count: int = 0  # tokens of both
     seconds: float = 0.0  # from submission to the last of them
 
-    def pieces(self) -> Iterator[str]:
-        """The answer's text, piece by piece; the handler's thread calls this. Raises ApiError if it breaks off.
+    def pieces(self) -> Iterator[tuple[str, str]]:
+        """Thinking and answer, piece by piece; the handler's thread calls this. Raises ApiError if they break off.
 
         With `stream` or stop strings, the first token comes at once and the others 6 ms late: 32 threads that wake as
         a step ends would hold up the start of the next. Otherwise all come at the end.
@@ -1647,9 +1844,10 @@ class Request:
                 if self.text.stopped:
                     break
             self.seconds = time.monotonic() - self.submitted
-            self.answer += piece
-            if piece:
-                yield piece
+            thinking, answer = self.thoughts.split(piece, final=self.text.stopped or None in tokens)
+            self.thinking, self.answer = self.thinking + thinking, self.answer + answer
+            if thinking or answer:
+                yield thinking, answer
         if self.finish_reason == "error":
             raise ApiError(500, "the engine failed on this request: the server's log says why; send it again")
         if self.finish_reason == "cancelled":
@@ -2016,7 +2214,7 @@ def one_prompt(value: Any) -> str | list[int] | None:
     """The prompt, text or token ids, which may be the one item of a list; None if it is neither."""
     if isinstance(value, list) and len(value) == 1 and type(value[0]) is not int:
         (value,) = value
-    ids = isinstance(value, list) and all(type(token) is int and 0 <= token < VOCAB_SIZE for token in value)
+    ids = isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
     return value or None if ids or isinstance(value, str) else None
 
 
@@ -2034,6 +2232,12 @@ MESSAGE: Table = {
     "role": (..., (f"one of {', '.join(ROLES)}", lambda v: isinstance(v, str) and v in ROLES)),
     "content": (..., ("a string or a list of text parts", lambda v: isinstance(v, (str, list)))),
 }
+TEMPLATE_OPTIONS: Check = (
+    '{"enable_thinking": true or false}',
+    lambda v: (
+        isinstance(v, dict) and v.keys() <= {"enable_thinking"} and all(type(flag) is bool for flag in v.values())
+    ),
+)
 PART: Table = {"type": (..., ('"text"', lambda v: v == "text")), "text": (..., TEXT)}
 
 
@@ -2042,7 +2246,7 @@ def sampling_fields(temperature: float, top_p: float) -> Table:
     return {
         "temperature": (temperature, between(0, 2, "a number from 0 to 2", (int, float))),
         "top_p": (top_p, between(0, 1, "a number from 0 to 1", (int, float))),
-        "top_k": (0, between(-1, VOCAB_SIZE, f"a whole number from -1 to {VOCAB_SIZE}, the size of the vocabulary")),
+        "top_k": (0, between(-1, math.inf, "a whole number from -1")),
         "seed": (None, between(-(2**63), 2**64 - 1, "a whole number that fits in 64 bits")),
         "stop": ([], STOP),
         "stream": (False, FLAG),
@@ -2072,6 +2276,7 @@ class Dialect:
         "messages": (None, MESSAGES),
         "system": (None, TEXT),
         "max_tokens": (None, between(1, math.inf, "a whole number from 1")),
+        "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
         **sampling_fields(temperature=0.7, top_p=0.9),
     }
     content_type = "application/x-ndjson"  # of a stream
@@ -2130,6 +2335,7 @@ class Dialect:
             sampling=SamplingParams(fields["temperature"], fields["top_p"], max(0, fields["top_k"]), seed),
             stop_tokens=frozenset() if fields.get("ignore_eos") else self.server.tokenizer.stop_tokens,
             text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
+            thoughts=self.thoughts(prompt),
             fields=fields,
         )
 
@@ -2143,7 +2349,18 @@ class Dialect:
         system = [] if fields["system"] is None else [("system", fields["system"])]
         chat = [("user", prompt)] if messages is None else self.conversation(messages)
         fields["prompt"] = chat[-1][1]  # the answer repeats it
-        return self.server.tokenizer.encode_chat([*system, *chat])
+        return self.encode_chat([*system, *chat], fields)
+
+    def encode_chat(self, chat: list[tuple[str, str]], fields: dict[str, Any]) -> list[int]:
+        """The token ids of a conversation of (role, text). Raises ApiError."""
+        tokenizer, thinking = self.server.tokenizer, fields["chat_template_kwargs"].get("enable_thinking", False)
+        if thinking and not tokenizer.thinks:
+            raise ApiError(400, "this model has no thinking mode: leave enable_thinking out", "chat_template_kwargs")
+        return tokenizer.encode_chat(chat, thinking)
+
+    def thoughts(self, prompt: list[int]) -> Thoughts:
+        """What finds the thinking in the answer to this prompt."""
+        return Thoughts.after(self.server.tokenizer, prompt)
 
     def conversation(self, messages: list[Any]) -> list[tuple[str, str]]:
         """The messages as (role, text). Raises ApiError."""
@@ -2159,15 +2376,17 @@ class Dialect:
 
     def whole(self, request: Request) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        return {"success": True, "prompt": request.fields["prompt"], "response": request.answer, **request.figures()}
+        thinking = {"thinking": request.thinking} if request.thinking else {}
+        answer = {"success": True, "prompt": request.fields["prompt"], **thinking, "response": request.answer}
+        return answer | request.figures()
 
     def begin(self, request: Request) -> bytes:
         """The start of a stream, before the first text."""
         return b""
 
-    def piece(self, request: Request, text: str) -> bytes:
-        """A piece of text in a stream."""
-        return self.line({"response": text})
+    def piece(self, request: Request, thinking: str, text: str) -> bytes:
+        """A piece of thinking and one of the answer in a stream; one of them may be empty."""
+        return self.line({name: part for name, part in (("thinking", thinking), ("response", text)) if part})
 
     def end(self, request: Request) -> bytes:
         """The end of a stream."""
@@ -2196,7 +2415,12 @@ class ChatCompletions(Dialect):
         "stream_options": ({}, ("an object", lambda v: isinstance(v, dict))),
         "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
     }
-    fields: ClassVar[Table] = {"messages": (..., MESSAGES), "max_completion_tokens": (None, LIMIT), **common}
+    fields: ClassVar[Table] = {
+        "messages": (..., MESSAGES),
+        "max_completion_tokens": (None, LIMIT),
+        "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
+        **common,
+    }
     content_type = "text/event-stream"
     default_max_tokens: int | None = None
     example = '{"messages": [{"role": "user", "content": "Hello!"}]}'
@@ -2215,17 +2439,19 @@ class ChatCompletions(Dialect):
         return request
 
     def encode(self, fields: dict[str, Any]) -> list[int]:
-        return self.server.tokenizer.encode_chat(self.conversation(fields["messages"]))
+        return self.encode_chat(self.conversation(fields["messages"]), fields)
 
     def whole(self, request: Request) -> dict[str, Any]:
         message = {"role": "assistant", "content": request.answer, "refusal": None}
+        message |= {"reasoning_content": request.thinking} if request.thinking else {}  # vLLM's name
         return self._envelope(request, self.kind, request.finish_reason, message=message) | self._usage(request)
 
     def begin(self, request: Request) -> bytes:
         return self._chunk(request, None, role="assistant", content="")
 
-    def piece(self, request: Request, text: str) -> bytes:
-        return self._chunk(request, None, content=text)
+    def piece(self, request: Request, thinking: str, text: str) -> bytes:
+        parts = {"reasoning_content": thinking, "content": text}
+        return self._chunk(request, None, **{name: part for name, part in parts.items() if part})
 
     def end(self, request: Request) -> bytes:
         last = self._chunk(request, request.finish_reason)
@@ -2270,8 +2496,15 @@ class Completions(ChatCompletions):
     begin = Dialect.begin
 
     def encode(self, fields: dict[str, Any]) -> list[int]:
-        prompt = one_prompt(fields["prompt"]) or ""
-        return prompt if isinstance(prompt, list) else self.server.tokenizer.encode_document(prompt)
+        prompt, tokenizer = one_prompt(fields["prompt"]) or "", self.server.tokenizer
+        if isinstance(prompt, str):
+            return tokenizer.encode_document(prompt)
+        if max(prompt) >= tokenizer.vocab_size:
+            raise ApiError(400, f"the prompt has token {max(prompt)}: ids end at {tokenizer.vocab_size - 1}", "prompt")
+        return prompt
+
+    def thoughts(self, prompt: list[int]) -> Thoughts:
+        return Thoughts("answer")
 
     def _envelope(self, request: Request, kind: str, finish_reason: str | None, **content: Any) -> dict[str, Any]:
         text = "".join(part.get("content", "") for part in content.values())
@@ -2678,8 +2911,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         try:
             if request.fields["stream"]:
                 self.send_piece(self.dialect.begin(request))
-                for piece in request.pieces():
-                    self.send_piece(self.dialect.piece(request, piece))
+                for thinking, text in request.pieces():
+                    self.send_piece(self.dialect.piece(request, thinking, text))
                 self.send_piece(self.dialect.end(request), last=True)
             else:
                 for _ in request.pieces():
@@ -2825,7 +3058,7 @@ class ApiServer(ThreadingHTTPServer):
         self.patience = patience
         self.on_loopback = kind_of_host(f"//[{host}]" if ":" in host else f"//{host}") == "loopback"
         self.scheduler: Scheduler
-        self.tokenizer: ChatTokenizer
+        self.tokenizer: Tokenizer
         self.model = self.folder = self.note = ""
         self.api_key: str | None = None
         self.allowed_origins: list[str] = []
@@ -2999,7 +3232,7 @@ def load(server: ApiServer, options: argparse.Namespace, found: Checkpoint | Non
     checkpoint = found or demo_checkpoint(progress)
     server.folder = str(checkpoint.folder)
     progress("loading the tokenizer")
-    server.tokenizer = ChatTokenizer(checkpoint.tokenizer_model, checkpoint.stop_tokens)
+    server.tokenizer = open_tokenizer(checkpoint)
     size = (options.max_batch_size, options.max_seq_len, progress)
     if options.device == "cpu":
         return TorchEngine(checkpoint, *size, dtype=options.dtype, threads=options.threads)
