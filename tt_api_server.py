@@ -2691,8 +2691,8 @@ class ApiHandler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.connection.settimeout(self.server.patience + 1)  # of each read and write; a deadline comes first
-        self.deadline = math.inf  # of a whole header or body; then the sweep ends the wait for it
-        self.late = False  # the sweep has done so
+        self.deadline = math.inf  # by when a whole header or body must be here; the sweep enforces it
+        self.late = False  # it was not
         self.waiting: Request | None = None  # the request that is being answered
         self.refused = len(self.server.handlers) >= self.server.max_connections
         self.server.handlers.add(self)
