@@ -1824,6 +1824,7 @@ class TTEngineTest(unittest.TestCase):
             ),
             ("Out of Memory: Not enough space to allocate 5 B DRAM", "--max-seq-len 128 or --max-batch-size 16 halve"),
             ("Timed out while waiting for active ethernet core", "does not answer.*tt-smi -r"),
+            ("n_kv_heads must be divisible by num_devices", "model on n150: MESH_DEVICE=N300 or P100"),
             (
                 "TT_FATAL @ topk.cpp\ninfo:\nGot [1]\nbacktrace",
                 r"load \(Got \[1\]\): ttnn is .*git -C .* checkout v0.81.1",

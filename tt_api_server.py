@@ -1093,7 +1093,8 @@ BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}
 TRACE_REGION_SIZE = 256_000_000
 TRACE_REGION_SIZES_ON_N150 = {"3B": 30_000_000, "8B": 160_000_000}
 # Tokens of KV cache that fit beside the weights, from generator_vllm.py's get_max_tokens_all_users.
-KV_CACHE_TOKENS, KV_CACHE_TOKENS_8B_ON_N150 = 131_072, 32_768
+KV_CACHE_TOKENS = 131_072
+KV_CACHE_TOKENS_ON_N150 = {"8B": 32_768, "Mistral-7B": 65_536, "Qwen3-4B": 65_536}
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows; 32 is the height of a tile
 SHORT_PREFILL, LONG_PREFILL = 128, 1024  # lengths that get_padded_prefill_len pads prompts to; longer ones double
@@ -1103,8 +1104,14 @@ TROUBLE = {  # a pattern in tt-metal's message when loading fails: what to do
     "trace buffers of size": "the traces do not fit into {region} bytes: --trace-region-size {twice}",
     "Out of Memory": "the card is out of memory: --max-seq-len {length} or --max-batch-size {batch} halve the KV cache",
     "CHIP_IN_USE|[Tt]imed out|[Tt]imeout|[Hh]ang": "the card{users} does not answer: stop its other users, tt-smi -r",
+    "divisible by num_devices|Unsupported model": "tt-metal does not run this model on {board}: MESH_DEVICE={boards}",
     "No chips detected": "ttnn finds no working card: see what tt-smi shows, and try tt-smi -r",
 }
+
+
+def fitting(sizes: Mapping[str, int], default: int, checkpoint: Checkpoint, board: str) -> int:
+    """The entry for this model on an N150, which has the least memory, or the default."""
+    return next((size for name, size in sizes.items() if board == "N150" and name in checkpoint.name), default)
 
 
 def card_present() -> bool:
@@ -1311,7 +1318,7 @@ class TTEngine:
             if not isinstance(error, Exception) or isinstance(error, UserError):
                 raise
             logger.debug("the load failed", exc_info=error)
-            raise UserError(self._explain(str(error), root)) from error
+            raise UserError(self._explain(str(error), root, checkpoint.config)) from error
 
     def _open(self, ttnn: Any, common: Any, checkpoint: Checkpoint, copies: int, progress: Progress) -> Any:
         """Open the board with memory for traces, and lay out the KV cache."""
@@ -1321,15 +1328,15 @@ class TTEngine:
         self.device = board.lower()
         self._divide_memory(checkpoint, common, board_of_copy, copies)
         if self._traced and not self._trace_region_size:
-            less = TRACE_REGION_SIZES_ON_N150 if board_of_copy == "N150" else {}
-            fitting = (size for name, size in less.items() if name in checkpoint.name)
-            self._trace_region_size = next(fitting, TRACE_REGION_SIZE)
+            sizes = (TRACE_REGION_SIZES_ON_N150, TRACE_REGION_SIZE)
+            self._trace_region_size = fitting(*sizes, checkpoint, board_of_copy)
         return self._opened.enter_context(open_mesh(ttnn, board, self._trace_region_size))
 
-    def _explain(self, error: str, root: Path) -> str:
+    def _explain(self, error: str, root: Path, config: ModelConfig) -> str:
         """Why the load failed and what to do, in one sentence."""
         for pattern, sentence in TROUBLE.items():
             if re.search(pattern, error):
+                boards = (board for board, shape in MESH_SHAPES.items() if config.n_kv_heads % math.prod(shape) == 0)
                 half = self._blocks_per_copy // 2 * BLOCK_SIZE
                 length = half // self._slots_per_copy  # any below LONG_PREFILL takes as much, save SHORT_PREFILL
                 return sentence.format(
@@ -1338,13 +1345,15 @@ class TTEngine:
                     length=length if length >= LONG_PREFILL else SHORT_PREFILL,
                     batch=max(size for size in BATCH_SIZES if size == 1 or size * self._padded_seq_len <= half),
                     users=users_of_card(),
+                    board=self.device,
+                    boards=" or ".join(board for board in boards if board.lower() != self.device),
                 )
         what = error.partition("info:\n")[2] or error  # the line of TT_FATAL's text before the backtrace
         return f"the model does not load ({printable(what.strip().partition(chr(10))[0])}): {compare_versions(root)[1]}"
 
     def _divide_memory(self, checkpoint: Checkpoint, common: Any, board: str, copies: int) -> None:
         """Lay out the blocks of the KV cache and the page table."""
-        pool = KV_CACHE_TOKENS_8B_ON_N150 if board == "N150" and "8B" in checkpoint.name else KV_CACHE_TOKENS
+        pool = fitting(KV_CACHE_TOKENS_ON_N150, KV_CACHE_TOKENS, checkpoint, board)
         self.max_seq_len = min(self.max_seq_len, pool)
         # Prompts are padded to powers of two, and the rotary tables, the page table and the pool must reach as far. At
         # least 8 blocks, because the card reads a row of the page table in units of 32 bytes.
@@ -3282,6 +3291,7 @@ def serve(options: argparse.Namespace) -> int:
     if not server.on_loopback and not server.api_key:
         logger.warning("anyone who can reach this machine can use this server: set TT_API_KEY to require a key")
     scheduler = server.scheduler = Scheduler(options.max_queue)
+    sys.setswitchinterval(0.0005)  # or each new connection may wait 5 ms for a thread that computes
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     threading.Thread(target=stop_on_signals, args=(server,), name="signals", daemon=True).start()
     if supervised := "NOTIFY_SOCKET" in os.environ:
