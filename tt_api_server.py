@@ -11,7 +11,7 @@ The model is loaded once and stays loaded. Requests share each step of the engin
     GET  /                      a chat page for browsers
     GET  /health                state, model, device and load
     POST /chat                  {"prompt": ...} or {"messages": [...]}; optional: system, max_tokens, temperature,
-                                top_p, top_k, seed, stop, stream
+                                top_p, top_k, seed, stop, stream, chat_template_kwargs
     POST /v1/chat/completions   OpenAI's API; also /v1/completions and /v1/models
     GET  /metrics               metrics for Prometheus
 
@@ -33,8 +33,8 @@ The rooms of this file, top to bottom; each uses only those above it:
 
 One object, Request, goes down through them and comes back up:
 
-    socket - ApiHandler - Dialect.read - ChatTokenizer - Scheduler.submit - queue
-                                                                              |
+    socket - ApiHandler - Dialect.read - Tokenizer - Scheduler.submit - queue
+                                                                          |
     socket - ApiHandler - Dialect.whole - TextStream - Request - Scheduler loop - Engine
 
 A handler's thread owns its socket and its text; the scheduler's thread owns the engine and the token ids.
@@ -1252,7 +1252,7 @@ def name_model(checkpoint: Checkpoint) -> None:
 
 
 class TTEngine:
-    """Llama 3 on Tenstorrent cards, over tt-metal's Generator, 2026-02 to 2026-09.
+    """A model on Tenstorrent cards, over tt-metal's Generator, 2026-02 to 2026-09.
 
     The releases differ in their calls. Signatures and attributes of the Generator tell what it can do.
 
