@@ -530,14 +530,13 @@ class TemplateTokenizer:
     def __init__(self, folder: Path, template: str, stop_tokens: frozenset[int]) -> None:
         """Raises UserError. Without a template there are no chats."""
         try:
-            import jinja2.sandbox
+            import jinja2
             import tokenizers
         except ImportError as error:
-            raise UserError(
-                f"this model's tokenizer needs a package ({error}): pip install tokenizers jinja2"
-            ) from error
+            cure = "pip install tokenizers jinja2"
+            raise UserError(f"this model's tokenizer needs a package ({error}): {cure}") from error
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the package raises nothing more precise
             raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again") from error
         self.vocab_size: int = self._tokenizer.get_vocab_size()
@@ -549,28 +548,15 @@ class TemplateTokenizer:
         printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in printed]
         self._bytes = {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-        def refuse(reason: str) -> NoReturn:
-            raise jinja2.TemplateError(reason)
-
-        # As transformers renders it.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "tools": None}
-        settings = read_json(folder / "tokenizer_config.json")
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = settings.get(name)
-            environment.globals[name] = token["content"] if isinstance(token, dict) else token
+        environment = template_environment(folder)
         self._error: type[Exception] = jinja2.TemplateError
         self.thinks = "enable_thinking" in template
         try:
             self._template = environment.from_string(template) if template else None
         except jinja2.TemplateError as error:
             raise UserError(f"{folder} has a chat template that cannot be read ({error}): download it again") from error
-        end = self._tokenizer.token_to_id(str(environment.globals["eos_token"]))
-        self.stop_tokens = stop_tokens or frozenset([] if end is None else [end])
+        end = environment.globals["eos_token"]
+        self.stop_tokens = stop_tokens or frozenset([self._tokenizer.token_to_id(end)] if end else [])
 
     def encode_chat(self, messages: Iterable[tuple[str, str]], thinking: bool = False) -> list[int]:
         """As ChatTokenizer's. Raises ApiError if the template refuses the messages."""
@@ -621,18 +607,40 @@ def encodable(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
+def read_template(folder: Path) -> str:
+    """A checkpoint's chat template; "" if it has none."""
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return own.read_text()
+    template = read_json(folder / "tokenizer_config.json").get("chat_template") or ""
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+    return str(template)
+
+
+def template_environment(folder: Path) -> Any:
+    """The jinja2 environment in which transformers renders the folder's chat template, sandboxed."""
+    import jinja2.sandbox
+
+    def refuse(reason: str) -> NoReturn:
+        raise jinja2.TemplateError(reason)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "tools": None}
+    settings = read_json(folder / "tokenizer_config.json")
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = settings.get(name)
+        environment.globals[name] = token["content"] if isinstance(token, dict) else token
+    return environment
+
+
 def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """llama-models' tokenizer for a Llama 3 that has no other chat format, else the checkpoint's own."""
-    folder, config, template = checkpoint.hf_folder, checkpoint.config, ""
-    if folder:
-        alone = folder / "chat_template.jinja"
-        template = (
-            alone.read_text()
-            if alone.is_file()
-            else read_json(folder / "tokenizer_config.json").get("chat_template") or ""
-        )
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+    folder, config = checkpoint.hf_folder, checkpoint.config
+    template = read_template(folder) if folder else ""
     llama3 = (config.family, config.vocab_size) == ("llama", LLAMA3_VOCABULARY)
     if not folder or (llama3 and (not template or "<|start_header_id|>" in template)):
         return ChatTokenizer(checkpoint.tokenizer_model, checkpoint.stop_tokens)
