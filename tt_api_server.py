@@ -536,7 +536,7 @@ class TemplateTokenizer:
             cure = "pip install tokenizers jinja2"
             raise UserError(f"this model's tokenizer needs a package ({error}): {cure}") from error
         try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the package raises nothing more precise
             raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again") from error
         self.vocab_size: int = self._tokenizer.get_vocab_size()
@@ -556,7 +556,8 @@ class TemplateTokenizer:
         except jinja2.TemplateError as error:
             raise UserError(f"{folder} has a chat template that cannot be read ({error}): download it again") from error
         end = environment.globals["eos_token"]
-        self.stop_tokens = stop_tokens or frozenset([self._tokenizer.token_to_id(end)] if end else [])
+        ends: list[Any] = [self._tokenizer.token_to_id(end)] if end else []
+        self.stop_tokens = stop_tokens or frozenset(ends)
 
     def encode_chat(self, messages: Iterable[tuple[str, str]], thinking: bool = False) -> list[int]:
         """As ChatTokenizer's. Raises ApiError if the template refuses the messages."""
