@@ -3453,9 +3453,31 @@ class PageTest(unittest.TestCase):
             self.assertTrue(went_on, "the input method does not get it")
             self.assertEqual((page.typed, page.texts("article")), (f"{markup}\ntwo", []))
             page.press(ENTER)
-            self.assertEqual((page.ended(1)[0], page.typed, page.texts(".user")), (answer, "", [f"{markup}\ntwo"]))
+            shown = answer.replace("**", "")
+            self.assertEqual((page.ended(1)[0], page.typed, page.texts(".user")), (shown, "", [f"{markup}\ntwo"]))
             names = page.script("return [...document.querySelectorAll('main *')].map((e) => e.tagName)")
-            self.assertEqual((names, page.driver.title), (["ARTICLE", "H2", "DIV", "SMALL"], "fake-llama"))
+            self.assertEqual((names, page.driver.title), (["ARTICLE", "H2", "DIV", "SPAN", "B", "SMALL"], "fake-llama"))
+
+    def test_markdown(self) -> None:
+        """Headings, lists, bold and code, as the answer comes; what goes back to the server is what came."""
+        page = self.page
+        code = "if a < b:\n    # **no**"
+        answer = f"# Sorting\n\n- call `sorted`\n  * or **sort**:\n```python\n{code}\n```\nDone * 2.\n\n```\nopen"
+        with serving(Speaker(answer)) as api:
+            page.open(api.server_port, question="How?")
+            text = page.ended(1)[0]
+            self.assertEqual(page.find(".title").text, "Sorting")
+            self.assertEqual(page.texts(".assistant b:not(pre b)"), ["sort"])
+            self.assertEqual(page.texts("pre code"), [code, "open"])
+            self.assertIn("• call sorted\n  • or sort:", text)
+            self.assertIn("Done * 2.", text)
+            page.script("navigator.clipboard.writeText = (text) => { copied = text }")
+            page.find("pre button").click()
+            self.assertEqual(page.script("return copied"), code)
+            page.find("#input").click()
+            page.press("And?", ENTER)
+            self.assertEqual(page.ended(2)[0], text)
+            self.assertEqual(page.script("return sent[1].messages[1].content"), answer)
 
     def test_loading_and_an_answer_that_comes_as_it_is_generated(self) -> None:
         page, text = self.page, "First comes this.\n\n  Then, that."
@@ -3522,7 +3544,8 @@ class PageTest(unittest.TestCase):
             page.wait_for("#status", "stopping")
             page.wait_for("#state", ".*is stopping")
             gate.open()
-            self.assertEqual(len(page.ended(1)[0]), 512)
+            page.ended(1)
+            self.assertEqual(page.script("return document.querySelector('.assistant').text.length"), 512)
 
     def test_the_view_follows_only_a_reader_at_the_end(self) -> None:
         page = self.page

@@ -2566,6 +2566,12 @@ label > * { display: block; width: 18rem; margin: .25rem 0 .75rem; color: Canvas
 main { flex: 1; padding: 1rem 0; }
 article { display: grid; gap: .75rem; margin-bottom: 2.5rem; white-space: pre-wrap; }
 .user { justify-self: end; padding: .6rem 1rem; border-radius: 1.2rem; background: var(--tint); }
+b, .title { font-weight: 600; }
+.title { font-size: 1.15rem; }
+code { font-family: ui-monospace, monospace; font-size: .9rem; }
+pre, :not(pre) > code { padding: .1rem .3rem; border-radius: .4rem; background: var(--tint); }
+pre { padding: .75rem 1rem; white-space: pre-wrap; }
+pre button { float: right; padding: 0 .5rem; font-size: .8rem; }
 [aria-busy=true] :last-child > .assistant::after { content: "▍"; color: var(--accent); }
 .failed small, .gone, .stopping, .unhealthy { color: var(--alert); }
 #state { width: 100%; }
@@ -2614,6 +2620,43 @@ function render() {
   $("main").ariaBusy = Boolean(request)
 }
 
+// Markdown: blocks of code, and other text up to a blank line.
+const BLOCK = /^```[^]*?(?:\n```[ \t]*(?:\n|$(?![^]))|$(?![^]))|[^]+?(?:\n\n+|(?=^```)|$(?![^]))/gm
+
+function make(tag, className, ...content) {
+  const element = Object.assign(document.createElement(tag), {className})
+  element.append(...content)
+  return element
+}
+
+function styled(line) {
+  const marked = (part) => part[0] === "*" ? make("b", "", part.slice(2, -2)) : make("code", "", part.slice(1, -1))
+  return line.split(/(\*\*[^*\n]+\*\*|`[^`\n]+`)/).map((part, i) => i % 2 ? marked(part) : part)
+}
+
+function block(source) {
+  if (source.startsWith("```")) {
+    const code = make("code", "", source.replace(/^.*\n?/, "").replace(/\n?```[ \t]*\n?$/, ""))
+    const copy = make("button", "", "Copy")
+    // The clipboard is for pages from localhost or with TLS; elsewhere the code is selected, to be copied by hand.
+    copy.onclick = () => navigator.clipboard?.writeText(code.textContent) ?? getSelection().selectAllChildren(code)
+    return make("pre", "", copy, code)
+  }
+  return make("span", "", ...source.split(/(?<=\n)/).flatMap((line) => {
+    const [, title] = line.match(/^#{1,6} +([^]*)/) || []
+    return title ? make("span", "title", ...styled(title)) : styled(line.replace(/^( *)[-*] +/, "$1• "))
+  }))
+}
+
+function show(element, text) {  // makes only the blocks that have changed
+  for (const [i, source] of text.match(BLOCK).entries()) {
+    const old = element.children[i]
+    if (old?.source === source) continue
+    const made = Object.assign(block(source), {source})
+    old ? old.replaceWith(made) : element.append(made)
+  }
+}
+
 async function poll() {
   const gone = () => ({...health, status: "gone"})
   health = await fetch("/health", {signal: AbortSignal.timeout(5000)}).then((reply) => reply.json()).catch(gone)
@@ -2649,7 +2692,8 @@ async function ask() {
 
 async function receive(assistant) {  // shows the answer as it arrives; returns the last line: the figures, or an error
   const shown = document.querySelectorAll("article:not(.failed) > :is(h2, div)")  // the last is the answer to come
-  const messages = [...shown].slice(0, -1).map(({className, textContent}) => ({role: className, content: textContent}))
+  const said = (part) => ({role: part.className, content: part.text ?? part.textContent})
+  const messages = [...shown].slice(0, -1).map(said)
   const response = await fetch("/chat", {
     method: "POST", headers: {"Content-Type": "application/json"}, signal: request.signal,
     body: JSON.stringify({  // an empty number is NaN, in JSON null: the server's default
@@ -2664,7 +2708,8 @@ async function receive(assistant) {  // shows the answer as it arrives; returns 
     rest = lines.pop()
     for (const line of lines) {
       last = JSON.parse(line)
-      if (!last.done) assistant.append(last.response || "")
+      if (last.thinking && !last.done) assistant.nextElementSibling.textContent = "Thinking"
+      if (last.response && !last.done) show(assistant, assistant.text = (assistant.text || "") + last.response)
     }
   }
   return last
