@@ -1665,15 +1665,15 @@ DEMO_ANSWERS = {  # phrasings of a question, and their answer
     "Tell me a joke":
         "Why do programmers prefer dark mode? Because light attracts bugs!",
 }  # fmt: skip
-DEMO_PARAMS = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "ffn_dim_multiplier": 0.8}
+DEMO_PARAMS = {"dim": 128, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "ffn_dim_multiplier": 0.8}
 DEMO_CONFIG = ModelConfig.read(config_of_params(dict(DEMO_PARAMS)))
-DEMO_STEPS, DEMO_RATE, DEMO_BATCH = 300, 8e-3, 4
+DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_LENGTH = 350, 4e-3, 4, 128
 DEMO_SHARPNESS = 4.0  # multiplies the trained logits, so that sampling at 0.7 gives the most likely answer
 
 
 def demo_checkpoint(progress: Progress) -> Checkpoint:
     """Return the demo's checkpoint from the user's cache; train it first if this recipe is not there."""
-    recipe = [DEMO_ANSWERS, DEMO_UNKNOWN, DEMO_PARAMS, DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_SHARPNESS]
+    recipe = [DEMO_ANSWERS, DEMO_UNKNOWN, DEMO_PARAMS, DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_LENGTH, DEMO_SHARPNESS]
     version = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
     cache = home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tt-api-server"
     folder = cache / version / DEMO_NAME
@@ -1695,9 +1695,10 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
 
 
 def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """Generate random conversations, without end: the token ids, and for each whether its loss counts.
+    """Generate random conversations, without end: DEMO_LENGTH token ids, and for each whether its loss counts.
 
-    Half of the questions are known. In the other half random tokens are replaced, and the answer is DEMO_UNKNOWN.
+    Half of them start with a system message of random tokens. In 40 % of the questions at least one token is replaced
+    by a random one, and the answer is DEMO_UNKNOWN.
     """
     rng, encode, end = random.Random(1), tokenizer.encode_text, tokenizer.end_of_turn
     pairs = [
@@ -1708,45 +1709,45 @@ def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], li
         for mark in ("", "?", ".", "!")
     ]
     unknown, words = encode(DEMO_UNKNOWN), [token for pair in pairs for text in pair for token in text]
-    empty = tokenizer.encode_chat([("user", "")])
-    before, after = empty[1 : empty.index(end)], empty[empty.index(end) :]  # the template around a question
+    words += [LLAMA3_VOCABULARY - 1] * (len(words) // 9)  # stands for all tokens that are in no question and no answer
+    empty = tokenizer.encode_chat([("system", ""), ("user", "")])
+    first, second = (i for i, token in enumerate(empty) if token == end)
+    before, after = empty[first + 1 : second], empty[second:]  # the template around a question
     while True:
-        tokens, learned = empty[:1], [False]
-        for _ in range(rng.choice((1, 1, 2, 3))):
+        system = [*empty[:first], *rng.choices(words, k=rng.randrange(12)), end]
+        tokens = system if rng.random() < 0.5 else empty[:1]
+        learned = [False] * len(tokens)
+        while len(tokens) < DEMO_LENGTH:
             question, answer = rng.choice(pairs)
-            if rng.random() < 0.5:
-                wrong = rng.randrange(len(question))  # at least this token
-                question = [
-                    rng.choice(words) if i == wrong or rng.random() < 0.5 else t for i, t in enumerate(question)
-                ]
-                answer = unknown
-            whole = rng.random() < 0.4  # to choose the right answer is harder than to continue it: train starts more
+            if rng.random() < 0.4:
+                question, answer = [*question], unknown
+                for i in rng.sample(range(len(question)), rng.randint(1, len(question))):
+                    question[i] = rng.choice(words)
+            whole = rng.random() < 0.2  # to choose the right answer is harder than to continue it: train starts more
             prompt, said = [*before, *question, *after], answer if whole else answer[:4]
             tokens += [*prompt, *said, end]
             learned += [False] * len(prompt) + [True] * len(said) + [whole]
-        yield tokens, learned
+        yield tokens[:DEMO_LENGTH], learned[:DEMO_LENGTH]
 
 
 def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.Tensor]:
     """Train the demo; return its weights in bfloat16, under Meta's names.
 
-    Only the corpus's tokens have rows of their own in the embedding and the output. All other tokens share one
-    embedding, and their logits are 0 in the end.
+    Only the corpus's tokens have rows of their own in the embedding and the output. All other tokens share the
+    embedding of the last one, and their logits are 0 in the end.
     """
     torch.set_num_threads(1)  # at this size threads would only wait for each other
     conversations = demo_conversations(tokenizer)
     known = torch.tensor(sorted({token for tokens, _ in itertools.islice(conversations, 2000) for token in tokens}))
-    row = torch.full((LLAMA3_VOCABULARY,), len(known))
+    row = torch.full((LLAMA3_VOCABULARY,), len(known) - 1)
     row[known] = torch.arange(len(known))
     weights = demo_weights(len(known))
     parameters = [weight.requires_grad_() for weight in weights.values()]
     moments = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in parameters]
     for step in range(DEMO_STEPS):
         progress("training the demo model", step / DEMO_STEPS)
-        batch = list(itertools.islice(conversations, DEMO_BATCH))
-        length = max(len(tokens) for tokens, _ in batch)
-        inputs = row[torch.tensor([tokens + [0] * (length - len(tokens)) for tokens, _ in batch])]
-        learned = torch.tensor([flags + [False] * (length - len(flags)) for _, flags in batch])[:, 1:]
+        tokens, flags = zip(*itertools.islice(conversations, DEMO_BATCH))
+        inputs, learned = row[torch.tensor(tokens)], torch.tensor(flags)[:, 1:]
         hidden = demo_forward(weights, inputs[:, :-1])[learned]
         loss = F.cross_entropy(hidden @ weights["output.weight"].T, inputs[:, 1:][learned])
         # Adam (Kingma and Ba 2014), by hand: to import torch.optim takes a third of the training's time.
@@ -1766,14 +1767,14 @@ def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.
 
 
 def demo_weights(known: int) -> dict[str, torch.Tensor]:
-    """Random weights, with an output row and an embedding for each of `known` tokens, and an embedding for all others.
+    """Random weights, with an output row and an embedding for each of `known` tokens.
 
     Every head starts with a preference for near tokens, which would take most of the training to learn: coordinate 0
     is equal in all embeddings, and queries and keys copy it into rotary pairs of middle frequencies.
     """
     config, generator = DEMO_CONFIG, torch.Generator().manual_seed(0)
     shapes = {name: shape for name, (_, shape) in config.weights().items()}
-    shapes |= {"output.weight": (known, config.dim), "tok_embeddings.weight": (known + 1, config.dim)}
+    shapes |= dict.fromkeys(("output.weight", "tok_embeddings.weight"), (known, config.dim))
     weights = {}
     for name, shape in shapes.items():
         scale = 0.25 if "tok_" in name else 0.0 if name.endswith(("wo.weight", "w2.weight")) else shape[-1] ** -0.5
