@@ -1723,18 +1723,17 @@ def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], li
                 question, answer = [*question], unknown
                 for i in rng.sample(range(len(question)), rng.randint(1, len(question))):
                     question[i] = rng.choice(words)
-            whole = rng.random() < 0.2  # to choose the right answer is harder than to continue it: train starts more
-            prompt, said = [*before, *question, *after], answer if whole else answer[:4]
-            tokens += [*prompt, *said, end]
-            learned += [False] * len(prompt) + [True] * len(said) + [whole]
+            # To choose the right answer is harder than to continue it: most answers are cut after 4 tokens.
+            prompt, said = [*before, *question, *after], [*answer, end] if rng.random() < 0.2 else answer[:4]
+            tokens += prompt + said
+            learned += [False] * len(prompt) + [True] * len(said)
         yield tokens[:DEMO_LENGTH], learned[:DEMO_LENGTH]
 
 
 def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.Tensor]:
     """Train the demo; return its weights in bfloat16, under Meta's names.
 
-    Only the corpus's tokens have rows of their own in the embedding and the output. All other tokens share the
-    embedding of the last one, and their logits are 0 in the end.
+    Only the corpus's tokens have rows of their own in the embedding and the output. All others share the last one's.
     """
     torch.set_num_threads(1)  # at this size threads would only wait for each other
     conversations = demo_conversations(tokenizer)
@@ -1760,10 +1759,7 @@ def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.
                 weight -= rate / (1 - 0.9 ** (step + 1)) * mean / scale
     finished = {name: weight.detach().bfloat16() for name, weight in weights.items()}
     finished["norm.weight"] *= DEMO_SHARPNESS
-    finished["tok_embeddings.weight"] = finished["tok_embeddings.weight"][row]
-    output = torch.zeros(LLAMA3_VOCABULARY, DEMO_CONFIG.dim, dtype=torch.bfloat16)
-    output[known] = finished["output.weight"]
-    return finished | {"output.weight": output}
+    return finished | {name: finished[name][row] for name in ("tok_embeddings.weight", "output.weight")}
 
 
 def demo_weights(known: int) -> dict[str, torch.Tensor]:
