@@ -1126,8 +1126,16 @@ class FamilyTest(unittest.TestCase):
             reply = ask(api.server_port, "/v1/chat/completions", {"messages": chat})
             check_error(reply, 400, r'roles must alternate: \["assistant"\]')
             thinks = {"chat_template_kwargs": {"enable_thinking": True}}
-            check_error(ask(api.server_port, "/chat", {"prompt": "Hi", **thinks}), 400, "no thinking mode")
+            check_error(ask(api.server_port, "/chat", {"prompt": "Hi", **thinks}), 400, "has no enable_thinking")
+            for number in ('"x".index("y")', "1 // 0"):  # the body is right, and the template is not
+                api.tokenizer = server.TemplateTokenizer(
+                    family_checkpoint("mistral"), f"{{{{ {number} }}}}", frozenset()
+                )
+                check_error(ask(api.server_port, "/chat", {"prompt": "Hi"}), 400, "template refuses the messages")
             base = shutil.copytree(family_checkpoint("mistral"), SCRATCH / "families" / "base")
+            (base / "chat_template.jinja").write_bytes(b"\xff")
+            with self.assertRaisesRegex(server.UserError, "chat_template.jinja cannot be read.*download"):
+                server.open_tokenizer(server.read_checkpoint(base))
             (base / "chat_template.jinja").unlink()
             api.tokenizer = server.open_tokenizer(server.read_checkpoint(base))
             check_error(ask(api.server_port, "/chat", {"prompt": "Hi"}), 400, "no chat template.*/v1/completions")
@@ -1822,6 +1830,7 @@ class TTEngineTest(unittest.TestCase):
             ),
             ("Out of Memory: Not enough space to allocate 5 B DRAM", "--max-seq-len 128 or --max-batch-size 16 halve"),
             ("Timed out while waiting for active ethernet core", "does not answer.*tt-smi -r"),
+            ("Cannot change the layout", r"load \(Cannot change the layout\)"),
             ("n_kv_heads must be divisible by num_devices", "model on n150: MESH_DEVICE=N300 or P100"),
             (
                 "TT_FATAL @ topk.cpp\ninfo:\nGot [1]\nbacktrace",

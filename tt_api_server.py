@@ -549,7 +549,6 @@ class TemplateTokenizer:
         others = [byte for byte in range(256) if byte not in printed]
         self._bytes = {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
         environment = template_environment(folder)
-        self._error: type[Exception] = jinja2.TemplateError
         self.thinks = "enable_thinking" in template
         try:
             self._template = environment.from_string(template) if template else None
@@ -566,7 +565,7 @@ class TemplateTokenizer:
         inert = [{"role": role, "content": self._inert(text)} for role, text in messages]
         try:
             text = self._template.render(messages=inert, add_generation_prompt=True, enable_thinking=thinking)
-        except (self._error, TypeError) as error:
+        except Exception as error:  # a template can fail in any way
             raise ApiError(400, f"the model's chat template refuses the messages: {printable(str(error))}") from error
         return self._encode(text)
 
@@ -611,8 +610,11 @@ def encodable(text: str) -> str:
 def read_template(folder: Path) -> str:
     """A checkpoint's chat template; "" if it has none."""
     own = folder / "chat_template.jinja"
-    if own.is_file():
-        return own.read_text()
+    try:
+        if own.is_file():
+            return own.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{own} cannot be read ({error}): download it again") from error
     template = read_json(folder / "tokenizer_config.json").get("chat_template") or ""
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
@@ -1112,7 +1114,7 @@ MAX_TOP_K = 32  # the card samples from that many tokens at most
 TROUBLE = {  # a pattern in tt-metal's message when loading fails: what to do
     "trace buffers of size": "the traces do not fit into {region} bytes: --trace-region-size {twice}",
     "Out of Memory": "the card is out of memory: --max-seq-len {length} or --max-batch-size {batch} halve the KV cache",
-    "CHIP_IN_USE|[Tt]imed out|[Tt]imeout|[Hh]ang": "the card{users} does not answer: stop its other users, tt-smi -r",
+    r"CHIP_IN_USE|[Tt]imed out|[Tt]imeout|\b[Hh]ang": "the card{users} does not answer: stop its other users, tt-smi -r",
     "divisible by num_devices|Unsupported model": "tt-metal does not run this model on {board}: MESH_DEVICE={boards}",
     "No chips detected": "ttnn finds no working card: see what tt-smi shows, and try tt-smi -r",
 }
@@ -2370,7 +2372,7 @@ class Dialect:
         """The token ids of a conversation of (role, text). Raises ApiError."""
         tokenizer, thinking = self.server.tokenizer, fields["chat_template_kwargs"].get("enable_thinking", False)
         if thinking and not tokenizer.thinks:
-            raise ApiError(400, "this model has no thinking mode: leave enable_thinking out", "chat_template_kwargs")
+            raise ApiError(400, "this model's template has no enable_thinking: leave it out", "chat_template_kwargs")
         return tokenizer.encode_chat(chat, thinking)
 
     def thoughts(self, prompt: list[int]) -> Thoughts:
