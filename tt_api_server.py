@@ -170,8 +170,8 @@ FAMILIES: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 NAME_ANOTHER = f"name a text model of the family {', '.join(FAMILIES)} in bfloat16"
 
-# The settings of config.json that change what transformers computes, and the values that are supported. transformers
-# takes the first value, too, if a setting is absent.
+# The settings of config.json that change what transformers computes, and the values that are supported. If a
+# setting is absent, the first value is meant, as in transformers.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": ("silu",),
@@ -183,7 +183,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 # Llama 3.1's stretching of the rotary wavelengths
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-WEIGHTS = (  # that all families have, of a layer {} or of the model
+WEIGHTS = (  # of all families, in the same form; {} is the number of the layer
     ("tok_embeddings.weight", "model.embed_tokens.weight", "vocabulary dim"),
     ("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", "dim"),
     ("layers.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight", "q dim"),
@@ -306,12 +306,12 @@ class Checkpoint:
 
     @property
     def tokenizer_model(self) -> Path | None:
-        """The checkpoint's own tokenizer.model; None: llama-models' copy serves."""
+        """The checkpoint's own tokenizer.model; None if it has none, and llama-models' copy is to be used."""
         paths = (self.folder / "tokenizer.model", self.folder / "original" / "tokenizer.model")
         return next((path for path in paths if path.is_file()), None)
 
     def open_weights(self) -> Callable[[str], torch.Tensor]:
-        """Map the files and return a reader: Meta's name of a weight to the tensor, which is still on disk.
+        """Map the files and return a reader, which takes Meta's name of a weight and gives the tensor, still on disk.
 
         Checks the presence and shape of every tensor first. The reader gives the embedding for a tied model's
         output.weight. Rotary pairs are half a head apart in wq and wk, as in Hugging Face's files; Meta's files have
@@ -421,7 +421,7 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The files that transformers reads, and no others beside them: model.safetensors, else those of the index."""
+    """The files that transformers would read: model.safetensors if there is one, or else the files of the index."""
     whole = folder / "model.safetensors"
     if whole.exists() or whole.is_symlink():
         return [whole]
@@ -439,7 +439,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not files:
         needs = "it needs params.json and consolidated.00.pth, or config.json and model.safetensors or its index"
         if parts:
-            needs = f"{len(parts)} parts (consolidated.*.pth) are not read: name the folder with its *.safetensors"
+            needs = f"{len(parts)} parts (consolidated.*.pth) are not supported: name the folder with its *.safetensors"
         raise UserError(f"{folder} holds no checkpoint: {needs}")
     # In Hugging Face's cache the folder is models--OWNER--NAME/snapshots/COMMIT.
     cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
@@ -525,10 +525,10 @@ class TemplateTokenizer:
     If a message spells a special token, the token is cut in two before the template is rendered, and so stays text.
     """
 
-    CUT = "\ud800"  # half a character, which no text holds once it is encodable
+    CUT = "\ud800"  # a lone surrogate, which `encodable` removes from every text
 
     def __init__(self, folder: Path, template: str, stop_tokens: frozenset[int]) -> None:
-        """Raises UserError. Without a template there are no chats."""
+        """Raises UserError. If `template` is empty, encode_chat raises ApiError."""
         try:
             import jinja2
             import tokenizers
@@ -544,7 +544,7 @@ class TemplateTokenizer:
         special = [re.escape(token.content) for token in self._added.values() if token.special]
         self._special = re.compile("|".join(special) or "(?!)")
         self._byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
-        # GPT-2's alphabet: a printable byte is that character of Latin-1, the others are those from 256 on.
+        # GPT-2's alphabet: a printable byte is its Latin-1 character, the others are the characters from 256 on.
         printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in printed]
         self._bytes = {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -661,7 +661,7 @@ class TextStream:
         self.stopped = False  # a stop string has come; the text ends before it
 
     def push(self, tokens: Iterable[int], final: bool = False) -> str:
-        """The text that is certain with these tokens; with `final`, all that is left. Empty after a stop string."""
+        """The text that is certain after these tokens; with `final`, all that is left. Empty after a stop string."""
         if self.stopped:
             return ""
         text = self._held + self._decode(self._tokenizer.decode_bytes(tokens), final)
@@ -675,7 +675,7 @@ class TextStream:
 
 
 class Thoughts:
-    """Splits a chat answer into what stands between the model's think tags, and the rest."""
+    """Splits a chat answer into the thinking, which the model puts between think tags, and the answer proper."""
 
     def __init__(self, state: str) -> None:
         self._state = state  # "start", "thinking", "start of answer" or "answer"
@@ -683,13 +683,13 @@ class Thoughts:
 
     @staticmethod
     def after(tokenizer: Tokenizer, prompt: list[int]) -> Thoughts:
-        """For the answer to a chat's prompt, in which the first tag may stand already."""
+        """The splitter for the answer to `prompt`. Some chat templates end the prompt with the opening tag."""
         if isinstance(tokenizer, ChatTokenizer):
             return Thoughts("answer")
         return Thoughts("thinking" if tokenizer.decode_bytes(prompt[-8:]).rstrip().endswith(b"<think>") else "start")
 
     def split(self, text: str, final: bool) -> tuple[str, str]:
-        """Thinking and answer that are certain with this text; with `final`, all that is left."""
+        """The thinking and the answer that are certain after this text; with `final`, all that is left."""
         text, thought, self._held = self._held + text, "", ""
         if self._state == "start":
             text = text.lstrip()
@@ -773,7 +773,7 @@ def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
 
 
 class Work(NamedTuple):
-    """What one slot reads in one step: a piece of its prompt, or the token it was given last."""
+    """One slot's input for one step: a piece of its prompt, or the last token of its answer."""
 
     slot: int
     tokens: Sequence[int]  # at the positions position, position + 1, ...
@@ -788,13 +788,13 @@ class Engine(Protocol):
     """
 
     device: str  # "n150", "t3k", "cpu" ...
-    max_batch_size: int  # slots that are read in one step
+    max_batch_size: int  # slots that run in one step
     max_seq_len: int  # tokens that a slot can hold, prompt and answer
     kv_cache_tokens: int  # that all slots together can hold
-    # Prompt tokens that a step may read. A prompt may then be read in pieces, and go on from what an earlier request
-    # left in its slot. 0: prompts are read whole, from the start.
+    # Prompt tokens that a step may prefill. A prompt may then be prefilled in pieces, and go on from the tokens that an
+    # earlier request left in its slot. 0: prompts are prefilled whole, from the start.
     prompt_chunk: int
-    resume_align: int  # a prompt goes on at a multiple of this; less than this costs as much
+    resume_align: int  # a prompt goes on at a multiple of this; fewer tokens take as long
 
     def reserve(self, slot: int, length: int) -> bool:
         """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back.
@@ -818,7 +818,7 @@ Progress = Callable[..., None]  # told while a model loads: what goes on, and, w
 
 
 class Run(NamedTuple):
-    """Neighbouring slots of a step that read equally many tokens: their attention is one operation."""
+    """Neighbouring slots with equally many tokens in a step: their attention is one operation."""
 
     rows: slice  # B * n of the step's rows
     slots: slice  # B
@@ -946,7 +946,7 @@ class TorchEngine:
             return [next(drawn) if work.sampling else -1 for work in batch]
 
     def logits(self, batch: Sequence[Work]) -> torch.Tensor:
-        """Read the batch; return the logits [items, vocabulary] of the items whose next token is wanted."""
+        """Run the batch; return the logits [items, vocabulary] of the items whose next token is wanted."""
         config = self.config
         tokens = torch.tensor([token for work in batch for token in work.tokens])
         slots = torch.tensor([work.slot for work in batch for _ in work.tokens])
@@ -1114,14 +1114,14 @@ MAX_TOP_K = 32  # the card samples from that many tokens at most
 TROUBLE = {  # a pattern in tt-metal's message when loading fails: what to do
     "trace buffers of size": "the traces do not fit into {region} bytes: --trace-region-size {twice}",
     "Out of Memory": "the card is out of memory: --max-seq-len {length} or --max-batch-size {batch} halve the KV cache",
-    r"CHIP_IN_USE|[Tt]imed out|[Tt]imeout|\b[Hh]ang": "the card{users} does not answer: stop its other users, tt-smi -r",
+    r"CHIP_IN_USE|[Tt]imed? ?out|\b[Hh]ang": "the card{users} does not answer: stop its other users, tt-smi -r",
     "divisible by num_devices|Unsupported model": "tt-metal does not run this model on {board}: MESH_DEVICE={boards}",
     "No chips detected": "ttnn finds no working card: see what tt-smi shows, and try tt-smi -r",
 }
 
 
 def fitting(sizes: Mapping[str, int], default: int, checkpoint: Checkpoint, board: str) -> int:
-    """The entry for this model on an N150, which has the least memory, or the default."""
+    """The size for this model on an N150, which has the least memory; the default on every other board."""
     return next((size for name, size in sizes.items() if board == "N150" and name in checkpoint.name), default)
 
 
@@ -1438,8 +1438,8 @@ class TTEngine:
         }
         self._shapes = [(0, length, rows) for length in self._rows for rows in self._rows[length]]
         if resumes:
-            fitting = (length for length in self._rows if SHORT_PREFILL + length <= self._padded_seq_len)
-            self._shapes += [(SHORT_PREFILL, length, 1) for length in fitting]
+            lengths = (length for length in self._rows if SHORT_PREFILL + length <= self._padded_seq_len)
+            self._shapes += [(SHORT_PREFILL, length, 1) for length in lengths]
 
     def _warm_up(self, progress: Progress) -> None:
         """Compile decode and every shape of prefill, then trace them, before the first request.
@@ -1585,7 +1585,7 @@ class TTEngine:
             return {"reset_batch": reset and self._card_samples}
         return {
             "reload_inputs": reset or not (self._card_samples and self._tracing),
-            "reload_page_table": False,  # only that; a changed page table is a reset here
+            "reload_page_table": False,  # for a change of the page table alone; here that is a reset
             "reload_sampling_params": reset and self._card_samples,
             "reset_sampling_state": reset and self._card_samples,
         }
@@ -1832,7 +1832,7 @@ class Request:
     generated: int = 0  # tokens, without the stop token
     cached: int = 0  # prompt tokens that were in the slot's KV cache already
     outcome: str = ""  # "stop", "length", "cancelled" or "error", once it has ended
-    cancelled: str = ""  # the outcome with which it is to end before the next step
+    cancelled: str = ""  # if set, the request ends before the next step, with this outcome
     tokens: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)  # None is the end
     ended: threading.Event = field(default_factory=threading.Event)
     # The handler fills these.
@@ -1844,8 +1844,8 @@ class Request:
     def pieces(self) -> Iterator[tuple[str, str]]:
         """Thinking and answer, piece by piece; the handler's thread calls this. Raises ApiError if they break off.
 
-        With `stream` or stop strings, the first token comes at once and the others 6 ms late: 32 threads that wake as
-        a step ends would hold up the start of the next. Otherwise all come at the end.
+        With `stream` or stop strings, the first token comes at once and the others 6 ms late: if 32 threads woke when a
+        step ends, they would delay the next step. Otherwise all come at the end.
         """
         if not (self.fields["stream"] or self.fields["stop"]):
             self.ended.wait()
@@ -2376,7 +2376,7 @@ class Dialect:
         return tokenizer.encode_chat(chat, thinking)
 
     def thoughts(self, prompt: list[int]) -> Thoughts:
-        """What finds the thinking in the answer to this prompt."""
+        """The splitter of thinking and answer for this prompt."""
         return Thoughts.after(self.server.tokenizer, prompt)
 
     def conversation(self, messages: list[Any]) -> list[tuple[str, str]]:
@@ -2754,7 +2754,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         super().setup()
         self.connection.settimeout(self.server.patience + 1)  # of each read and write; a deadline comes first
         self.deadline = math.inf  # by when a whole header or body must be here; the sweep enforces it
-        self.late = False  # it was not
+        self.late = False  # the deadline has passed
         self.waiting: Request | None = None  # the request that is being answered
         self.refused = len(self.server.handlers) >= self.server.max_connections
         self.server.handlers.add(self)
@@ -2978,7 +2978,7 @@ class ApiHandler(BaseHTTPRequestHandler):
                 self.send_piece(self.dialect.end(request), last=True)
             else:
                 for _ in request.pieces():
-                    pass  # until request.answer is complete
+                    pass  # request.answer collects the pieces
                 self.send(200, to_json(self.dialect.whole(request)))
         finally:
             self.waiting = None
