@@ -1102,10 +1102,10 @@ BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}
 # 93 on P300x2 (#3400), all with fewer prompt shapes than are traced here; models/model_trace_region_sizes.yaml gives
 # 70B 224 MB. On N150 weights and KV cache leave less: 0.7 GB with a 3B model, whose prompts tt-metal does not trace.
 TRACE_REGION_SIZE = 256_000_000
-TRACE_REGION_SIZES_ON_N150 = {"3B": 30_000_000, "8B": 160_000_000}
+TRACE_REGION_SIZES_ON_N150 = {"-3B": 30_000_000, "-8B": 160_000_000}
 # Tokens of KV cache that fit beside the weights, from generator_vllm.py's get_max_tokens_all_users.
 KV_CACHE_TOKENS = 131_072
-KV_CACHE_TOKENS_ON_N150 = {"8B": 32_768, "Mistral-7B": 65_536, "Qwen3-4B": 65_536}
+KV_CACHE_TOKENS_ON_N150 = {"-8B": 32_768, "Mistral-7B": 65_536, "Qwen3-4B": 65_536}
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows; 32 is the height of a tile
 SHORT_PREFILL, LONG_PREFILL = 128, 1024  # lengths that get_padded_prefill_len pads prompts to; longer ones double
