@@ -401,6 +401,7 @@ class FakeEngine:
 
     device = "fake"
     resume_align = 1
+    samples_on_host = False
 
     def __init__(
         self,
@@ -885,6 +886,39 @@ class SamplingTest(unittest.TestCase):
         for settings in ((0.0, 0.9, 0), (0.7, 0.9, 0), (0.7, 0.9, 2)):
             with self.assertRaises(ArithmeticError):
                 server.sample(torch.full((1, 3), float("nan")), [server.SamplingParams(*settings)], [0])
+
+    def test_penalties_and_bias(self) -> None:
+        """vLLM's definitions, computed here one token at a time in its order; the most likely token is greedy's."""
+        chance = random.Random(6)
+        for case in range(200):
+            prompt, answer = chance.choices(range(50), k=9), chance.choices(range(50), k=chance.randrange(12))
+            bias = {chance.randrange(50): chance.uniform(-5, 5) for _ in range(4)}
+            repetition, frequency, presence = chance.uniform(0.5, 2), chance.uniform(-2, 2), chance.uniform(-2, 2)
+            expected = [logit + bias.get(i, 0.0) for i, logit in enumerate(self.logits)]
+            if len(answer) < 6:
+                expected[3] = expected[7] = -math.inf
+            for i, logit in enumerate(expected):
+                if i in prompt + answer:
+                    expected[i] = logit / repetition if logit > 0 else logit * repetition
+                expected[i] -= frequency * answer.count(i) + presence * (i in answer)
+            text_bias = {str(i): value for i, value in bias.items()}
+            host = server.HostSampling(
+                prompt, frozenset({3, 7}), text_bias, 6, repetition, frequency, presence, answer=[*answer]
+            )
+            adjusted = host.adjust(torch.tensor(self.logits), 1.0)
+            with self.subTest(case):
+                torch.testing.assert_close(adjusted, torch.tensor(expected))
+                (token,) = server.sample(torch.tensor([self.logits]), [server.SamplingParams(0, host=host)], [9])
+                self.assertEqual((token, host.answer), (expected.index(max(expected)), [*answer, token]))
+
+    def test_min_p(self) -> None:
+        """Of all tokens that are drawn, and of no other, the probability is at least min_p times the highest."""
+        for temperature, min_p in ((1, 0.1), (2, 0.3), (0.7, 0.05), (1, 1)):
+            host = server.HostSampling([], frozenset(), min_p=min_p)
+            params = [server.SamplingParams(temperature, 1.0, 0, seed, host) for seed in range(2000)]
+            drawn = server.sample(torch.tensor(self.logits).expand(2000, -1), params, [7] * 2000)
+            chances = nucleus(self.logits, server.SamplingParams(temperature, 1.0))
+            self.assertEqual(set(drawn), {i for i, p in enumerate(chances) if p >= min_p * max(chances)})
 
 
 # ======================================================================================================================
@@ -2735,9 +2769,43 @@ class OpenAITest(unittest.TestCase):
             {"messages": [message], "stream_options": {"include_usage": True, "include_obfuscation": True}},
             {"n": 1, "logprobs": False, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}},
             {"presence_penalty": 0, "frequency_penalty": 0.0, "min_p": 0, "top_k": -1, "logit_bias": {}},
+            {"min_tokens": 0, "stop_token_ids": [], "repetition_penalty": 1.0},
         ):
             with self.subTest(body=body):
                 self.assertEqual(self.chat(**body)["choices"], plain)
+
+    def test_sampling_on_the_host(self) -> None:
+        """Each field has its effect, and a card that samples by itself refuses them by name."""
+        prompt = "Once upon a time"
+        plain = self.post("completions", prompt=prompt, max_tokens=40).json["choices"][0]["text"]
+        token = next(token for token in range(1000, 2000) if tokenizer().decode_bytes([token]).isalpha())
+        word = tokenizer().decode_bytes([token]).decode()
+        forced = {"prompt": prompt, "logit_bias": {str(token): 100}}
+        choice = self.post("completions", **forced).json["choices"][0]
+        self.assertEqual((choice["text"], choice["finish_reason"]), (word * 6, "length"))
+        for stop in ({"stop_token_ids": [token]}, {"stop_token_ids": [token, 5], "ignore_eos": True}):
+            ended = self.post("completions", **forced, **stop).json
+            self.assertEqual((ended["choices"][0]["text"], ended["choices"][0]["finish_reason"]), ("", "stop"))
+            later = self.post("completions", **forced, **stop, min_tokens=3).json
+            self.assertEqual((later["usage"]["completion_tokens"], word in str(later["choices"])), (3, False))
+        biased = {"prompt": prompt, "logit_bias": {str(token): 2}}
+        for name, value in {
+            "seed": 1,
+            "presence_penalty": 2,
+            "frequency_penalty": 2,
+            "repetition_penalty": 100,
+        }.items():
+            text = self.post("completions", **biased, **{name: value}).json["choices"][0]["text"]
+            self.assertEqual((text.startswith(word), text == word * 6), (True, name == "seed"), name)
+        warm = {"prompt": prompt, "temperature": 2, "min_p": 1, "max_tokens": 40}
+        self.assertEqual(self.post("completions", **warm).json["choices"][0]["text"], plain)
+        with serving(FakeEngine()) as api:
+            for name in server.HOST_SAMPLING:
+                asked: Any = {"5": 1} if name == "logit_bias" else 0.5 if name == "min_p" else 2
+                body = {"messages": QUESTION, "max_tokens": 2}
+                reply = ask(api.server_port, "/v1/chat/completions", {**body, name: asked})
+                check_error(reply, 400, f"^{name} is not supported on this card")
+                self.assertEqual(ask(api.server_port, "/v1/chat/completions", {**body, name: None}).status, 200)
 
     def test_an_answer_without_a_limit(self) -> None:
         """It has the context, or where the KV cache does not hold that for all slots, a slot's share of it."""
@@ -2763,7 +2831,7 @@ class OpenAITest(unittest.TestCase):
     def test_errors(self) -> None:
         (message,), options, long = QUESTION, "stream_options", "x " * 9000
         unsupported, too_long = "unsupported_parameter", "context_length_exceeded"
-        refused = {"n": 2, "tools": [{}], "logprobs": True, "logit_bias": {"1": 5}, "presence_penalty": 0.5, "min_p": 1}
+        refused = {"n": 2, "tools": [{}], "logprobs": True, "repeat_penalty": 1.1}
         refused |= {"response_format": {"type": "json_object"}, "tool_choice": "required", "echo": True}
         wrong: list[Any] = [None, "", [], ["a", "b"], [["a"]], [[[1]]], [128256], [-1]]
         cases: list[tuple[Any, ...]] = [
@@ -2779,6 +2847,9 @@ class OpenAITest(unittest.TestCase):
             ("max_tokens", too_long, {"max_tokens": 8192, "prompt": "Hi"}),
             ("prompt", too_long, {"prompt": long}),
             ("prompt", None, *({"prompt": bad} for bad in wrong)),
+            ("logit_bias", None, {"logit_bias": {"x": 1}}, {"logit_bias": {"1": 101}}, {"logit_bias": {"128256": 1}}),
+            ("stop_token_ids", None, {"stop_token_ids": 1}, {"stop_token_ids": [-1]}, {"stop_token_ids": [128256]}),
+            *((name, None, {name: 101}) for name in ("presence_penalty", "repetition_penalty", "min_p")),
             ("model", "model_not_found", {"model": "gpt-4"}, {"model": "gpt-4", "prompt": "Hi"}),
         ]
         for param, code, *bodies in cases:

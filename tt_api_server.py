@@ -728,6 +728,7 @@ class SamplingParams:
     top_p: float = 0.9  # sample from the most likely tokens that together have this probability
     top_k: int = 0  # sample from the k most likely tokens; 0: no limit
     seed: int | None = None  # None: random
+    host: HostSampling | None = None
 
     @property
     def greedy(self) -> bool:
@@ -740,7 +741,7 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
 
     A row's draw depends on its seed and position alone, not on the other rows. Raises ArithmeticError for a NaN.
     """
-    return [draw(*row) for row in zip(logits, params, positions)]
+    return [p.host.draw(*row) if (p := row[1]).host else draw(*row) for row in zip(logits, params, positions)]
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
@@ -765,6 +766,46 @@ def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
         mass = float(weights.sum())
         if mass == 0 or mass < params.top_p:
             return int(kept.indices[drawn]) if kept else drawn
+
+
+@dataclass(eq=False)
+class HostSampling:
+    """The wishes of one request that only the host's sampler fulfils, and the answer so far.
+
+    The definitions and their order are vLLM's: https://docs.vllm.ai/en/latest/api/vllm/sampling_params
+    """
+
+    prompt: Sequence[int]
+    stop_tokens: frozenset[int]
+    logit_bias: Mapping[str, float] = field(default_factory=dict)  # token id: added to its logit
+    min_tokens: int = 0  # tokens before a stop token may come
+    repetition_penalty: float = 1.0  # divides the positive logits of the tokens so far, and multiplies negative ones
+    frequency_penalty: float = 0.0  # taken from a token's logit for each time that it is in the answer
+    presence_penalty: float = 0.0  # taken from its logit once
+    min_p: float = 0.0  # least probability of a token, as a share of the most likely one's
+    answer: list[int] = field(default_factory=list)
+
+    def draw(self, logits: torch.Tensor, params: SamplingParams, position: int) -> int:
+        """The next token, from logits [vocabulary]."""
+        token = draw(self.adjust(logits.float(), params.temperature), params, position)
+        self.answer.append(token)
+        return token
+
+    def adjust(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        """The logits [vocabulary] with bias and penalties, and -inf for tokens that must not come."""
+        change = torch.zeros_like(logits)
+        change[list(map(int, self.logit_bias))] = torch.tensor(list(self.logit_bias.values()), dtype=logits.dtype)
+        if len(self.answer) < self.min_tokens:
+            change[list(self.stop_tokens)] = -math.inf
+        logits = logits + change
+        seen, counts = list({*self.prompt, *self.answer}), Counter(self.answer)
+        signs = torch.where(logits[seen] > 0, -1.0, 1.0)
+        logits[seen] *= self.repetition_penalty**signs
+        penalties = [self.frequency_penalty * count + self.presence_penalty for count in counts.values()]
+        logits[list(counts)] -= torch.tensor(penalties)
+        if self.min_p:
+            logits[logits < logits.max() + temperature * math.log(self.min_p)] = -math.inf
+        return logits
 
 
 # ======================================================================================================================
@@ -795,6 +836,7 @@ class Engine(Protocol):
     # earlier request left in its slot. 0: prompts are prefilled whole, from the start.
     prompt_chunk: int
     resume_align: int  # a prompt goes on at a multiple of this; fewer tokens take as long
+    samples_on_host: bool  # so HostSampling is supported
 
     def reserve(self, slot: int, length: int) -> bool:
         """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back.
@@ -854,6 +896,7 @@ class TorchEngine:
     device = "cpu"
     prompt_chunk = 512  # more are no faster
     resume_align = 1
+    samples_on_host = True
     SMALL = 200_000_000  # weights; a smaller model is faster on one thread, for threads wait at every operation
 
     def __init__(
@@ -1410,6 +1453,7 @@ class TTEngine:
         contract = getattr(this, "decode_input_update_contract", int("reload_sampling_params" in decode))
         self._has_decode_contract = contract >= 1
         self._card_samples = bool(getattr(this.model[0], "_supports_on_device_sampling", False))
+        self.samples_on_host = not self._card_samples
         self._card_samples_prefill = self._card_samples and "sampling_params" in prefill
         self._card_sampling_params = generator.SamplingParams
         self._decoding: dict[int, SamplingParams | None] = {}  # slots of the last decode step; empty before a reset
@@ -1967,6 +2011,7 @@ class Scheduler:
         self.max_queue = max_queue
         self.max_seq_len = self.slot_share = 0  # tokens that one slot can hold, and that all can at the same time
         self.device = ""
+        self.samples_on_host = True
         self.doing: tuple[str, float | None] = ("starting", None)
         self.statistics = Statistics()
         self.slots: list[Slot] = []
@@ -2076,6 +2121,7 @@ class Scheduler:
                 with self._wake:
                     self.slots = [Slot(index) for index in range(engine.max_batch_size)]
                     self.max_seq_len, self.device = engine.max_seq_len, engine.device
+                    self.samples_on_host = engine.samples_on_host
                     self.slot_share = engine.kv_cache_tokens // engine.max_batch_size
                     self._state = "healthy" if self._state == "loading" else self._state
                 ready()
@@ -2227,12 +2273,16 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def are_ids(value: Any) -> bool:
+    """Whether the value is a list of token ids."""
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+
+
 def one_prompt(value: Any) -> str | list[int] | None:
     """The prompt, text or token ids, which may be the one item of a list; None if it is neither."""
     if isinstance(value, list) and len(value) == 1 and type(value[0]) is not int:
         (value,) = value
-    ids = isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
-    return value or None if ids or isinstance(value, str) else None
+    return value or None if are_ids(value) or isinstance(value, str) else None
 
 
 FLAG: Check = "true or false", lambda v: type(v) is bool
@@ -2270,12 +2320,25 @@ def sampling_fields(temperature: float, top_p: float) -> Table:
     }
 
 
+BIAS = between(-100, 100, "a number from -100 to 100", (int, float))
+BIASES: Check = (
+    f"an object of token ids, each with {BIAS[0]}",
+    lambda v: isinstance(v, dict) and all(re.fullmatch("[0-9]{1,9}", id) and BIAS[1](bias) for id, bias in v.items()),
+)
+HOST_SAMPLING: Table = {  # the arguments of HostSampling
+    "logit_bias": ({}, BIASES),
+    "min_tokens": (0, between(0, math.inf, "a whole number from 0")),
+    "repetition_penalty": (1, between(0.01, 100, "a number from 0.01 to 100", (int, float))),
+    "frequency_penalty": (0, between(-2, 2, "a number from -2 to 2", (int, float))),
+    "presence_penalty": (0, between(-2, 2, "a number from -2 to 2", (int, float))),
+    "min_p": (0, between(0, 1, "a number from 0 to 1", (int, float))),
+}
+
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any level, with the values
 # that ask for nothing.
 UNSUPPORTED: dict[str, list[Any]] = {
-    "n": [1], "best_of": [1], "logit_bias": [{}], "bad_words": [[]], "stop_token_ids": [[]], "min_tokens": [0],
-    "presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1], "repeat_penalty": [1], "min_p": [0],
-    "typical_p": [1], "mirostat": [0], "xtc_probability": [0], "dry_multiplier": [0], "use_beam_search": [False],
+    "n": [1], "best_of": [1], "bad_words": [[]], "repeat_penalty": [1], "typical_p": [1], "mirostat": [0],
+    "xtc_probability": [0], "dry_multiplier": [0], "use_beam_search": [False],
     "logprobs": [False], "top_logprobs": [0], "prompt_logprobs": [], "response_format": [{"type": "text"}],
     "structured_outputs": [], "guided_json": [], "guided_regex": [], "guided_choice": [], "guided_grammar": [],
     "json_schema": [], "grammar": [""], "tools": [[]], "tool_choice": ["none", "auto"], "tool_calls": [[]],
@@ -2346,15 +2409,38 @@ class Dialect:
         default = self.default_max_tokens or max(self.server.scheduler.slot_share, 1024)
         # As in vLLM and llama.cpp, -1 stands for no seed and for no top_k.
         seed = None if fields["seed"] == -1 else fields["seed"]
+        stop_tokens = frozenset(fields.get("stop_token_ids", ()))
+        self.check_tokens(stop_tokens, "stop_token_ids")
+        stop_tokens |= frozenset() if fields.get("ignore_eos") else self.server.tokenizer.stop_tokens
+        host = self.host_sampling(fields, prompt, stop_tokens)
         return Request(
             prompt=prompt,
             max_tokens=limit or min(default, room),
-            sampling=SamplingParams(fields["temperature"], fields["top_p"], max(0, fields["top_k"]), seed),
-            stop_tokens=frozenset() if fields.get("ignore_eos") else self.server.tokenizer.stop_tokens,
+            sampling=SamplingParams(fields["temperature"], fields["top_p"], max(0, fields["top_k"]), seed, host),
+            stop_tokens=stop_tokens,
             text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
             thoughts=self.thoughts(prompt),
             fields=fields,
         )
+
+    def host_sampling(
+        self, fields: dict[str, Any], prompt: list[int], stop_tokens: frozenset[int]
+    ) -> HostSampling | None:
+        """What the fields ask of the host's sampler; None if nothing. Raises ApiError."""
+        asked = {name: fields[name] for name, (none, _) in HOST_SAMPLING.items() if fields.get(name, none) != none}
+        if not asked:
+            return None
+        if not self.server.scheduler.samples_on_host:
+            name = min(asked)
+            raise ApiError(400, f"{name} is not supported on this card: leave it out", name, "unsupported_parameter")
+        self.check_tokens(map(int, fields["logit_bias"]), "logit_bias")
+        return HostSampling(prompt, stop_tokens, **asked)
+
+    def check_tokens(self, tokens: Iterable[int], param: str) -> None:
+        """Raise ApiError for a token id beyond the vocabulary."""
+        highest, size = max(tokens, default=0), self.server.tokenizer.vocab_size
+        if highest >= size:
+            raise ApiError(400, f"{param} has the token id {highest}: ids end at {size - 1}", param)
 
     def encode(self, fields: dict[str, Any]) -> list[int]:
         """The prompt's token ids. Raises ApiError."""
@@ -2431,6 +2517,8 @@ class ChatCompletions(Dialect):
         **sampling_fields(temperature=1.0, top_p=1.0),
         "stream_options": ({}, ("an object", lambda v: isinstance(v, dict))),
         "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
+        "stop_token_ids": ([], ("a list of token ids", are_ids)),
+        **HOST_SAMPLING,
     }
     fields: ClassVar[Table] = {
         "messages": (..., MESSAGES),
@@ -2516,8 +2604,7 @@ class Completions(ChatCompletions):
         prompt, tokenizer = one_prompt(fields["prompt"]) or "", self.server.tokenizer
         if isinstance(prompt, str):
             return tokenizer.encode_document(prompt)
-        if max(prompt) >= tokenizer.vocab_size:
-            raise ApiError(400, f"the prompt has token {max(prompt)}: ids end at {tokenizer.vocab_size - 1}", "prompt")
+        self.check_tokens(prompt, "prompt")
         return prompt
 
     def thoughts(self, prompt: list[int]) -> Thoughts:
