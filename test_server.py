@@ -2828,12 +2828,53 @@ class OpenAITest(unittest.TestCase):
         self.assertEqual("".join(chunk["choices"][0]["text"] for chunk in chunks), first["choices"][0]["text"])
         self.assertEqual(self.post("completions", prompt="Hi", max_tokens=None).json["usage"]["completion_tokens"], 16)
 
+    def test_several_answers(self) -> None:
+        """More than there are slots: each is what it is alone, and `usage` adds up; streamed too."""
+        lists: list[Any] = [f"Number {i}" for i in range(10)] + [tokenizer().encode_document("Once upon a time")]
+        alone = [self.post("completions", prompt=prompt).json for prompt in lists]
+        texts = [reply["choices"][0]["text"] for reply in alone for _ in range(2)]
+        body = {"prompt": lists, "n": 2, "stream_options": {"include_usage": True}}
+        for stop in ([], [texts[4][2:5]]):
+            expected = [text.partition(stop[0])[0] if stop else text for text in texts]
+            whole = self.post("completions", **body, stop=stop).json
+            chunks = events(self.post("completions", **body, stop=stop, stream=True).body)
+            parts: dict[int, str] = collections.defaultdict(str)
+            for chunk in chunks[:-1]:
+                (choice,) = chunk["choices"]
+                parts[choice["index"]] += choice["text"] + f" {choice['finish_reason']}" * bool(choice["finish_reason"])
+            reasons = [" stop" if text != old else " length" for text, old in zip(expected, texts)]
+            self.assertEqual([choice["index"] for choice in whole["choices"]], list(range(22)))
+            self.assertEqual([choice["text"] for choice in whole["choices"]], expected)
+            self.assertEqual([parts[i] for i in range(22)], [text + end for text, end in zip(expected, reasons)])
+            self.assertEqual(chunks[-1]["usage"]["total_tokens"], whole["usage"]["total_tokens"])
+            self.assertEqual(whole["usage"]["prompt_tokens"], sum(reply["usage"]["prompt_tokens"] for reply in alone))
+            self.assertEqual(whole["usage"]["completion_tokens"] < 22 * 6, bool(stop))
+
+    def test_several_answers_in_a_chat(self) -> None:
+        """Each has a seed of its own, and all end when the client leaves."""
+        warm = {"temperature": 1.5, "max_tokens": 12}
+        several = self.chat(**warm, seed=5, n=3)["choices"]
+        alone = [self.chat(**warm, seed=5 + i)["choices"][0] for i in range(3)]
+        self.assertEqual(several, [{**choice, "index": i} for i, choice in enumerate(alone)])
+        self.assertEqual(len({choice["message"]["content"] for choice in several}), 3)
+        chunks = events(self.post("chat/completions", **warm, messages=QUESTION, seed=5, n=3, stream=True).body)
+        for i, choice in enumerate(several):
+            deltas = [part["delta"] for chunk in chunks for part in chunk["choices"] if part["index"] == i]
+            self.assertEqual(deltas[0]["role"], "assistant")
+            self.assertEqual("".join(delta.get("content", "") for delta in deltas), choice["message"]["content"])
+        with serving(FakeEngine(2, before_step=Gate(0.005)), max_queue=1) as api:
+            with streamed(api.server_port, path="/v1/completions", n=5, max_tokens=200) as lines:
+                next(lines)
+                self.assertEqual((api.scheduler.busy, len(api.scheduler.queue)), (2, 3))
+                check_error(ask(api.server_port, "/chat", ASKED), 503, "queue is full")
+            wait_until(lambda: api.scheduler.statistics.finished["cancelled"] == 5)
+
     def test_errors(self) -> None:
         (message,), options, long = QUESTION, "stream_options", "x " * 9000
         unsupported, too_long = "unsupported_parameter", "context_length_exceeded"
-        refused = {"n": 2, "tools": [{}], "logprobs": True, "repeat_penalty": 1.1}
+        refused = {"best_of": 2, "tools": [{}], "logprobs": True, "repeat_penalty": 1.1}
         refused |= {"response_format": {"type": "json_object"}, "tool_choice": "required", "echo": True}
-        wrong: list[Any] = [None, "", [], ["a", "b"], [["a"]], [[[1]]], [128256], [-1]]
+        wrong: list[Any] = [None, "", [], ["a", ""], ["a", 1], [["a"]], [[[1]]], [128256], [[1], [-1]], ["a"] * 65]
         cases: list[tuple[Any, ...]] = [
             *((name, unsupported, {name: value}) for name, value in refused.items()),
             ("messages[0].audio", unsupported, {"messages": [{**message, "audio": {}}]}),
@@ -2849,7 +2890,7 @@ class OpenAITest(unittest.TestCase):
             ("prompt", None, *({"prompt": bad} for bad in wrong)),
             ("logit_bias", None, {"logit_bias": {"x": 1}}, {"logit_bias": {"1": 101}}, {"logit_bias": {"128256": 1}}),
             ("stop_token_ids", None, {"stop_token_ids": 1}, {"stop_token_ids": [-1]}, {"stop_token_ids": [128256]}),
-            *((name, None, {name: 101}) for name in ("presence_penalty", "repetition_penalty", "min_p")),
+            *((name, None, {name: 101}) for name in ("n", "presence_penalty", "repetition_penalty", "min_p")),
             ("model", "model_not_found", {"model": "gpt-4"}, {"model": "gpt-4", "prompt": "Hi"}),
         ]
         for param, code, *bodies in cases:
@@ -2888,8 +2929,9 @@ class OpenAIClientTest(unittest.TestCase):
             self.assertEqual((endless.choices[0].finish_reason, endless.usage.completion_tokens), ("length", 200))
             self.assertTrue(client.completions.create(model=self.model, prompt="Machine", max_tokens=3).choices[0].text)
             with self.assertRaises(openai.BadRequestError) as refused:
-                create(**self.settings, n=2)
-            self.assertEqual((refused.exception.code, refused.exception.param), ("unsupported_parameter", "n"))
+                create(**self.settings, extra_body={"mirostat": 2})
+            self.assertEqual((refused.exception.code, refused.exception.param), ("unsupported_parameter", "mirostat"))
+            self.assertEqual([choice.message.content for choice in create(**self.settings, n=2).choices], [text] * 2)
 
     def test_an_error_in_a_stream_reaches_the_client(self) -> None:
         import openai

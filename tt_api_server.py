@@ -1868,6 +1868,7 @@ class Request:
     text: TextStream  # knows the stop strings
     thoughts: Thoughts
     fields: dict[str, Any]  # as the client sent them
+    index: int = 0  # among the requests of one body
     # The scheduler fills these. Times are by time.monotonic().
     submitted: float = 0.0
     admitted: float = 0.0  # when it got a slot
@@ -2045,15 +2046,16 @@ class Scheduler:
         if (state := self.state) in reasons:
             raise ApiError(503, reasons[state])
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises ApiError if none is accepted now."""
+    def submit(self, *requests: Request) -> None:
+        """Queue the requests of one body. Raises ApiError if none is accepted now."""
         with self._wake:
             self.check_available()
             if len(self.queue) >= self.max_queue + len(self.slots) - self.busy:
                 raise ApiError(503, f"the queue is full ({self.max_queue} requests wait): try again in a moment")
-            request.submitted = time.monotonic()
-            self.statistics.accepted += 1
-            self.queue.append(request)
+            for request in requests:
+                request.submitted = time.monotonic()
+            self.statistics.accepted += len(requests)
+            self.queue.extend(requests)
             self._wake.notify()
 
     def cancel(self, request: Request, outcome: str = "cancelled") -> None:
@@ -2278,11 +2280,11 @@ def are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
 
 
-def one_prompt(value: Any) -> str | list[int] | None:
-    """The prompt, text or token ids, which may be the one item of a list; None if it is neither."""
-    if isinstance(value, list) and len(value) == 1 and type(value[0]) is not int:
-        (value,) = value
-    return value or None if are_ids(value) or isinstance(value, str) else None
+def prompts(value: Any) -> list[str | list[int]]:
+    """The prompts, text or token ids, of a field that holds one or a list of them; [] if it holds anything else."""
+    several = value if isinstance(value, list) and not are_ids(value) else [value]
+    fits = len(several) <= 64 and all(prompt and (isinstance(prompt, str) or are_ids(prompt)) for prompt in several)
+    return several if fits else []
 
 
 FLAG: Check = "true or false", lambda v: type(v) is bool
@@ -2294,7 +2296,7 @@ STOP: Check = (
     "a string or a list of up to four strings, none of them empty",
     lambda v: len(as_list(v)) <= 4 and all(isinstance(stop, str) and stop for stop in as_list(v)),
 )
-PROMPT: Check = "one string, not empty, or one list of token ids", lambda v: bool(one_prompt(v))
+PROMPT: Check = "a string or a list of token ids, not empty, or a list of up to 64 of them", lambda v: bool(prompts(v))
 MESSAGE: Table = {
     "role": (..., (f"one of {', '.join(ROLES)}", lambda v: isinstance(v, str) and v in ROLES)),
     "content": (..., ("a string or a list of text parts", lambda v: isinstance(v, (str, list)))),
@@ -2337,7 +2339,7 @@ HOST_SAMPLING: Table = {  # the arguments of HostSampling
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any level, with the values
 # that ask for nothing.
 UNSUPPORTED: dict[str, list[Any]] = {
-    "n": [1], "best_of": [1], "bad_words": [[]], "repeat_penalty": [1], "typical_p": [1], "mirostat": [0],
+    "best_of": [1], "bad_words": [[]], "repeat_penalty": [1], "typical_p": [1], "mirostat": [0],
     "xtc_probability": [0], "dry_multiplier": [0], "use_beam_search": [False],
     "logprobs": [False], "top_logprobs": [0], "prompt_logprobs": [], "response_format": [{"type": "text"}],
     "structured_outputs": [], "guided_json": [], "guided_regex": [], "guided_choice": [], "guided_grammar": [],
@@ -2391,10 +2393,14 @@ class Dialect:
             fields[name] = default if value is None else value
         return fields
 
-    def read(self, body: Any) -> Request:
-        """Make a Request of a body. Raises ApiError."""
+    def read(self, body: Any) -> list[Request]:
+        """Make Requests of a body: `n` for each prompt. Raises ApiError."""
         fields = self.check(body, self.fields)
-        prompt = self.encode(fields)
+        each = [prompt for prompt in self.encode(fields) for _ in range(fields.get("n", 1))]
+        return [self.request(fields, prompt, index) for index, prompt in enumerate(each)]
+
+    def request(self, fields: dict[str, Any], prompt: list[int], index: int) -> Request:
+        """Make one Request. Raises ApiError."""
         context = self.server.scheduler.max_seq_len
         room = context - len(prompt)
         limit = max(fields.get("max_completion_tokens") or fields["max_tokens"] or 0, 0)  # 0: none
@@ -2407,8 +2413,8 @@ class Dialect:
         # A slot's cache is reserved for the whole answer before it starts. If the cache cannot hold the full context
         # for all slots at once, as on a card, an answer without a limit gets its slot's share.
         default = self.default_max_tokens or max(self.server.scheduler.slot_share, 1024)
-        # As in vLLM and llama.cpp, -1 stands for no seed and for no top_k.
-        seed = None if fields["seed"] == -1 else fields["seed"]
+        # As in vLLM and llama.cpp, -1 stands for no seed and for no top_k. As in vLLM, the `n` answers differ.
+        seed = None if fields["seed"] in (None, -1) else fields["seed"] + index % fields.get("n", 1)
         stop_tokens = frozenset(fields.get("stop_token_ids", ()))
         self.check_tokens(stop_tokens, "stop_token_ids")
         stop_tokens |= frozenset() if fields.get("ignore_eos") else self.server.tokenizer.stop_tokens
@@ -2421,6 +2427,7 @@ class Dialect:
             text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
             thoughts=self.thoughts(prompt),
             fields=fields,
+            index=index,
         )
 
     def host_sampling(
@@ -2442,8 +2449,8 @@ class Dialect:
         if highest >= size:
             raise ApiError(400, f"{param} has the token id {highest}: ids end at {size - 1}", param)
 
-    def encode(self, fields: dict[str, Any]) -> list[int]:
-        """The prompt's token ids. Raises ApiError."""
+    def encode(self, fields: dict[str, Any]) -> list[list[int]]:
+        """The token ids of each prompt. Raises ApiError."""
         messages, prompt = fields["messages"], fields["prompt"]
         if messages is not None and prompt is not None:
             raise ApiError(400, "send prompt or messages, not both")
@@ -2452,7 +2459,7 @@ class Dialect:
         system = [] if fields["system"] is None else [("system", fields["system"])]
         chat = [("user", prompt)] if messages is None else self.conversation(messages)
         fields["prompt"] = chat[-1][1]  # the answer repeats it
-        return self.encode_chat([*system, *chat], fields)
+        return [self.encode_chat([*system, *chat], fields)]
 
     def encode_chat(self, chat: list[tuple[str, str]], fields: dict[str, Any]) -> list[int]:
         """The token ids of a conversation of (role, text). Raises ApiError."""
@@ -2477,13 +2484,14 @@ class Dialect:
             chat.append((ROLES[fields["role"]], content))
         return chat
 
-    def whole(self, request: Request) -> dict[str, Any]:
+    def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
+        (request,) = requests
         thinking = {"thinking": request.thinking} if request.thinking else {}
         answer = {"success": True, "prompt": request.fields["prompt"], **thinking, "response": request.answer}
         return answer | request.figures()
 
-    def begin(self, request: Request) -> bytes:
+    def begin(self, requests: Sequence[Request]) -> bytes:
         """The start of a stream, before the first text."""
         return b""
 
@@ -2492,8 +2500,12 @@ class Dialect:
         return self.line({name: part for name, part in (("thinking", thinking), ("response", text)) if part})
 
     def end(self, request: Request) -> bytes:
+        """The end of one answer in a stream."""
+        return self.line({"done": True, **self.whole([request])})
+
+    def close(self, requests: Sequence[Request]) -> bytes:
         """The end of a stream."""
-        return self.line({"done": True, **self.whole(request)})
+        return b""
 
     def error(self, error: ApiError) -> dict[str, Any]:
         """The body of an error."""
@@ -2516,6 +2528,7 @@ class ChatCompletions(Dialect):
         "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
         **sampling_fields(temperature=1.0, top_p=1.0),
         "stream_options": ({}, ("an object", lambda v: isinstance(v, dict))),
+        "n": (1, between(1, 16, "a whole number from 1 to 16")),
         "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
         "stop_token_ids": ([], ("a list of token ids", are_ids)),
         **HOST_SAMPLING,
@@ -2536,34 +2549,34 @@ class ChatCompletions(Dialect):
             path = f"{where}{name}"
             raise ApiError(400, f"{path} is not supported here: leave it out", path, "unsupported_parameter")
 
-    def read(self, body: Any) -> Request:
-        request = super().read(body)
-        check_model(request.fields["model"] or self.server.model, self.server.model)
-        options = self.check(request.fields["stream_options"], {"include_usage": (False, FLAG)}, "stream_options")
-        request.fields |= {**options, "id": f"{self.id_prefix}{uuid.uuid4().hex}", "created": int(time.time())}
-        return request
+    def read(self, body: Any) -> list[Request]:
+        requests = super().read(body)
+        fields = requests[0].fields  # all have the same
+        check_model(fields["model"] or self.server.model, self.server.model)
+        options = self.check(fields["stream_options"], {"include_usage": (False, FLAG)}, "stream_options")
+        fields |= {**options, "id": f"{self.id_prefix}{uuid.uuid4().hex}", "created": int(time.time())}
+        return requests
 
-    def encode(self, fields: dict[str, Any]) -> list[int]:
-        return self.encode_chat(self.conversation(fields["messages"]), fields)
+    def encode(self, fields: dict[str, Any]) -> list[list[int]]:
+        return [self.encode_chat(self.conversation(fields["messages"]), fields)]
 
-    def whole(self, request: Request) -> dict[str, Any]:
-        message = {"role": "assistant", "content": request.answer, "refusal": None}
-        message |= {"reasoning_content": request.thinking} if request.thinking else {}  # vLLM's name
-        return self._envelope(request, self.kind, request.finish_reason, message=message) | self._usage(request)
+    def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
+        choices = [self._choice(request, request.finish_reason, message=self._message(request)) for request in requests]
+        return self._envelope(requests, self.kind, choices) | self._usage(requests)
 
-    def begin(self, request: Request) -> bytes:
-        return self._chunk(request, None, role="assistant", content="")
+    def begin(self, requests: Sequence[Request]) -> bytes:
+        return b"".join(self._chunk(request, None, role="assistant", content="") for request in requests)
 
     def piece(self, request: Request, thinking: str, text: str) -> bytes:
         parts = {"reasoning_content": thinking, "content": text}
         return self._chunk(request, None, **{name: part for name, part in parts.items() if part})
 
     def end(self, request: Request) -> bytes:
-        last = self._chunk(request, request.finish_reason)
-        if request.fields["include_usage"]:
-            usage = self._envelope(request, self.chunk_kind, None) | self._usage(request)
-            last += self.line(usage | {"choices": []})
-        return last + b"data: [DONE]\n\n"
+        return self._chunk(request, request.finish_reason)
+
+    def close(self, requests: Sequence[Request]) -> bytes:
+        usage = self._envelope(requests, self.chunk_kind, []) | self._usage(requests)
+        return (self.line(usage) if requests[0].fields["include_usage"] else b"") + b"data: [DONE]\n\n"
 
     def error(self, error: ApiError) -> dict[str, Any]:
         kind = "invalid_request_error" if error.status < 500 else "server_error"
@@ -2572,22 +2585,27 @@ class ChatCompletions(Dialect):
     def line(self, value: dict[str, Any]) -> bytes:
         return b"data: " + to_json(value) + b"\n"
 
-    def _envelope(self, request: Request, kind: str, finish_reason: str | None, **content: Any) -> dict[str, Any]:
-        return {
-            "id": request.fields["id"],
-            "object": kind,
-            "created": request.fields["created"],
-            "model": self.server.model,
-            "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}],
-        }
+    def _envelope(self, requests: Sequence[Request], kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        same = {name: requests[0].fields[name] for name in ("id", "created")}
+        return {**same, "object": kind, "model": self.server.model, "choices": choices}
+
+    def _choice(self, request: Request, finish_reason: str | None, **content: dict[str, Any]) -> dict[str, Any]:
+        return {"index": request.index, **content, "logprobs": None, "finish_reason": finish_reason}
+
+    def _message(self, request: Request) -> dict[str, Any]:
+        thinking = {"reasoning_content": request.thinking} if request.thinking else {}  # vLLM's name
+        return {"role": "assistant", "content": request.answer, "refusal": None, **thinking}
 
     def _chunk(self, request: Request, finish_reason: str | None, **delta: str) -> bytes:
-        return self.line(self._envelope(request, self.chunk_kind, finish_reason, delta=delta))
+        choice = self._choice(request, finish_reason, delta=delta)
+        return self.line(self._envelope([request], self.chunk_kind, [choice]))
 
-    def _usage(self, request: Request) -> dict[str, Any]:
-        prompt, count = len(request.prompt), request.count
+    def _usage(self, requests: Sequence[Request]) -> dict[str, Any]:
+        first = requests[:: requests[0].fields["n"]]  # of each prompt
+        prompt, count = sum(len(request.prompt) for request in first), sum(request.count for request in requests)
         usage = {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}
-        return {"usage": {**usage, "prompt_tokens_details": {"cached_tokens": request.cached}}}
+        cached = sum(request.cached for request in first)
+        return {"usage": {**usage, "prompt_tokens_details": {"cached_tokens": cached}}}
 
 
 class Completions(ChatCompletions):
@@ -2600,19 +2618,18 @@ class Completions(ChatCompletions):
     id_prefix = "cmpl-"
     begin = Dialect.begin
 
-    def encode(self, fields: dict[str, Any]) -> list[int]:
-        prompt, tokenizer = one_prompt(fields["prompt"]) or "", self.server.tokenizer
-        if isinstance(prompt, str):
-            return tokenizer.encode_document(prompt)
-        self.check_tokens(prompt, "prompt")
-        return prompt
+    def encode(self, fields: dict[str, Any]) -> list[list[int]]:
+        encode = self.server.tokenizer.encode_document
+        encoded = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts(fields["prompt"])]
+        self.check_tokens(itertools.chain(*encoded), "prompt")
+        return encoded
 
     def thoughts(self, prompt: list[int]) -> Thoughts:
         return Thoughts("answer")
 
-    def _envelope(self, request: Request, kind: str, finish_reason: str | None, **content: Any) -> dict[str, Any]:
+    def _choice(self, request: Request, finish_reason: str | None, **content: dict[str, Any]) -> dict[str, Any]:
         text = "".join(part.get("content", "") for part in content.values())
-        return super()._envelope(request, kind, finish_reason, text=text)
+        return super()._choice(request, finish_reason) | {"text": text}
 
 
 def check_model(name: str, served: str) -> None:
@@ -2842,7 +2859,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.connection.settimeout(self.server.patience + 1)  # of each read and write; a deadline comes first
         self.deadline = math.inf  # by when a whole header or body must be here; the sweep enforces it
         self.late = False  # the deadline has passed
-        self.waiting: Request | None = None  # the request that is being answered
+        self.waiting: list[Request] = []  # the requests that are being answered
         self.refused = len(self.server.handlers) >= self.server.max_connections
         self.server.handlers.add(self)
 
@@ -3054,28 +3071,45 @@ class ApiHandler(BaseHTTPRequestHandler):
     def complete(self, body: bytes) -> None:
         """Generate text, in any dialect, streamed or not."""
         self.server.scheduler.check_available()
-        request = self.read_request(body)
-        self.server.scheduler.submit(request)
-        self.waiting = request  # from now on the sweep checks that the client is still there
+        requests = self.read_requests(body)
+        self.server.scheduler.submit(*requests)
+        self.waiting = requests  # from now on the sweep checks that the client is still there
         try:
-            if request.fields["stream"]:
-                self.send_piece(self.dialect.begin(request))
-                for thinking, text in request.pieces():
-                    self.send_piece(self.dialect.piece(request, thinking, text))
-                self.send_piece(self.dialect.end(request), last=True)
+            if requests[0].fields["stream"]:
+                self.send_piece(self.dialect.begin(requests))
+                for request, piece in self.pieces(requests):
+                    self.send_piece(self.dialect.piece(request, *piece) if piece else self.dialect.end(request))
+                self.send_piece(self.dialect.close(requests), last=True)
             else:
-                for _ in request.pieces():
-                    pass  # request.answer collects the pieces
-                self.send(200, to_json(self.dialect.whole(request)))
+                for _ in self.pieces(requests):
+                    pass  # until each request.answer is complete
+                self.send(200, to_json(self.dialect.whole(requests)))
         finally:
-            self.waiting = None
-            self.server.scheduler.cancel(request, request.finish_reason or "cancelled")
-            figures = request.figures()
-            first, speed = figures["time_to_first_token_seconds"], figures["tokens_per_second"]
-            self.outcome = f" prompt={len(request.prompt)} generated={request.count} first={first}s {speed} tokens/s"
+            self.waiting = []
+            for request in requests:
+                self.server.scheduler.cancel(request, request.finish_reason or "cancelled")
+            prompt, count = sum(len(request.prompt) for request in requests), sum(request.count for request in requests)
+            first = requests[0].figures()["time_to_first_token_seconds"]
+            speed = round(count / max(1e-9, *(request.seconds for request in requests)), 1)
+            self.outcome = f" prompt={prompt} generated={count} first={first}s {speed} tokens/s"
 
-    def read_request(self, body: bytes) -> Request:
-        """The request that the body asks for. Raises ApiError."""
+    def pieces(self, requests: list[Request]) -> Iterator[tuple[Request, tuple[str, str] | None]]:
+        """Yield each request's thinking and answer, piece by piece, as they come, and None at its end."""
+        running = {request: request.pieces() for request in requests}
+        while running:
+            for request, pieces in list(running.items()):
+                if len(running) > 1 and request.tokens.empty() and not request.ended.is_set():
+                    continue  # do not wait for one while others have text
+                piece = next(pieces, None)
+                if piece is None:
+                    del running[request]
+                    self.server.scheduler.cancel(request, request.finish_reason)  # it may run on after a stop string
+                yield request, piece
+            if len(running) > 1:
+                time.sleep(0.006)
+
+    def read_requests(self, body: bytes) -> list[Request]:
+        """The requests that the body asks for. Raises ApiError."""
         if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
             raise ApiError(415, "the body must be uncompressed JSON: send it with -H 'Content-Type: application/json'")
         logger.debug("%s", printable(body.decode(errors="replace")))
@@ -3229,16 +3263,17 @@ class ApiServer(ThreadingHTTPServer):
                 handler.late, handler.deadline = True, math.inf
                 with contextlib.suppress(OSError):
                     handler.connection.shutdown(socket.SHUT_RD)  # the handler's read returns
-            if (request := handler.waiting) and hung_up(handler.connection):
+            if (requests := handler.waiting) and hung_up(handler.connection):
                 with contextlib.suppress(OSError):
                     handler.connection.shutdown(socket.SHUT_RDWR)  # the handler's next write fails
-                self.scheduler.cancel(request)
+                for request in requests:
+                    self.scheduler.cancel(request)
         self._next_sweep = time.monotonic() + 0.5
 
     @property
     def under_way(self) -> int:
         """Requests whose answer is not delivered yet."""
-        return sum(handler.waiting is not None for handler in list(self.handlers))
+        return sum(bool(handler.waiting) for handler in list(self.handlers))
 
 
 # ======================================================================================================================
