@@ -2801,7 +2801,7 @@ class OpenAITest(unittest.TestCase):
         self.assertEqual(self.post("completions", **warm).json["choices"][0]["text"], plain)
         with serving(FakeEngine()) as api:
             for name in server.HOST_SAMPLING:
-                asked: Any = {"5": 1} if name == "logit_bias" else 0.5 if name == "min_p" else 2
+                asked: Any = {"min_p": 0.5, "logit_bias": {"5": 1}, "logprobs": True}.get(name, 2)
                 body = {"messages": QUESTION, "max_tokens": 2}
                 reply = ask(api.server_port, "/v1/chat/completions", {**body, name: asked})
                 check_error(reply, 400, f"^{name} is not supported on this card")
@@ -2869,10 +2869,49 @@ class OpenAITest(unittest.TestCase):
                 check_error(ask(api.server_port, "/chat", ASKED), 503, "queue is full")
             wait_until(lambda: api.scheduler.statistics.finished["cancelled"] == 5)
 
+    @unittest.skipUnless(has("transformers") and WRITES_SAFETENSORS, "transformers or safetensors is not installed")
+    def test_log_probabilities(self) -> None:
+        """They are transformers', whatever bias chose the tokens; each is told once, streamed too."""
+        import transformers
+
+        model: Any = transformers.AutoModelForCausalLM
+        model = model.from_pretrained(random_checkpoint("hf", Shape()), dtype=torch.float32)
+        prompt = tokenizer().encode_chat([("user", QUESTION[0]["content"])])
+        answer = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
+        logits = model(torch.tensor([prompt + answer])).logits.detach()[0, len(prompt) - 1 : -1]
+        top = logits.log_softmax(-1).topk(20)
+
+        def check(tokens: list[bytes], chosen: list[float], likely: list[list[float]], k: int) -> None:
+            self.assertEqual(tokens, [tokenizer().decode_bytes([token]) for token in answer])
+            torch.testing.assert_close(torch.tensor(chosen), top.values[:, 0], atol=1e-3, rtol=0)
+            torch.testing.assert_close(torch.tensor(likely).view(6, k), top.values[:, :k], atol=1e-3, rtol=0)
+
+        asked: Body = {"messages": QUESTION, "logprobs": True}
+        for k, stream, n in itertools.product((0, 20), (False, True), (1, 2)):
+            body = {**asked, "top_logprobs": k, "stream": stream, "n": n}
+            reply = self.post("chat/completions", **body)
+            choices = [c for chunk in events(reply.body) for c in chunk["choices"]] if stream else reply.json["choices"]
+            told = [c["logprobs"]["content"] for c in choices if c["index"] == n - 1 and c["logprobs"]]
+            content = list(itertools.chain(*told))
+            likely = [[entry["logprob"] for entry in token["top_logprobs"]] for token in content]
+            check([bytes(token["bytes"]) for token in content], [token["logprob"] for token in content], likely, k)
+        completion = self.post("completions", prompt=prompt, logprobs=5).json["choices"][0]
+        table = completion["logprobs"]
+        likely = [sorted(chances.values(), reverse=True) for chances in table["top_logprobs"]]
+        check([token.encode() for token in table["tokens"]], table["token_logprobs"], likely, 5)
+        ends = [*table["text_offset"][1:], None]
+        cut = [completion["text"][start:end] for start, end in zip(table["text_offset"], ends)]
+        self.assertEqual(cut, table["tokens"])
+        forced = self.post("completions", prompt=prompt, logprobs=0, logit_bias={"1000": 100}, max_tokens=1).json
+        (chosen,) = forced["choices"][0]["logprobs"]["token_logprobs"]
+        self.assertAlmostEqual(chosen, float(logits[0].log_softmax(-1)[1000]), delta=1e-3)
+        plain = self.post("completions", prompt=prompt, logit_bias={"1000": 1}).json["choices"][0]
+        self.assertIsNone(plain["logprobs"])
+
     def test_errors(self) -> None:
         (message,), options, long = QUESTION, "stream_options", "x " * 9000
         unsupported, too_long = "unsupported_parameter", "context_length_exceeded"
-        refused = {"best_of": 2, "tools": [{}], "logprobs": True, "repeat_penalty": 1.1}
+        refused = {"best_of": 2, "tools": [{}], "repeat_penalty": 1.1}
         refused |= {"response_format": {"type": "json_object"}, "tool_choice": "required", "echo": True}
         wrong: list[Any] = [None, "", [], ["a", ""], ["a", 1], [["a"]], [[[1]]], [128256], [[1], [-1]], ["a"] * 65]
         cases: list[tuple[Any, ...]] = [
@@ -2890,6 +2929,9 @@ class OpenAITest(unittest.TestCase):
             ("prompt", None, *({"prompt": bad} for bad in wrong)),
             ("logit_bias", None, {"logit_bias": {"x": 1}}, {"logit_bias": {"1": 101}}, {"logit_bias": {"128256": 1}}),
             ("stop_token_ids", None, {"stop_token_ids": 1}, {"stop_token_ids": [-1]}, {"stop_token_ids": [128256]}),
+            ("top_logprobs", None, {"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}),
+            ("top_logprobs", unsupported, {"top_logprobs": 2, "prompt": "Hi"}),
+            ("logprobs", None, {"logprobs": 2}, {"logprobs": 6, "prompt": "Hi"}),
             *((name, None, {name: 101}) for name in ("n", "presence_penalty", "repetition_penalty", "min_p")),
             ("model", "model_not_found", {"model": "gpt-4"}, {"model": "gpt-4", "prompt": "Hi"}),
         ]

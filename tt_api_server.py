@@ -783,12 +783,19 @@ class HostSampling:
     frequency_penalty: float = 0.0  # taken from a token's logit for each time that it is in the answer
     presence_penalty: float = 0.0  # taken from its logit once
     min_p: float = 0.0  # least probability of a token, as a share of the most likely one's
+    logprobs: int | None = None  # log-probabilities of a token and of so many of the most likely ones; None: none
     answer: list[int] = field(default_factory=list)
+    # Of each token of the answer: itself, its log-probability, and the most likely tokens with theirs.
+    chosen: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)
 
     def draw(self, logits: torch.Tensor, params: SamplingParams, position: int) -> int:
         """The next token, from logits [vocabulary]."""
         token = draw(self.adjust(logits.float(), params.temperature), params, position)
         self.answer.append(token)
+        if self.logprobs is not None:
+            logprobs = logits.float().log_softmax(0)
+            top = logprobs.topk(self.logprobs)
+            self.chosen.append((token, float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist()))))
         return token
 
     def adjust(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -1885,6 +1892,8 @@ class Request:
     answer: str = ""
     count: int = 0  # tokens of both
     seconds: float = 0.0  # from submission to the last of them
+    told: int = 0  # tokens whose log-probabilities the dialect has written
+    offset: int = 0  # characters of these tokens
 
     def pieces(self) -> Iterator[tuple[str, str]]:
         """Thinking and answer, piece by piece; the handler's thread calls this. Raises ApiError if they break off.
@@ -2334,6 +2343,7 @@ HOST_SAMPLING: Table = {  # the arguments of HostSampling
     "frequency_penalty": (0, between(-2, 2, "a number from -2 to 2", (int, float))),
     "presence_penalty": (0, between(-2, 2, "a number from -2 to 2", (int, float))),
     "min_p": (0, between(0, 1, "a number from 0 to 1", (int, float))),
+    "logprobs": (None, between(0, 5, "a whole number from 0 to 5")),
 }
 
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any level, with the values
@@ -2341,7 +2351,7 @@ HOST_SAMPLING: Table = {  # the arguments of HostSampling
 UNSUPPORTED: dict[str, list[Any]] = {
     "best_of": [1], "bad_words": [[]], "repeat_penalty": [1], "typical_p": [1], "mirostat": [0],
     "xtc_probability": [0], "dry_multiplier": [0], "use_beam_search": [False],
-    "logprobs": [False], "top_logprobs": [0], "prompt_logprobs": [], "response_format": [{"type": "text"}],
+    "top_logprobs": [0], "prompt_logprobs": [], "response_format": [{"type": "text"}],
     "structured_outputs": [], "guided_json": [], "guided_regex": [], "guided_choice": [], "guided_grammar": [],
     "json_schema": [], "grammar": [""], "tools": [[]], "tool_choice": ["none", "auto"], "tool_calls": [[]],
     "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]], "audio": [],
@@ -2538,6 +2548,8 @@ class ChatCompletions(Dialect):
         "max_completion_tokens": (None, LIMIT),
         "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
         **common,
+        "logprobs": (False, FLAG),
+        "top_logprobs": (0, between(0, 20, "a whole number from 0 to 20")),
     }
     content_type = "text/event-stream"
     default_max_tokens: int | None = None
@@ -2558,6 +2570,9 @@ class ChatCompletions(Dialect):
         return requests
 
     def encode(self, fields: dict[str, Any]) -> list[list[int]]:
+        if fields["top_logprobs"] and not fields["logprobs"]:
+            raise ApiError(400, "top_logprobs needs logprobs: send logprobs as true", "top_logprobs")
+        fields["logprobs"] = fields["top_logprobs"] if fields["logprobs"] else None  # HostSampling's
         return [self.encode_chat(self.conversation(fields["messages"]), fields)]
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
@@ -2590,7 +2605,22 @@ class ChatCompletions(Dialect):
         return {**same, "object": kind, "model": self.server.model, "choices": choices}
 
     def _choice(self, request: Request, finish_reason: str | None, **content: dict[str, Any]) -> dict[str, Any]:
-        return {"index": request.index, **content, "logprobs": None, "finish_reason": finish_reason}
+        logprobs = self._logprobs(request)
+        return {"index": request.index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _logprobs(self, request: Request) -> dict[str, Any] | None:
+        """The log-probabilities of the tokens since the last call; None if there are none."""
+        host = request.sampling.host
+        new = host.chosen[request.told : request.count] if host else []
+        request.told = request.count
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self.server.tokenizer.decode_bytes([token])
+            name = text.decode(errors="backslashreplace") or f"token_id:{token}"  # vLLM's, for a special token
+            return {"token": name, "logprob": logprob, "bytes": list(text)}
+
+        content = [{**entry(token, p), "top_logprobs": [entry(*other) for other in top]} for token, p, top in new]
+        return {"content": content, "refusal": None} if content else None
 
     def _message(self, request: Request) -> dict[str, Any]:
         thinking = {"reasoning_content": request.thinking} if request.thinking else {}  # vLLM's name
@@ -2630,6 +2660,20 @@ class Completions(ChatCompletions):
     def _choice(self, request: Request, finish_reason: str | None, **content: dict[str, Any]) -> dict[str, Any]:
         text = "".join(part.get("content", "") for part in content.values())
         return super()._choice(request, finish_reason) | {"text": text}
+
+    def _logprobs(self, request: Request) -> dict[str, Any] | None:
+        chat = super()._logprobs(request)
+        if chat is None:
+            return None
+        entries = chat["content"]
+        lengths = (len(bytes(entry["bytes"]).decode(errors="ignore")) for entry in entries)
+        *offsets, request.offset = itertools.accumulate(lengths, initial=request.offset)
+        return {
+            "text_offset": offsets,
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": [{e["token"]: e["logprob"] for e in (*entry["top_logprobs"], entry)} for entry in entries],
+        }
 
 
 def check_model(name: str, served: str) -> None:
