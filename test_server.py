@@ -2741,6 +2741,29 @@ class OpenAITest(unittest.TestCase):
         usage = {"prompt_tokens": count, "completion_tokens": 6, "total_tokens": count + 6}
         self.assertEqual(again["usage"], {**usage, "prompt_tokens_details": {"cached_tokens": count - 1}})
 
+    def test_the_last_message_goes_on(self) -> None:
+        """With the tokens that would have followed. Here the answer's own text is the start."""
+        text = self.chat(max_tokens=12)["choices"][0]["message"]["content"]
+        whole, start = tokenizer().encode_text(text), tokenizer().encode_text(text)[:5]
+        begun = tokenizer().decode_bytes(start).decode()
+        self.assertEqual(tokenizer().encode_text(begun), start)
+        messages = [*QUESTION, {"role": "assistant", "content": begun}]
+        for options in ({}, {"add_generation_prompt": False}):
+            rest = self.chat(messages=messages, max_tokens=12 - 5, continue_final_message=True, **options)
+            self.assertEqual(begun + rest["choices"][0]["message"]["content"], text)
+        self.assertEqual(len(whole), 12)
+
+    def test_names(self) -> None:
+        """A request's id comes back, and the model answers to the name that it was given, with or without its owner."""
+        for path, name in (("/health", "abc-1"), ("/v1/x", "é\x1b")):
+            reply = ask(self.port, path, headers={"X-Request-Id": name.encode("latin-1").decode("latin-1")})
+            self.assertEqual(reply.headers["X-Request-Id"], name.replace("\x1b", "?"))
+        process = random_server(self, "--served-model-name", "meta/Llama").ready()
+        for name, status in {"meta/Llama": 200, "Llama": 200, "me/Llama": 200, "meta": 404, "Llama/x": 404}.items():
+            body = {"model": name, "prompt": "Hi", "max_tokens": 1}
+            self.assertEqual(ask(process.port, "/v1/completions", body).status, status, name)
+        self.assertEqual([model["id"] for model in ask(process.port, "/v1/models").json["data"]], ["meta/Llama"])
+
     def test_a_streamed_chat(self) -> None:
         text = self.chat()["choices"][0]["message"]["content"]
         for options in ({}, {"stream_options": {"include_usage": True}}):
@@ -2932,6 +2955,8 @@ class OpenAITest(unittest.TestCase):
             ("top_logprobs", None, {"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}),
             ("top_logprobs", unsupported, {"top_logprobs": 2, "prompt": "Hi"}),
             ("logprobs", None, {"logprobs": 2}, {"logprobs": 6, "prompt": "Hi"}),
+            ("messages", None, {"continue_final_message": True}),
+            ("add_generation_prompt", None, {"add_generation_prompt": False}),
             *((name, None, {name: 101}) for name in ("n", "presence_penalty", "repetition_penalty", "min_p")),
             ("model", "model_not_found", {"model": "gpt-4"}, {"model": "gpt-4", "prompt": "Hi"}),
         ]

@@ -2356,7 +2356,7 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "json_schema": [], "grammar": [""], "tools": [[]], "tool_choice": ["none", "auto"], "tool_calls": [[]],
     "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]], "audio": [],
     "web_search_options": [], "chat_template": [], "chat_template_kwargs": [{}], "documents": [[]],
-    "add_generation_prompt": [True], "continue_final_message": [False], "echo": [False], "suffix": [""],
+    "echo": [False], "suffix": [""],
 }  # fmt: skip
 
 
@@ -2435,7 +2435,7 @@ class Dialect:
             sampling=SamplingParams(fields["temperature"], fields["top_p"], max(0, fields["top_k"]), seed, host),
             stop_tokens=stop_tokens,
             text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
-            thoughts=self.thoughts(prompt),
+            thoughts=self.thoughts(fields, prompt),
             fields=fields,
             index=index,
         )
@@ -2478,9 +2478,10 @@ class Dialect:
             raise ApiError(400, "this model's template has no enable_thinking: leave it out", "chat_template_kwargs")
         return tokenizer.encode_chat(chat, thinking)
 
-    def thoughts(self, prompt: list[int]) -> Thoughts:
+    def thoughts(self, fields: dict[str, Any], prompt: list[int]) -> Thoughts:
         """The splitter of thinking and answer for this prompt."""
-        return Thoughts.after(self.server.tokenizer, prompt)
+        goes_on = fields.get("continue_final_message")
+        return Thoughts("answer") if goes_on else Thoughts.after(self.server.tokenizer, prompt)
 
     def conversation(self, messages: list[Any]) -> list[tuple[str, str]]:
         """The messages as (role, text). Raises ApiError."""
@@ -2548,6 +2549,8 @@ class ChatCompletions(Dialect):
         "max_completion_tokens": (None, LIMIT),
         "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
         **common,
+        "add_generation_prompt": (None, FLAG),
+        "continue_final_message": (False, FLAG),
         "logprobs": (False, FLAG),
         "top_logprobs": (0, between(0, 20, "a whole number from 0 to 20")),
     }
@@ -2573,7 +2576,14 @@ class ChatCompletions(Dialect):
         if fields["top_logprobs"] and not fields["logprobs"]:
             raise ApiError(400, "top_logprobs needs logprobs: send logprobs as true", "top_logprobs")
         fields["logprobs"] = fields["top_logprobs"] if fields["logprobs"] else None  # HostSampling's
-        return [self.encode_chat(self.conversation(fields["messages"]), fields)]
+        chat, goes_on = self.conversation(fields["messages"]), fields["continue_final_message"]
+        if fields["add_generation_prompt"] is goes_on:
+            name = "add_generation_prompt"
+            raise ApiError(400, f"{name} must be the opposite of continue_final_message: leave it out", name)
+        if goes_on and chat[-1][0] != "assistant":
+            raise ApiError(400, "continue_final_message needs a last message of the assistant", "messages")
+        start = chat.pop()[1] if goes_on else ""
+        return [self.encode_chat(chat, fields) + self.server.tokenizer.encode_text(start)]
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
         choices = [self._choice(request, request.finish_reason, message=self._message(request)) for request in requests]
@@ -2654,7 +2664,7 @@ class Completions(ChatCompletions):
         self.check_tokens(itertools.chain(*encoded), "prompt")
         return encoded
 
-    def thoughts(self, prompt: list[int]) -> Thoughts:
+    def thoughts(self, fields: dict[str, Any], prompt: list[int]) -> Thoughts:
         return Thoughts("answer")
 
     def _choice(self, request: Request, finish_reason: str | None, **content: dict[str, Any]) -> dict[str, Any]:
@@ -2677,8 +2687,8 @@ class Completions(ChatCompletions):
 
 
 def check_model(name: str, served: str) -> None:
-    """Raise ApiError unless `name` is the served model's, alone or as OWNER/NAME."""
-    if served not in (name, name.rpartition("/")[2]):
+    """Raise ApiError unless `name` is the served model's. Either may be NAME or OWNER/NAME."""
+    if name.rpartition("/")[2] != served.rpartition("/")[2]:
         message = f"there is no model {printable(name)} here: leave the model out, or ask for {served}"
         raise ApiError(404, message, "model", "model_not_found")
 
@@ -3197,6 +3207,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if origin and self.allowed(origin):
             headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        if identity := self.headers.get("X-Request-Id"):
+            headers["X-Request-Id"] = printable(identity)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -3359,6 +3371,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     count = whole_number(1, 1024)
     add("--model", metavar="DIR", help="or OWNER/NAME in Hugging Face's cache (default: $HF_MODEL, $LLAMA_DIR, a demo)")
+    add("--served-model-name", metavar="NAME", help="the model's name in /v1 (default: its folder's)")
     add("--device", choices=("auto", "tt", "cpu"), default="auto", help="auto: the card if there is one, else the CPU")
     add("--max-batch-size", type=count, default=32, metavar="N", help="requests that run together (default: 32)")
     add("--max-seq-len", type=whole_number(32, 10**6), metavar="N", help="tokens of prompt and answer (default: 8192)")
@@ -3505,6 +3518,7 @@ def serve(options: argparse.Namespace) -> int:
     complete_options(options, found)
     served = (found.name, str(found.folder), "") if found else (DEMO_NAME, "", DEMO_NOTE)
     server.model, server.folder, server.note = served
+    server.model = options.served_model_name or server.model
     about = f"Model:  {server.model}, {server.folder or server.note}\nHealth: {url}/health, also during the load"
     terminal.info(f"Language model server on Tenstorrent\n{'=' * 60}\n{about}\n\n")
     if not server.on_loopback and not server.api_key:
