@@ -2753,6 +2753,30 @@ class OpenAITest(unittest.TestCase):
             self.assertEqual(begun + rest["choices"][0]["message"]["content"], text)
         self.assertEqual(len(whole), 12)
 
+    def test_tokens(self) -> None:
+        """The ids of a text and of a chat, as the engine gets them, and back; in vLLM's JSON."""
+        text = "Once upon a time, 日本 🙂"
+        plain, chat = tokenizer().encode_text(text), tokenizer().encode_chat([("user", QUESTION[0]["content"])])
+        document = tokenizer().encode_document(text)
+        for body, tokens in (
+            ({"prompt": text, "model": self.model}, document),
+            ({"prompt": text, "add_special_tokens": False}, plain),
+            ({"prompt": "", "add_special_tokens": False}, []),
+            ({"messages": QUESTION, "temperature": 0}, chat),
+        ):
+            expected = {"count": len(tokens), "max_model_len": 8192, "tokens": tokens}
+            self.assertEqual(ask(self.port, "/tokenize", body).json, expected)
+        self.assertEqual(ask(self.port, "/detokenize", {"tokens": document}).json, {"prompt": text})
+        for param, path, wrong in (
+            ("messages", "/tokenize", {}),
+            ("prompt", "/tokenize", {"prompt": 3}),
+            ("tokens", "/detokenize", {"tokens": [128256]}),
+            ("tokens", "/detokenize", {}),
+        ):
+            reply = ask(self.port, path, wrong)
+            check_error(reply, 400)
+            self.assertEqual(reply.json["error"]["param"], param)
+
     def test_names(self) -> None:
         """A request's id comes back, and the model answers to the name that it was given, with or without its owner."""
         for path, name in (("/health", "abc-1"), ("/v1/x", "é\x1b")):

@@ -12,7 +12,7 @@ The model is loaded once and stays loaded. Requests share each step of the engin
     GET  /health                state, model, device and load
     POST /chat                  {"prompt": ...} or {"messages": [...]}; optional: system, max_tokens, temperature,
                                 top_p, top_k, seed, stop, stream, chat_template_kwargs
-    POST /v1/chat/completions   OpenAI's API; also /v1/completions and /v1/models
+    POST /v1/chat/completions   OpenAI's API; also /v1/completions and /v1/models, and vLLM's /tokenize and /detokenize
     GET  /metrics               metrics for Prometheus
 
 The rooms of this file, top to bottom; each uses only those above it:
@@ -89,7 +89,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -2279,6 +2279,11 @@ def between(low: float, high: float, must: str, kinds: tuple[type, ...] = (int,)
     return must, lambda v: type(v) in kinds and low <= v <= high
 
 
+def number(low: float, high: float) -> Check:
+    """Any number from low to high."""
+    return between(low, high, f"a number from {low} to {high}", (int, float))
+
+
 def as_list(value: Any) -> list[Any]:
     """A list as it is, and anything else as the one item of a list."""
     return value if isinstance(value, list) else [value]
@@ -2296,6 +2301,7 @@ def prompts(value: Any) -> list[str | list[int]]:
     return several if fits else []
 
 
+IDS: Check = "a list of token ids", are_ids
 FLAG: Check = "true or false", lambda v: type(v) is bool
 TEXT: Check = "a string", lambda v: isinstance(v, str)
 NONEMPTY: Check = "a string that is not empty", lambda v: isinstance(v, str) and v != ""
@@ -2322,8 +2328,8 @@ PART: Table = {"type": (..., ('"text"', lambda v: v == "text")), "text": (..., T
 def sampling_fields(temperature: float, top_p: float) -> Table:
     """The fields that every dialect has, with the dialect's defaults."""
     return {
-        "temperature": (temperature, between(0, 2, "a number from 0 to 2", (int, float))),
-        "top_p": (top_p, between(0, 1, "a number from 0 to 1", (int, float))),
+        "temperature": (temperature, number(0, 2)),
+        "top_p": (top_p, number(0, 1)),
         "top_k": (0, between(-1, math.inf, "a whole number from -1")),
         "seed": (None, between(-(2**63), 2**64 - 1, "a whole number that fits in 64 bits")),
         "stop": ([], STOP),
@@ -2331,7 +2337,7 @@ def sampling_fields(temperature: float, top_p: float) -> Table:
     }
 
 
-BIAS = between(-100, 100, "a number from -100 to 100", (int, float))
+BIAS = number(-100, 100)
 BIASES: Check = (
     f"an object of token ids, each with {BIAS[0]}",
     lambda v: isinstance(v, dict) and all(re.fullmatch("[0-9]{1,9}", id) and BIAS[1](bias) for id, bias in v.items()),
@@ -2339,10 +2345,10 @@ BIASES: Check = (
 HOST_SAMPLING: Table = {  # the arguments of HostSampling
     "logit_bias": ({}, BIASES),
     "min_tokens": (0, between(0, math.inf, "a whole number from 0")),
-    "repetition_penalty": (1, between(0.01, 100, "a number from 0.01 to 100", (int, float))),
-    "frequency_penalty": (0, between(-2, 2, "a number from -2 to 2", (int, float))),
-    "presence_penalty": (0, between(-2, 2, "a number from -2 to 2", (int, float))),
-    "min_p": (0, between(0, 1, "a number from 0 to 1", (int, float))),
+    "repetition_penalty": (1, number(0.01, 100)),
+    "frequency_penalty": (0, number(-2, 2)),
+    "presence_penalty": (0, number(-2, 2)),
+    "min_p": (0, number(0, 1)),
     "logprobs": (None, between(0, 5, "a whole number from 0 to 5")),
 }
 
@@ -2350,13 +2356,13 @@ HOST_SAMPLING: Table = {  # the arguments of HostSampling
 # that ask for nothing.
 UNSUPPORTED: dict[str, list[Any]] = {
     "best_of": [1], "bad_words": [[]], "repeat_penalty": [1], "typical_p": [1], "mirostat": [0],
-    "xtc_probability": [0], "dry_multiplier": [0], "use_beam_search": [False],
-    "top_logprobs": [0], "prompt_logprobs": [], "response_format": [{"type": "text"}],
+    "xtc_probability": [0], "dry_multiplier": [0], "use_beam_search": [False], "top_logprobs": [0],
+    "prompt_logprobs": [], "response_format": [{"type": "text"}],
     "structured_outputs": [], "guided_json": [], "guided_regex": [], "guided_choice": [], "guided_grammar": [],
     "json_schema": [], "grammar": [""], "tools": [[]], "tool_choice": ["none", "auto"], "tool_calls": [[]],
     "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]], "audio": [],
-    "web_search_options": [], "chat_template": [], "chat_template_kwargs": [{}], "documents": [[]],
-    "echo": [False], "suffix": [""],
+    "web_search_options": [], "chat_template": [], "chat_template_kwargs": [{}], "documents": [[]], "echo": [False],
+    "suffix": [""],
 }  # fmt: skip
 
 
@@ -2541,7 +2547,7 @@ class ChatCompletions(Dialect):
         "stream_options": ({}, ("an object", lambda v: isinstance(v, dict))),
         "n": (1, between(1, 16, "a whole number from 1 to 16")),
         "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
-        "stop_token_ids": ([], ("a list of token ids", are_ids)),
+        "stop_token_ids": ([], IDS),
         **HOST_SAMPLING,
     }
     fields: ClassVar[Table] = {
@@ -2586,7 +2592,11 @@ class ChatCompletions(Dialect):
         return [self.encode_chat(chat, fields) + self.server.tokenizer.encode_text(start)]
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
-        choices = [self._choice(request, request.finish_reason, message=self._message(request)) for request in requests]
+        choices = []
+        for request in requests:
+            message = {"role": "assistant", "content": request.answer, "refusal": None}
+            message |= {"reasoning_content": request.thinking} if request.thinking else {}  # vLLM's name
+            choices.append(self._choice(request, request.finish_reason, message=message))
         return self._envelope(requests, self.kind, choices) | self._usage(requests)
 
     def begin(self, requests: Sequence[Request]) -> bytes:
@@ -2602,6 +2612,23 @@ class ChatCompletions(Dialect):
     def close(self, requests: Sequence[Request]) -> bytes:
         usage = self._envelope(requests, self.chunk_kind, []) | self._usage(requests)
         return (self.line(usage) if requests[0].fields["include_usage"] else b"") + b"data: [DONE]\n\n"
+
+    def tokenize(self, body: Any) -> dict[str, Any]:
+        """The answer to vLLM's /tokenize: the ids of a text, or of a chat."""
+        if isinstance(body, dict) and "prompt" in body:
+            fields = self.check(body, {"prompt": (..., TEXT), "add_special_tokens": (True, FLAG)})
+            tokenizer = self.server.tokenizer
+            encode = tokenizer.encode_document if fields["add_special_tokens"] else tokenizer.encode_text
+            tokens = encode(fields["prompt"])
+        else:
+            (tokens,) = self.encode(self.check(body, self.fields))
+        return {"count": len(tokens), "max_model_len": self.server.scheduler.max_seq_len, "tokens": tokens}
+
+    def detokenize(self, body: Any) -> dict[str, Any]:
+        """The answer to vLLM's /detokenize: the text of token ids."""
+        tokens = self.check(body, {"tokens": (..., IDS)})["tokens"]
+        self.check_tokens(tokens, "tokens")
+        return {"prompt": self.server.tokenizer.decode_bytes(tokens).decode(errors="replace")}
 
     def error(self, error: ApiError) -> dict[str, Any]:
         kind = "invalid_request_error" if error.status < 500 else "server_error"
@@ -2631,10 +2658,6 @@ class ChatCompletions(Dialect):
 
         content = [{**entry(token, p), "top_logprobs": [entry(*other) for other in top]} for token, p, top in new]
         return {"content": content, "refusal": None} if content else None
-
-    def _message(self, request: Request) -> dict[str, Any]:
-        thinking = {"reasoning_content": request.thinking} if request.thinking else {}  # vLLM's name
-        return {"role": "assistant", "content": request.answer, "refusal": None, **thinking}
 
     def _chunk(self, request: Request, finish_reason: str | None, **delta: str) -> bytes:
         choice = self._choice(request, finish_reason, delta=delta)
@@ -2897,6 +2920,7 @@ poll()
 # HTTP
 # ======================================================================================================================
 
+T = TypeVar("T")
 MAX_BODY = 2 << 20  # bytes: several times the longest context
 
 
@@ -2964,7 +2988,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         with contextlib.suppress(ValueError):
             self.endpoint = urllib.parse.urlsplit(self.path).path.rstrip("/") or "/"
         self.route = "/v1/models/NAME" if self.endpoint.startswith("/v1/models/") else self.endpoint
-        if self.endpoint.startswith("/v1"):
+        if self.endpoint.startswith(("/v1", "/tokenize", "/detokenize")):
             self.dialect = (Completions if self.endpoint == "/v1/completions" else ChatCompletions)(self.server)
         # Refuse a header that a proxy in front could understand differently (request smuggling).
         fields = [f"{name}: {value}".lower() for name, value in self.headers.items()]
@@ -3125,7 +3149,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     def complete(self, body: bytes) -> None:
         """Generate text, in any dialect, streamed or not."""
         self.server.scheduler.check_available()
-        requests = self.read_requests(body)
+        requests = self.parse(body, self.dialect.read)
         self.server.scheduler.submit(*requests)
         self.waiting = requests  # from now on the sweep checks that the client is still there
         try:
@@ -3162,14 +3186,20 @@ class ApiHandler(BaseHTTPRequestHandler):
             if len(running) > 1:
                 time.sleep(0.006)
 
-    def read_requests(self, body: bytes) -> list[Request]:
-        """The requests that the body asks for. Raises ApiError."""
+    def tokenize(self, body: bytes) -> None:
+        dialect = ChatCompletions(self.server)
+        self.server.scheduler.check_available()
+        read = dialect.tokenize if self.endpoint == "/tokenize" else dialect.detokenize
+        self.send(200, to_json(self.parse(body, read)))
+
+    def parse(self, body: bytes, read: Callable[[Any], T]) -> T:
+        """Read a JSON body. Raises ApiError."""
         if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
             raise ApiError(415, "the body must be uncompressed JSON: send it with -H 'Content-Type: application/json'")
         logger.debug("%s", printable(body.decode(errors="replace")))
         try:
             with self.server.parsing:
-                return self.dialect.read(json.loads(body))
+                return read(json.loads(body))
         except (ValueError, RecursionError) as error:  # RecursionError: it is nested too deeply
             raise ApiError(400, f"the body is not valid JSON ({error}): send {self.dialect.example}") from error
 
@@ -3257,6 +3287,8 @@ ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
     "/v1/chat/completions": ("POST", ApiHandler.complete),
     "/v1/completions": ("POST", ApiHandler.complete),
     "/v1/models": ("GET", ApiHandler.models),
+    "/tokenize": ("POST", ApiHandler.tokenize),
+    "/detokenize": ("POST", ApiHandler.tokenize),
     "/v1/models/NAME": ("GET", ApiHandler.models),
 }
 
