@@ -888,34 +888,31 @@ class SamplingTest(unittest.TestCase):
                 server.sample(torch.full((1, 3), float("nan")), [server.SamplingParams(*settings)], [0])
 
     def test_penalties_and_bias(self) -> None:
-        """vLLM's definitions, computed here one token at a time in its order; the most likely token is greedy's."""
+        """vLLM's definitions, computed here one token at a time in its order, as greedy decoding shows them."""
         chance = random.Random(6)
-        for case in range(200):
-            prompt, answer = chance.choices(range(50), k=9), chance.choices(range(50), k=chance.randrange(12))
+        for case in range(100):
+            prompt, stop = chance.choices(range(50), k=9), {3, 7}
             bias = {chance.randrange(50): chance.uniform(-5, 5) for _ in range(4)}
             repetition, frequency, presence = chance.uniform(0.5, 2), chance.uniform(-2, 2), chance.uniform(-2, 2)
-            expected = [logit + bias.get(i, 0.0) for i, logit in enumerate(self.logits)]
-            if len(answer) < 6:
-                expected[3] = expected[7] = -math.inf
-            for i, logit in enumerate(expected):
-                if i in prompt + answer:
-                    expected[i] = logit / repetition if logit > 0 else logit * repetition
-                expected[i] -= frequency * answer.count(i) + presence * (i in answer)
-            text_bias = {str(i): value for i, value in bias.items()}
-            host = server.HostSampling(
-                prompt, frozenset({3, 7}), text_bias, 6, repetition, frequency, presence, answer=[*answer]
-            )
-            adjusted = host.adjust(torch.tensor(self.logits), 1.0)
-            with self.subTest(case):
-                torch.testing.assert_close(adjusted, torch.tensor(expected))
-                (token,) = server.sample(torch.tensor([self.logits]), [server.SamplingParams(0, host=host)], [9])
-                self.assertEqual((token, host.answer), (expected.index(max(expected)), [*answer, token]))
+            asked = {str(i): value for i, value in bias.items()}
+            host = server.HostSampling(prompt, frozenset(stop), asked, 6, repetition, frequency, presence)
+            params, answer = [server.SamplingParams(0, host=host)], list[int]()
+            for position in range(9, 25):
+                logits = [chance.gauss(0, 2) for _ in range(50)]
+                expected = [logit + bias.get(i, 0.0) for i, logit in enumerate(logits)]
+                for i, logit in enumerate(expected):
+                    if i in prompt + answer:
+                        expected[i] = logit / repetition if logit > 0 else logit * repetition
+                    expected[i] -= frequency * answer.count(i) + presence * (i in answer)
+                    expected[i] = -math.inf if i in stop and len(answer) < 6 else expected[i]
+                answer += server.sample(torch.tensor([logits]), params, [position])
+                self.assertEqual(answer[-1], expected.index(max(expected)), (case, position))
 
     def test_min_p(self) -> None:
         """Of all tokens that are drawn, and of no other, the probability is at least min_p times the highest."""
         for temperature, min_p in ((1, 0.1), (2, 0.3), (0.7, 0.05), (1, 1)):
-            host = server.HostSampling([], frozenset(), min_p=min_p)
-            params = [server.SamplingParams(temperature, 1.0, 0, seed, host) for seed in range(2000)]
+            hosts = [server.HostSampling([1] * 7, frozenset(), min_p=min_p) for _ in range(2000)]
+            params = [server.SamplingParams(temperature, 1.0, 0, seed, host) for seed, host in enumerate(hosts)]
             drawn = server.sample(torch.tensor(self.logits).expand(2000, -1), params, [7] * 2000)
             chances = nucleus(self.logits, server.SamplingParams(temperature, 1.0))
             self.assertEqual(set(drawn), {i for i, p in enumerate(chances) if p >= min_p * max(chances)})

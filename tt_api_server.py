@@ -770,12 +770,12 @@ def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
 
 @dataclass(eq=False)
 class HostSampling:
-    """The wishes of one request that only the host's sampler fulfils, and the answer so far.
+    """The wishes of one request that only the host's sampler fulfils, and what it has drawn so far.
 
-    The definitions and their order are vLLM's: https://docs.vllm.ai/en/latest/api/vllm/sampling_params
+    The definitions and their order are those of vllm/v1/sample/sampler.py.
     """
 
-    prompt: Sequence[int]
+    prompt: list[int]
     stop_tokens: frozenset[int]
     logit_bias: Mapping[str, float] = field(default_factory=dict)  # token id: added to its logit
     min_tokens: int = 0  # tokens before a stop token may come
@@ -784,35 +784,34 @@ class HostSampling:
     presence_penalty: float = 0.0  # taken from its logit once
     min_p: float = 0.0  # least probability of a token, as a share of the most likely one's
     logprobs: int | None = None  # log-probabilities of a token and of so many of the most likely ones; None: none
-    answer: list[int] = field(default_factory=list)
     # Of each token of the answer: itself, its log-probability, and the most likely tokens with theirs.
     chosen: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)
 
     def draw(self, logits: torch.Tensor, params: SamplingParams, position: int) -> int:
         """The next token, from logits [vocabulary]."""
-        token = draw(self.adjust(logits.float(), params.temperature), params, position)
-        self.answer.append(token)
+        logits = logits.float()
+        if position == len(self.prompt):  # the first
+            self._bias, self._counts = torch.zeros_like(logits), torch.zeros_like(logits)
+            self._bias[list(map(int, self.logit_bias))] = torch.tensor(list(self.logit_bias.values())).float()
+            self._seen = self._counts > 0
+            self._seen[self.prompt] = True
+        changed = logits + self._bias
+        if position < len(self.prompt) + self.min_tokens:
+            changed[list(self.stop_tokens)] = -math.inf
+        penalty = self.repetition_penalty
+        repeated = torch.where(changed > 0, changed / penalty, changed * penalty)
+        changed = torch.where(self._seen, repeated, changed)
+        changed -= self.frequency_penalty * self._counts + self.presence_penalty * (self._counts > 0)
+        if self.min_p:
+            changed[changed < changed.max() + params.temperature * math.log(self.min_p)] = -math.inf
+        token = draw(changed, params, position)
+        self._seen[token] = True
+        self._counts[token] += 1
         if self.logprobs is not None:
-            logprobs = logits.float().log_softmax(0)
+            logprobs = logits.log_softmax(0)
             top = logprobs.topk(self.logprobs)
             self.chosen.append((token, float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist()))))
         return token
-
-    def adjust(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
-        """The logits [vocabulary] with bias and penalties, and -inf for tokens that must not come."""
-        change = torch.zeros_like(logits)
-        change[list(map(int, self.logit_bias))] = torch.tensor(list(self.logit_bias.values()), dtype=logits.dtype)
-        if len(self.answer) < self.min_tokens:
-            change[list(self.stop_tokens)] = -math.inf
-        logits = logits + change
-        seen, counts = list({*self.prompt, *self.answer}), Counter(self.answer)
-        signs = torch.where(logits[seen] > 0, -1.0, 1.0)
-        logits[seen] *= self.repetition_penalty**signs
-        penalties = [self.frequency_penalty * count + self.presence_penalty for count in counts.values()]
-        logits[list(counts)] -= torch.tensor(penalties)
-        if self.min_p:
-            logits[logits < logits.max() + temperature * math.log(self.min_p)] = -math.inf
-        return logits
 
 
 # ======================================================================================================================
