@@ -2058,7 +2058,7 @@ class Scheduler:
         """Queue the requests of one body. Raises ApiError if none is accepted now."""
         with self._wake:
             self.check_available()
-            if len(self.queue) >= self.max_queue + len(self.slots) - self.busy:
+            if len(self.queue) + len(requests) > self.max_queue + len(self.slots) - self.busy:
                 raise ApiError(503, f"the queue is full ({self.max_queue} requests wait): try again in a moment")
             for request in requests:
                 request.submitted = time.monotonic()
@@ -2416,6 +2416,8 @@ class Dialect:
 
     def request(self, fields: dict[str, Any], prompt: list[int], index: int) -> Request:
         """Make one Request. Raises ApiError."""
+        if not prompt:
+            raise ApiError(400, "the prompt is empty: send text")
         context = self.server.scheduler.max_seq_len
         room = context - len(prompt)
         limit = max(fields.get("max_completion_tokens") or fields["max_tokens"] or 0, 0)  # 0: none
