@@ -798,10 +798,11 @@ class HostSampling:
         changed = logits + self._bias
         if position < len(self.prompt) + self.min_tokens:
             changed[list(self.stop_tokens)] = -math.inf
-        penalty = self.repetition_penalty
-        repeated = torch.where(changed > 0, changed / penalty, changed * penalty)
-        changed = torch.where(self._seen, repeated, changed)
-        changed -= self.frequency_penalty * self._counts + self.presence_penalty * (self._counts > 0)
+        if self.repetition_penalty != 1:
+            repeated = changed.clamp(min=0) / self.repetition_penalty + changed.clamp(max=0) * self.repetition_penalty
+            changed = torch.where(self._seen, repeated, changed)
+        if self.frequency_penalty or self.presence_penalty:
+            changed -= self.frequency_penalty * self._counts + self.presence_penalty * self._counts.clamp(max=1)
         if self.min_p:
             changed[changed < changed.max() + params.temperature * math.log(self.min_p)] = -math.inf
         token = draw(changed, params, position)
