@@ -3075,7 +3075,9 @@ class AccessTest(unittest.TestCase):
                     reply = ask(port, path, body, headers={"Authorization": key} if key else {})
                     self.assertEqual((reply.status, reply.headers["WWW-Authenticate"][:6]), (401, "Basic "))
                     self.assertNotIn("sesame", said(reply))
-                    self.assertEqual(b'"code": "invalid_api_key"' in reply.body, path.startswith("/v1"))
+                    self.assertEqual(
+                        b'"code": "invalid_api_key"' in reply.body, path.startswith(("/v1", "/tok", "/detok"))
+                    )
         for key in ("Bearer open sesame", "bearer open sesame", basic):
             self.assertEqual(ask(port, "/chat", ASKED, headers={"Authorization": key}).status, 200)
         self.assertEqual(ask(port, "/health").status, 200)
