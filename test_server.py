@@ -1838,6 +1838,7 @@ class TTEngineTest(unittest.TestCase):
                 engine.close()
                 self.assertRegex(engine.note, expected)
                 self.assertIn(engine.note, logged.output[0])
+                self.assertEqual(engine.samples_on_host, not samples)
         with stand_in("2026-09"), self.assertNoLogs(server.logger):
             (engine := tt_engine(1)).close()
             self.assertEqual(engine.note, "")
