@@ -2907,7 +2907,7 @@ class OpenAITest(unittest.TestCase):
             deltas = [part["delta"] for chunk in chunks for part in chunk["choices"] if part["index"] == i]
             self.assertEqual(deltas[0]["role"], "assistant")
             self.assertEqual("".join(delta.get("content", "") for delta in deltas), choice["message"]["content"])
-        with serving(FakeEngine(2, before_step=Gate(0.005)), max_queue=1) as api:
+        with serving(FakeEngine(2, before_step=Gate(0.005)), max_queue=3) as api:
             with streamed(api.server_port, path="/v1/completions", n=5, max_tokens=200) as lines:
                 next(lines)
                 self.assertEqual((api.scheduler.busy, len(api.scheduler.queue)), (2, 3))
