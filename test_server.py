@@ -1031,7 +1031,8 @@ def family_checkpoint(family: str) -> Path:
     import tokenizers
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    log: Any = transformers.utils.logging
+    log.disable_progress_bar()
     folder = SCRATCH / "families" / f"tiny-{family}"
     name, settings, template = FAMILIES[family]
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
