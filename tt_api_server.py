@@ -770,7 +770,7 @@ def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
 
 @dataclass(eq=False)
 class HostSampling:
-    """The wishes of one request that only the host's sampler fulfils, and what it has drawn so far.
+    """The options of one request that only sampling on the host supports, and the state that they need.
 
     The definitions and their order are those of vllm/v1/sample/sampler.py.
     """
@@ -783,8 +783,8 @@ class HostSampling:
     frequency_penalty: float = 0.0  # taken from a token's logit for each time that it is in the answer
     presence_penalty: float = 0.0  # taken from its logit once
     min_p: float = 0.0  # least probability of a token, as a share of the most likely one's
-    logprobs: int | None = None  # log-probabilities of a token and of so many of the most likely ones; None: none
-    # Of each token of the answer: itself, its log-probability, and the most likely tokens with theirs.
+    logprobs: int | None = None  # how many of the most likely tokens to report; None: nothing, not even the drawn token
+    # For each token of the answer: the token, its log-probability, and the most likely tokens with theirs.
     chosen: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)
 
     def draw(self, logits: torch.Tensor, params: SamplingParams, position: int) -> int:
