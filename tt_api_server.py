@@ -582,8 +582,16 @@ class TemplateTokenizer:
         return self._special.sub(lambda found: found[0][0] + self.CUT + found[0][1:], encodable(text))
 
     def _encode(self, text: str) -> list[int]:
-        parts = self._tokenizer.encode_batch(text.split(self.CUT), add_special_tokens=False)
-        return [token for part in parts for token in part.ids]
+        first, *others = text.split(self.CUT)
+        parts = [(self._tokenizer, first), *((self._continuing, part) for part in others)]
+        return [token for how, part in parts for token in how.encode(part, add_special_tokens=False).ids]
+
+    @functools.cached_property
+    def _continuing(self) -> Any:
+        """The tokenizer without the space that some put before each text: for what follows a cut."""
+        settings = self._tokenizer.to_str().replace('"add_prefix_space":true', '"add_prefix_space":false')
+        settings = re.sub('"prepend_scheme":"[a-z]+"', '"prepend_scheme":"never"', settings)
+        return type(self._tokenizer).from_str(settings.replace('"prepend":"\u2581"', '"prepend":""'))
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
         """As ChatTokenizer's."""
@@ -969,11 +977,8 @@ class TorchEngine:
 
         query_key_value, query_key_norm = linear("attention.wq", "attention.wk", "attention.wv"), None
         if self.config.family == "qwen2":
-            product, bias = (
-                query_key_value,
-                torch.cat([tensor(f"attention.{name}.bias") for name in ("wq", "wk", "wv")]),
-            )
-            query_key_value = lambda rows: product(rows) + bias  # noqa: E731
+            biases = [tensor(f"attention.{name}.bias") for name in ("wq", "wk", "wv")]
+            query_key_value = biased(query_key_value, torch.cat(biases))
         if self.config.family == "qwen3":
             heads = {"q": self.config.n_heads, "k": self.config.n_kv_heads}
             norms = [tensor(f"attention.{name}_norm.weight").expand(count, -1) for name, count in heads.items()]
@@ -1073,6 +1078,11 @@ def packed_linear(weight: torch.Tensor) -> Linear:
     """The product with a weight in oneDNN's own layout."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # the layout for 32 rows
     return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+
+
+def biased(product: Linear, bias: torch.Tensor) -> Linear:
+    """The product plus a bias [out]."""
+    return lambda rows: product(rows) + bias
 
 
 def half_linear(weight: torch.Tensor) -> Linear:
