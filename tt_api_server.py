@@ -2080,6 +2080,8 @@ class Scheduler:
     def cancel(self, request: Request, outcome: str = "cancelled") -> None:
         """End a request, queued or running, before the next step. The outcome "stop" says that its text is complete."""
         with self._wake:
+            if request.outcome:
+                return
             request.cancelled = outcome
             if request in self.queue:
                 self.queue.remove(request)
