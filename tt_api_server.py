@@ -1873,6 +1873,9 @@ def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torc
 # ======================================================================================================================
 
 
+STREAM_PAUSE = 0.006  # seconds that a handler's thread lets tokens gather before it looks for more
+
+
 @dataclass(eq=False)
 class Request:
     """One request for text, on its way down to the engine and back."""
@@ -1916,7 +1919,7 @@ class Request:
         tokens: list[int | None] = []
         while not self.text.stopped and None not in tokens:
             tokens, piece = [self.tokens.get()], ""
-            time.sleep(0.006 if self.count else 0.0)
+            time.sleep(STREAM_PAUSE if self.count else 0.0)
             while not self.tokens.empty():
                 tokens.append(self.tokens.get())
             for token in tokens:  # one by one: a stop string ends the count at its own last token
@@ -3198,7 +3201,7 @@ class ApiHandler(BaseHTTPRequestHandler):
                     self.server.scheduler.cancel(request, request.finish_reason)  # it may run on after a stop string
                 yield request, piece
             if len(running) > 1:
-                time.sleep(0.006)
+                time.sleep(STREAM_PAUSE)
 
     def tokenize(self, body: bytes) -> None:
         dialect = ChatCompletions(self.server)
