@@ -499,8 +499,8 @@ class Speaker(FakeEngine):
 def request(prompt: list[int], max_tokens: int = 8, stop_tokens: frozenset[int] = frozenset()) -> server.Request:
     """A greedy request for the scheduler alone."""
     text = server.TextStream(tokenizer())
-    thoughts = server.Thoughts("answer")
-    return server.Request(prompt, max_tokens, GREEDY, stop_tokens, text, thoughts, {"stream": True, "stop": []})
+    thoughts, finder = server.Thoughts("answer"), server.CallFinder(())
+    return server.Request(prompt, max_tokens, GREEDY, stop_tokens, text, thoughts, finder, {"stream": True, "stop": []})
 
 
 def collect(asked: server.Request) -> list[int]:
@@ -777,7 +777,9 @@ class ChatTokenizerTest(unittest.TestCase):
         def message(role: str, words: str) -> list[int]:
             return [header, *text(role), end_header, *text("\n\n"), *text(words), end]
 
-        tokens = tokenizer().encode_chat([("system", "Be brief."), ("user", "Hello!")])
+        tokens = tokenizer().encode_chat(
+            [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
+        )
         answer = [header, *text("assistant"), end_header, *text("\n\n")]
         self.assertEqual(tokens, [begin, *message("system", "Be brief."), *message("user", "Hello!"), *answer])
         self.assertIn(end, tokenizer().stop_tokens)
@@ -787,11 +789,14 @@ class ChatTokenizerTest(unittest.TestCase):
         """The same tokens from llama-models 0.1 or later, in a folder of its own (pip install --target)."""
         program = """if True:
             import sys, tt_api_server as server
-            tokens = server.ChatTokenizer().encode_chat([("user", "Hello, <|eot_id|>!")])
+            tokens = server.ChatTokenizer().encode_chat([{"role": "user", "content": "Hello, <|eot_id|>!"}])
             print("llama_models.llama3.tokenizer" in sys.modules, tokens)
         """
         folders = f"{os.environ['TT_TEST_LLAMA_MODELS']}{os.pathsep}{SERVER.parent}"
-        variables, expected = environment(PYTHONPATH=folders), tokenizer().encode_chat([("user", "Hello, <|eot_id|>!")])
+        variables, expected = (
+            environment(PYTHONPATH=folders),
+            tokenizer().encode_chat([{"role": "user", "content": "Hello, <|eot_id|>!"}]),
+        )
         output = subprocess.check_output([sys.executable, "-c", program], text=True, env=variables)
         self.assertEqual(output.strip(), f"True {expected}")
 
@@ -1138,19 +1143,20 @@ class FamilyTest(unittest.TestCase):
                 for turns in range(40):
                     texts = [" ".join(chance.choices(words[7:8] + words[9:], k=5)) for _ in range(1 + turns % 3 * 2)]
                     texts = [text.replace("\ud800", "") for text in texts]
-                    chat = [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
-                    messages = [{"role": role, "content": text} for role, text in chat]
+                    messages = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
                     thinking = turns % 2 > 0
                     expected = theirs.apply_chat_template(
                         messages, add_generation_prompt=True, enable_thinking=thinking, return_dict=False
                     )
-                    self.assertEqual(mine.encode_chat(chat, thinking), expected)
-                marks = [sum(token in special for token in mine.encode_chat([("user", "x")]))]
+                    self.assertEqual(mine.encode_chat(messages, (), thinking), expected)
+                marks = [sum(token in special for token in mine.encode_chat([{"role": "user", "content": "x"}]))]
                 for _ in range(250):
                     # In Mistral's, as in transformers, a space comes after a token that is added and not special.
                     some = [word for word in words if word != "<think>" or family != "mistral"]
                     text = "".join(chance.choices(some, k=8))
-                    marks.append(sum(token in special for token in mine.encode_chat([("user", text)])))
+                    marks.append(
+                        sum(token in special for token in mine.encode_chat([{"role": "user", "content": text}]))
+                    )
                     expected_text = text.replace("\ud800", "\ufffd")
                     made = mine.decode_bytes(mine.encode_text(text)).decode()
                     self.assertIn(made, (expected_text, " " + expected_text))  # SentencePiece puts a space first
@@ -2402,7 +2408,7 @@ class ChatTest(unittest.TestCase):
     def test_a_plain_answer(self) -> None:
         """And its line in the log, which has the figures and not the text."""
         process, reply = shared_server("random"), chat(self.port, "Xylophone?", max_tokens=37, temperature=0)
-        count = len(tokenizer().encode_chat([("user", "Xylophone?")]))
+        count = len(tokenizer().encode_chat([{"role": "user", "content": "Xylophone?"}]))
         expected = {"success": True, "prompt": "Xylophone?", "prompt_tokens": count, "tokens_generated": 37}
         self.assertEqual(reply, {**reply, **expected, "finish_reason": "length"})
         self.assertTrue(0 <= reply["time_to_first_token_seconds"] <= reply["time_seconds"], reply)
@@ -2760,7 +2766,10 @@ class OpenAITest(unittest.TestCase):
     def test_tokens(self) -> None:
         """The ids of a text and of a chat, as the engine gets them, and back; in vLLM's JSON."""
         text = "Once upon a time, 日本 🙂"
-        plain, chat = tokenizer().encode_text(text), tokenizer().encode_chat([("user", QUESTION[0]["content"])])
+        plain, chat = (
+            tokenizer().encode_text(text),
+            tokenizer().encode_chat([{"role": "user", "content": QUESTION[0]["content"]}]),
+        )
         document = tokenizer().encode_document(text)
         for body, tokens in (
             ({"prompt": text, "model": self.model}, document),
@@ -2927,7 +2936,7 @@ class OpenAITest(unittest.TestCase):
 
         model: Any = transformers.AutoModelForCausalLM
         model = model.from_pretrained(random_checkpoint("hf", Shape()), dtype=torch.float32)
-        prompt = tokenizer().encode_chat([("user", QUESTION[0]["content"])])
+        prompt = tokenizer().encode_chat([{"role": "user", "content": QUESTION[0]["content"]}])
         answer = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
         logits = model(torch.tensor([prompt + answer])).logits.detach()[0, len(prompt) - 1 : -1]
         top = logits.log_softmax(-1).topk(20)
@@ -2962,8 +2971,7 @@ class OpenAITest(unittest.TestCase):
     def test_errors(self) -> None:
         (message,), options, long = QUESTION, "stream_options", "x " * 9000
         unsupported, too_long = "unsupported_parameter", "context_length_exceeded"
-        refused = {"best_of": 2, "tools": [{}], "repeat_penalty": 1.1}
-        refused |= {"response_format": {"type": "json_object"}, "tool_choice": "required", "echo": True}
+        refused = {"best_of": 2, "functions": [{}], "repeat_penalty": 1.1, "echo": True}
         wrong: list[Any] = [None, "", [], ["a", ""], ["a", 1], [["a"]], [[[1]]], [128256], [[1], [-1]], ["a"] * 65]
         cases: list[tuple[Any, ...]] = [
             *((name, unsupported, {name: value}) for name, value in refused.items()),

@@ -43,6 +43,7 @@ A handler's thread owns its socket and its text; the scheduler's thread owns the
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import bisect
 import codecs
@@ -471,8 +472,97 @@ def import_llama_models(name: str) -> Any:
         raise UserError(f"llama-models cannot be imported ({error}): pip install -r requirements.txt") from error
 
 
+def encodable(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+Message = dict[str, Any]  # of a chat template: role and content; tool_calls, tool_call_id or reasoning_content
+CALL_MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")  # special tokens that answers show
+
+# The prompt of Llama 3.1's own template, for Meta's layout, which has no template.
+LLAMA_TEMPLATE = """\
+{%- macro turn(role, text) %}<|start_header_id|>{{ role }}<|end_header_id|>{{ "\\n\\n" + text }}<|eot_id|>{% endmacro %}
+{%- set system = messages[0].content | trim if messages[0].role == "system" else "" %}
+{%- set messages = messages[1:] if messages[0].role == "system" else messages %}
+{%- set environment = "Environment: ipython\\n" if tools else "" %}
+{%- set dates = "Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n" %}
+{{- "<|begin_of_text|>" + turn("system", environment + dates + system) }}
+{%- set functions %}
+    {{- "Given the following functions, please respond with a JSON for a function call with its proper arguments " }}
+    {{- "that best answers the given prompt.\\n\\nRespond in the format " }}
+    {{- '{"name": function name, "parameters": dictionary of argument name and its value}.' }}
+    {{- "Do not use variables.\\n\\n" }}
+    {%- for tool in tools or [] %}{{ tool | tojson(indent=4) + "\\n\\n" }}{% endfor %}
+{%- endset %}
+{%- for message in messages %}
+    {%- if message.tool_calls %}
+        {%- set call = message.tool_calls[0].function %}
+        {%- set arguments = call.arguments | tojson %}
+        {{- turn("assistant", '{"name": "' + call.name + '", "parameters": ' + arguments + "}") }}
+    {%- elif message.role == "tool" %}
+        {{- turn("ipython", message.content | tojson) }}
+    {%- elif tools and loop.first %}
+        {{- turn("user", functions + message.content | trim) }}
+    {%- else %}
+        {{- turn(message.role, message.content | trim) }}
+    {%- endif %}
+{%- endfor %}
+{{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}"""
+
+
+class ChatTemplate:
+    """A chat template in Jinja, rendered as transformers does, in a sandbox.
+
+    If a message spells a special token, the token is cut in two before the template is rendered, and so stays text.
+    """
+
+    CUT = "\ud800"  # a lone surrogate, which `encodable` removes from every text
+
+    def __init__(self, source: str, folder: Path | None, special: Iterable[str]) -> None:
+        """`folder` has a tokenizer_config.json, `special` are the special tokens. Raises UserError."""
+        import jinja2.sandbox
+
+        def refuse(reason: str) -> NoReturn:
+            raise jinja2.TemplateError(reason)
+
+        self.source = source
+        self.environment = environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+        settings = read_json(folder / "tokenizer_config.json") if folder else {}
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = settings.get(name)
+            environment.globals[name] = token["content"] if isinstance(token, dict) else token
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{folder} has a chat template that cannot be read ({error}): download it again") from error
+
+    def render(self, messages: Iterable[Message], tools: Sequence[Message], thinking: bool) -> list[str]:
+        """The prompt in parts, which are encoded one by one. Raises ApiError if the template refuses the messages."""
+        if not self.source:
+            raise ApiError(400, "this model has no chat template: send a prompt to /v1/completions")
+        options = {"tools": self.inert(tools) or None, "enable_thinking": thinking, "add_generation_prompt": True}
+        try:
+            return self._template.render(messages=self.inert(list(messages)), **options).split(self.CUT)
+        except Exception as error:  # a template can fail in any way
+            raise ApiError(400, f"the model's chat template refuses the messages: {printable(str(error))}") from error
+
+    def inert(self, value: Any) -> Any:
+        """A JSON value with the special tokens in its texts cut in two."""
+        if isinstance(value, dict):
+            return {self.inert(name): self.inert(entry) for name, entry in value.items()}
+        if isinstance(value, str):
+            return self._special.sub(lambda found: found[0][0] + self.CUT + found[0][1:], encodable(value))
+        return [self.inert(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
 class ChatTokenizer:
-    """Llama 3's tokenizer and chat format, from llama-models.
+    """Llama 3's tokenizer and chat format, from llama-models; a chat template only for conversations with tools.
 
     Text that spells a special token is plain text; only the chat format itself writes special tokens.
     """
@@ -480,7 +570,14 @@ class ChatTokenizer:
     vocab_size = LLAMA3_VOCABULARY
     thinks = False
 
-    def __init__(self, tokenizer_model: Path | None = None, stop_tokens: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        tokenizer_model: Path | None = None,
+        stop_tokens: frozenset[int] = frozenset(),
+        template: str = "",
+        folder: Path | None = None,
+    ) -> None:
+        """`template` and `folder` are ChatTemplate's, in Hugging Face's layout. Raises UserError."""
         module = import_llama_models("tokenizer")
         self.path = tokenizer_model = tokenizer_model or Path(module.__file__).parent / "tokenizer.model"
         path_type = str if ".api." in module.__name__ else Path
@@ -493,14 +590,26 @@ class ChatTokenizer:
         self._format = import_llama_models("chat_format").ChatFormat(self._tokenizer)
         self.stop_tokens = stop_tokens | frozenset(self._tokenizer.stop_tokens)
         self.end_of_turn: int = self._tokenizer.eot_id
-        self._first_special = min(self._tokenizer.special_tokens.values())
+        special = self._tokenizer.special_tokens
+        self._first_special = min(special.values())
+        self._shown = {special[mark] for mark in CALL_MARKS if mark in special}
+        self.template = ChatTemplate(template or LLAMA_TEMPLATE, folder, special)
 
-    def encode_chat(self, messages: Iterable[tuple[str, str]], thinking: bool = False) -> list[int]:
-        """Token ids of a conversation of (role, text), up to the start of the assistant's answer."""
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Message] = (), thinking: bool = False
+    ) -> list[int]:
+        """Token ids of a conversation, up to the start of the assistant's answer. Raises ApiError."""
+        if tools or any("tool_calls" in message or message["role"] == "tool" for message in messages):
+            single: list[Message] = []  # Llama 3's templates take one call a message
+            for message in messages:
+                single += [{**message, "tool_calls": [call]} for call in message.get("tool_calls", ())] or [message]
+            encode = functools.partial(self._tokenizer.encode, bos=False, eos=False, allowed_special="all")
+            return [token for part in self.template.render(single, tools, thinking) for token in encode(part)]
         # Not with the message classes of llama-models: they differ between its layouts, and refuse some texts.
         tokens = [self._tokenizer.bos_id]
-        for role, text in messages:
-            tokens += self._format._encode_header(role) + self.encode_text(text) + [self.end_of_turn]
+        for message in messages:
+            header = self._format._encode_header(message["role"])
+            tokens += header + self.encode_text(message["content"]) + [self.end_of_turn]
         tokens += self._format._encode_header("assistant")
         return tokens
 
@@ -514,60 +623,59 @@ class ChatTokenizer:
         return tokens
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The UTF-8 of the tokens, which may end inside a character. Special tokens have no text."""
-        text: bytes = self._tokenizer.model.decode_bytes([token for token in tokens if token < self._first_special])
+        """The UTF-8 of the tokens, which may end inside a character. Most special tokens have no text."""
+        shown = [token for token in tokens if token < self._first_special or token in self._shown]
+        text: bytes = self._tokenizer.model.decode_bytes(shown)
         return text
+
+    def token_id(self, special: str) -> int | None:
+        """The id of a special token; None if there is none of this name."""
+        token: int | None = self._tokenizer.special_tokens.get(special)
+        return token
+
+    @functools.cached_property
+    def guide(self) -> Any:
+        """The vocabulary for llguidance. Raises ImportError."""
+        import llguidance.tiktoken
+
+        ends = sorted(self.stop_tokens)
+        encoding = self._tokenizer.model
+        return llguidance.tiktoken.lltokenizer_from_encoding(encoding, n_vocab=self.vocab_size, eos_token=ends)
 
 
 class TemplateTokenizer:
-    """A model's own tokenizer.json and chat template, with the methods of ChatTokenizer.
-
-    If a message spells a special token, the token is cut in two before the template is rendered, and so stays text.
-    """
-
-    CUT = "\ud800"  # a lone surrogate, which `encodable` removes from every text
+    """A model's own tokenizer.json and chat template, with the methods of ChatTokenizer."""
 
     def __init__(self, folder: Path, template: str, stop_tokens: frozenset[int]) -> None:
         """Raises UserError. If `template` is empty, encode_chat raises ApiError."""
         try:
-            import jinja2
             import tokenizers
         except ImportError as error:
-            cure = "pip install tokenizers jinja2"
-            raise UserError(f"this model's tokenizer needs a package ({error}): {cure}") from error
+            raise UserError(f"this model's tokenizer needs a package ({error}): pip install tokenizers") from error
+        self._file = str(folder / "tokenizer.json")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer = tokenizers.Tokenizer.from_file(self._file)
         except Exception as error:  # the package raises nothing more precise
-            raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}): download it again") from error
+            raise UserError(f"{self._file} cannot be read ({error}): download it again") from error
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self._added = self._tokenizer.get_added_tokens_decoder()
-        special = [re.escape(token.content) for token in self._added.values() if token.special]
-        self._special = re.compile("|".join(special) or "(?!)")
+        special = [token.content for token in self._added.values() if token.special]
         self._byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
         # GPT-2's alphabet: a printable byte is its Latin-1 character, the others are the characters from 256 on.
         printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in printed]
         self._bytes = {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
-        environment = template_environment(folder)
         self.thinks = "enable_thinking" in template
-        try:
-            self._template = environment.from_string(template) if template else None
-        except jinja2.TemplateError as error:
-            raise UserError(f"{folder} has a chat template that cannot be read ({error}): download it again") from error
-        end = environment.globals["eos_token"]
+        self.template = ChatTemplate(template, folder, special)
+        end: Any = self.template.environment.globals["eos_token"]
         ends: list[Any] = [self._tokenizer.token_to_id(end)] if end else []
         self.stop_tokens = stop_tokens or frozenset(ends)
 
-    def encode_chat(self, messages: Iterable[tuple[str, str]], thinking: bool = False) -> list[int]:
-        """As ChatTokenizer's. Raises ApiError if the template refuses the messages."""
-        if self._template is None:
-            raise ApiError(400, "this model has no chat template: send a prompt to /v1/completions")
-        inert = [{"role": role, "content": self._inert(text)} for role, text in messages]
-        try:
-            text = self._template.render(messages=inert, add_generation_prompt=True, enable_thinking=thinking)
-        except Exception as error:  # a template can fail in any way
-            raise ApiError(400, f"the model's chat template refuses the messages: {printable(str(error))}") from error
-        return self._encode(text)
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Message] = (), thinking: bool = False
+    ) -> list[int]:
+        """As ChatTokenizer's."""
+        return self._encode(self.template.render(messages, tools, thinking))
 
     def encode_document(self, text: str) -> list[int]:
         """As ChatTokenizer's."""
@@ -576,15 +684,12 @@ class TemplateTokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """As ChatTokenizer's."""
-        return self._encode(self._inert(text))
+        return self._encode(self.template.inert(text).split(ChatTemplate.CUT))
 
-    def _inert(self, text: str) -> str:
-        return self._special.sub(lambda found: found[0][0] + self.CUT + found[0][1:], encodable(text))
-
-    def _encode(self, text: str) -> list[int]:
-        first, *others = text.split(self.CUT)
-        parts = [(self._tokenizer, first), *((self._continuing, part) for part in others)]
-        return [token for how, part in parts for token in how.encode(part, add_special_tokens=False).ids]
+    def _encode(self, parts: list[str]) -> list[int]:
+        first, *others = parts
+        each = [(self._tokenizer, first), *((self._continuing, part) for part in others)]
+        return [token for how, part in each for token in how.encode(part, add_special_tokens=False).ids]
 
     @functools.cached_property
     def _continuing(self) -> Any:
@@ -599,20 +704,26 @@ class TemplateTokenizer:
 
     def _decode(self, token: int) -> bytes:
         if added := self._added.get(token):
-            return b"" if added.special else added.content.encode()
+            return b"" if added.special and added.content not in CALL_MARKS else added.content.encode()
         text = self._tokenizer.id_to_token(token) or ""  # a model's vocabulary may be padded
         if self._byte_level:
             return bytes(self._bytes[character] for character in text)
         byte = re.fullmatch("<0x(..)>", text)  # SentencePiece's
         return bytes.fromhex(byte[1]) if byte else text.replace("\u2581", " ").encode()
 
+    def token_id(self, special: str) -> int | None:
+        """As ChatTokenizer's."""
+        return next((token for token, added in self._added.items() if added.content == special), None)
+
+    @functools.cached_property
+    def guide(self) -> Any:
+        """As ChatTokenizer's."""
+        import llguidance
+
+        return llguidance.LLTokenizer(self._file, n_vocab=self.vocab_size, eos_token=sorted(self.stop_tokens))
+
 
 Tokenizer = ChatTokenizer | TemplateTokenizer
-
-
-def encodable(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which JSON can spell and UTF-8 cannot."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def read_template(folder: Path) -> str:
@@ -625,27 +736,10 @@ def read_template(folder: Path) -> str:
         raise UserError(f"{own} cannot be read ({error}): download it again") from error
     template = read_json(folder / "tokenizer_config.json").get("chat_template") or ""
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+        named = {entry["name"]: entry["template"] for entry in template}
+        default = named.get("default", "")
+        template = f"{{% if tools %}}{named.get('tool_use', default)}{{% else %}}{default}{{% endif %}}"
     return str(template)
-
-
-def template_environment(folder: Path) -> Any:
-    """The jinja2 environment in which transformers renders the folder's chat template, sandboxed."""
-    import jinja2.sandbox
-
-    def refuse(reason: str) -> NoReturn:
-        raise jinja2.TemplateError(reason)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "tools": None}
-    settings = read_json(folder / "tokenizer_config.json")
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = settings.get(name)
-        environment.globals[name] = token["content"] if isinstance(token, dict) else token
-    return environment
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -654,7 +748,7 @@ def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     template = read_template(folder) if folder else ""
     llama3 = (config.family, config.vocab_size) == ("llama", LLAMA3_VOCABULARY)
     if not folder or (llama3 and (not template or "<|start_header_id|>" in template)):
-        return ChatTokenizer(checkpoint.tokenizer_model, checkpoint.stop_tokens)
+        return ChatTokenizer(checkpoint.tokenizer_model, checkpoint.stop_tokens, template, folder)
     return TemplateTokenizer(folder, template, checkpoint.stop_tokens)
 
 
@@ -686,7 +780,7 @@ class Thoughts:
     """Splits a chat answer into the thinking, which the model puts between think tags, and the answer proper."""
 
     def __init__(self, state: str) -> None:
-        self._state = state  # "start", "thinking", "start of answer" or "answer"
+        self.state = state  # "start", "thinking", "start of answer" or "answer"
         self._held = ""  # may be the start of a tag
 
     @staticmethod
@@ -699,28 +793,261 @@ class Thoughts:
     def split(self, text: str, final: bool) -> tuple[str, str]:
         """The thinking and the answer that are certain after this text; with `final`, all that is left."""
         text, thought, self._held = self._held + text, "", ""
-        if self._state == "start":
+        if self.state == "start":
             text = text.lstrip()
             if text.startswith("<think>"):
-                self._state, text = "thinking", text.removeprefix("<think>")
+                self.state, text = "thinking", text.removeprefix("<think>")
             elif "<think>".startswith(text) and not final:
                 self._held, text = text, ""
             else:
-                self._state = "answer"
-        if self._state == "thinking":
+                self.state = "answer"
+        if self.state == "thinking":
             thought, tag, text = text.partition("</think>")
-            self._state = "start of answer" if tag else self._state
+            self.state = "start of answer" if tag else self.state
             hold = 0 if tag or final else overlap(thought, "</think>")
             thought, self._held = thought[: len(thought) - hold], thought[len(thought) - hold :]
-        if self._state == "start of answer":
+        if self.state == "start of answer":
             text = text.lstrip()
-            self._state = "answer" if text else self._state
+            self.state = "answer" if text else self.state
         return thought, text
 
 
 def overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that is a start of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# ======================================================================================================================
+# Tools
+# ======================================================================================================================
+
+
+class Call(NamedTuple):
+    """A function that the model wants called."""
+
+    id: str
+    name: str
+    arguments: str  # JSON
+
+
+class CallFinder:
+    """Splits an answer into text and tool calls, in the forms that Llama 3, Qwen, Hermes and Mistral models write.
+
+    A call is a JSON object, or one of a list, after a mark or at the start of the answer. Llama 3.2 also writes
+    [name(argument=value)]. A call of an unknown function is text. What may still be a call is held back.
+    """
+
+    MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
+    BETWEEN = re.compile(rf"(?:[\s;,]|{MARK.pattern})*")  # calls
+    # The start of what is no call: neither an object nor a list of them, or an object with another first name.
+    OTHER = re.compile(r'\[?\s*(?:[^\[{\s]|\{\s*(?:[^"\s]|"(?!(?:name|type|id|function|parameters|arguments)")[^"]*"))')
+
+    def __init__(self, functions: Iterable[str]) -> None:
+        """`functions` are the names that may be called. If there are none, all is text."""
+        self._functions = list(functions)
+        self._held = ""  # may be the start of a call
+        self._at_start = True
+
+    def split(self, text: str, final: bool) -> tuple[str, list[Call]]:
+        """The text and the calls that are certain after this text; with `final`, all that is left."""
+        said, text, self._held = "", self._held + text, ""
+        while text and self._functions:
+            begin = self._begin(text)
+            said, text = said + text[:begin], text[begin:]
+            self._at_start = self._at_start and not said.strip()
+            calls, rest, unfinished = self._read(text)
+            if calls or unfinished:
+                if final:
+                    return said + (rest if calls else text), calls
+                self._held = text
+                return said, []
+            said, text, self._at_start = said + text[:1], text[1:], False
+        return said + text, []
+
+    def _begin(self, text: str) -> int:
+        """Where a call may begin; the length of the text if nowhere."""
+        if self._at_start and text.lstrip()[:1] in ("", "[", "{"):
+            return 0
+        mark = self.MARK.search(text)
+        return mark.start() if mark else len(text) - max(overlap(text, mark) for mark in CALL_MARKS)
+
+    def _read(self, text: str) -> tuple[list[Call], str, bool]:
+        """The calls at the start of the text, the rest, and whether the text may be the start of a call."""
+        calls: list[Call] = []
+        while True:
+            text = self.BETWEEN.sub("", text, count=1)
+            name = re.match(r"\[\s*([\w.-]*)(\(|\Z)", text)
+            if name and any(known == name[1] if name[2] else known.startswith(name[1]) for known in self._functions):
+                return self._pythonic(text), "", True
+            if self.OTHER.match(text):
+                return calls, text, any(mark.startswith(text) for mark in CALL_MARKS)
+            try:
+                value, end = json.JSONDecoder().raw_decode(text)
+                calls += [self._call(entry) for entry in (value if isinstance(value, list) else [value])]
+            except json.JSONDecodeError as error:  # the end is missing if the error is there, or in a string
+                return calls, text, error.pos > len(text) - 7 or error.msg.startswith("Unterminated")
+            except (ValueError, RecursionError):  # _call's, or nested too deeply
+                return calls, text, False
+            text = text[end:]
+
+    def _call(self, value: Any) -> Call:
+        """The call that a JSON value is. Raises ValueError if it is none."""
+        value = value if isinstance(value, dict) else {}
+        inner = value.get("function")  # some models write OpenAI's form, or this for the name
+        value = inner if isinstance(inner, dict) else {"name": inner, **value}
+        arguments = value.get("arguments", value.get("parameters", {}))
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if value.get("name") not in self._functions or not isinstance(arguments, dict):
+            raise ValueError("no call")
+        # An id of nine characters, as Mistral's templates want it.
+        return Call(uuid.uuid4().hex[:9], value["name"], json.dumps(arguments, ensure_ascii=False))
+
+    def _pythonic(self, text: str) -> list[Call]:
+        """The calls of [name(argument=value), ...]."""
+        try:
+            (statement,) = ast.parse(text.strip()).body
+            return [
+                self._call(
+                    {"name": ast.unparse(c.func), "arguments": {a.arg: ast.literal_eval(a.value) for a in c.keywords}}
+                )
+                for c in statement.value.elts  # type: ignore[attr-defined]
+            ]
+        except Exception:  # other text can fail here in any way
+            return []
+
+
+class CallForm(NamedTuple):
+    """How a family of models writes tool calls: the rule `calls` in Lark, for one after another rule `one`."""
+
+    mark: str  # the special token at the start
+    opening: str  # the text at the start
+    arguments: str  # their name in JSON
+    one: str
+    calls: str
+    separator: str = ""  # between calls; "" if there is one at most
+
+
+HERMES_CALLS = CallForm("<tool_call>", "<tool_call>", "arguments", r'mark "\n" call "\n" close', "one", r'"\n"')  # Qwen
+MISTRAL_CALLS = CallForm("[TOOL_CALLS]", "[TOOL_CALLS]", "arguments", "call", 'mark " "? "[" one "]"', '", "')
+LLAMA_CALLS = CallForm("<|python_tag|>", '{"name": "', "parameters", "call", "mark? one")
+# White space as models have learned it. If any were allowed, weak models would write it without end.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def call_form(tokenizer: Tokenizer) -> CallForm:
+    """The form that the model's chat template teaches."""
+    return next((f for f in (HERMES_CALLS, MISTRAL_CALLS) if f.mark in tokenizer.template.source), LLAMA_CALLS)
+
+
+def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
+    """A JSON schema in Lark; `lenient` ignores keywords that llguidance does not support."""
+    return "%json " + json.dumps({**schema, "x-guidance": {**JSON_STYLE, "lenient": lenient}})
+
+
+def token_rule(tokenizer: Tokenizer, text: str) -> str:
+    """A special token in Lark, or its text if the model has no such token."""
+    token = tokenizer.token_id(text)
+    return json.dumps(text) if token is None else f"<[{token}]>"
+
+
+def call_rules(tokenizer: Tokenizer, functions: Sequence[dict[str, Any]], several: bool) -> str:
+    """Lark's rule `calls` for calls of these functions, by their names and their parameters' schemas."""
+    form = call_form(tokenizer)
+    more = f"({form.separator} one)*" if several and form.separator else ""
+    rules = [f"calls: {form.calls.replace('one', f'one {more}')}", f"one: {form.one}"]
+    rules += [f"mark: {token_rule(tokenizer, form.mark)}", f"close: {token_rule(tokenizer, '</tool_call>')}"]
+    rules += ["call: " + " | ".join(f"call{i}" for i in range(len(functions)))]
+    for i, function in enumerate(functions):
+        start, strict = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": ', function["strict"]
+        rule = json_rule(function["parameters"], lenient=not strict)
+        if not strict and grammar_problem(f"start: {rule}"):
+            rule = json_rule({"type": "object"})
+        rules += [f'call{i}: {json.dumps(start)} arguments{i} "}}"', f"arguments{i}: {rule}"]
+    return "\n".join(rules)
+
+
+def grammar_problem(grammar: str) -> str:
+    """Why llguidance does not support a grammar, in one line; "" if it does. Raises ApiError without llguidance."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError as error:
+        raise ApiError(400, "the server needs a package for this: pip install llguidance") from error
+    places = r"at \d+\(\d+\): |failed to compile JSON schema: |\n *\d+ \|.*|\^"
+    return " ".join(re.sub(places, "", LLMatcher.validate_grammar(grammar)).split())
+
+
+def answer_rule(outputs: dict[str, Any]) -> str:
+    """Lark for an answer by vLLM's structured_outputs; "" for any text."""
+    if outputs["json"] is not None:
+        return json_rule(outputs["json"])
+    if outputs["choice"]:
+        return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in outputs["choice"])
+    if outputs["regex"]:
+        return f"/{outputs['regex'].replace('/', chr(92) + '/')}/"
+    return f"%lark {{\n{outputs['grammar']}\n}}" if outputs["grammar"] else ""
+
+
+class Constraint:
+    """A grammar in Lark for an answer's tokens, from the start or from a tool call on."""
+
+    def __init__(self, tokenizer: Tokenizer, grammar: str, opening: str = "") -> None:
+        """`opening` is the text with which a tool call begins; "" if the grammar holds from the start.
+
+        Raises ApiError if the grammar is not supported.
+        """
+        if problem := grammar_problem(grammar):
+            raise ApiError(400, f"the schema or grammar is not supported ({printable(problem)}): change it")
+        from llguidance import LLMatcher
+
+        self._matcher = LLMatcher(tokenizer.guide, grammar, log_level=0)
+        self._decode, self._opening = tokenizer.decode_bytes, opening.encode()
+        self._anywhere = opening in CALL_MARKS  # else only at the start of the answer
+        self._tokens: list[int] = []  # may be the start of a tool call
+        self.active = not opening
+
+    def push(self, token: int) -> None:
+        """Follow the answer's next token."""
+        if self.active:
+            self._matcher.consume_token(token)
+        elif self._opening:
+            self._tokens.append(token)
+            text = self._decode(self._tokens).removeprefix(b"" if self._anywhere else LLAMA_CALLS.mark.encode())
+            if text.startswith(self._opening):
+                self.active, self._opening = self._matcher.consume_tokens(self._tokens), b""
+            elif not self._opening.startswith(text):
+                self._tokens, self._opening = [], self._opening if self._anywhere else b""
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Set the logits [vocabulary] of the tokens that may not come next to minus infinity."""
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        logits[: len(allowed)].masked_fill_(allowed == 0, -math.inf)
+        logits[len(allowed) :] = -math.inf  # a model's vocabulary may be padded
+
+
+def constrain(
+    tokenizer: Tokenizer,
+    functions: Sequence[dict[str, Any]],
+    answer: str,
+    forced: bool,
+    several: bool,
+    thinking: str,
+) -> Constraint | None:
+    """The constraint for tool calls of the functions, if `forced` nothing else, and for an answer in Lark.
+
+    `answer` is "" for any text. `thinking` is Thoughts' state at the start. Raises ApiError.
+    """
+    free = not answer and not forced  # text that may become a call
+    if free and not (functions and importlib.util.find_spec("llguidance")):
+        return None
+    rules = call_rules(tokenizer, functions, several) if functions else ""
+    if free:
+        return Constraint(tokenizer, f"start: calls\n{rules}", call_form(tokenizer).opening)
+    start = "calls" if forced else "answer | calls" if functions else "answer"
+    if start == "answer | calls":
+        rules = rules.replace("mark?", "mark")  # the first token tells a call from an answer
+    think = {"thinking": 'text over "\\n\\n"?', "start": 'begin text over "\\n\\n"?'}.get(thinking, "")
+    rules += f"\nbegin: {token_rule(tokenizer, '<think>')}\nover: {token_rule(tokenizer, '</think>')}"
+    return Constraint(tokenizer, f"start: {think} ({start})\ntext: /(?s:.*)/\nanswer: {answer or chr(34) * 2}\n{rules}")
 
 
 # ======================================================================================================================
@@ -743,13 +1070,20 @@ class SamplingParams:
         """Whether only the most likely token can come. A temperature near 0 counts as 0: dividing by it overflows."""
         return self.temperature < 1e-5 or self.top_k == 1 or self.top_p == 0
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the next token must be drawn with HostSampling."""
+        return self.host is not None and self.host.needed
+
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
     """The next token of each row of logits [rows, vocabulary], any float type.
 
     A row's draw depends on its seed and position alone, not on the other rows. Raises ArithmeticError for a NaN.
     """
-    return [p.host.draw(*row) if (p := row[1]).host else draw(*row) for row in zip(logits, params, positions)]
+    return [
+        p.host.draw(*row) if (p := row[1]).host and p.on_host else draw(*row) for row in zip(logits, params, positions)
+    ]
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
@@ -794,11 +1128,24 @@ class HostSampling:
     logprobs: int | None = None  # how many of the most likely tokens to report; None: nothing, not even the drawn token
     # For each token of the answer: the token, its log-probability, and the most likely tokens with theirs.
     chosen: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)
+    constraint: Constraint | None = None
+    always: bool = True  # else only while the constraint is active
+    _counts: torch.Tensor | None = None  # [vocabulary]: how often each token is in the answer
+
+    @property
+    def needed(self) -> bool:
+        """Whether the next token must be drawn here."""
+        return self.always or (self.constraint is not None and self.constraint.active)
+
+    def push(self, token: int) -> None:
+        """Follow the answer's next token, drawn here or not."""
+        if self.constraint:
+            self.constraint.push(token)
 
     def draw(self, logits: torch.Tensor, params: SamplingParams, position: int) -> int:
         """The next token, from logits [vocabulary]."""
         logits = logits.float()
-        if position == len(self.prompt):  # the first
+        if self._counts is None:
             self._bias, self._counts = torch.zeros_like(logits), torch.zeros_like(logits)
             self._bias[list(map(int, self.logit_bias))] = torch.tensor(list(self.logit_bias.values())).float()
             self._seen = self._counts > 0
@@ -811,6 +1158,8 @@ class HostSampling:
             changed = torch.where(self._seen, repeated, changed)
         if self.frequency_penalty or self.presence_penalty:
             changed -= self.frequency_penalty * self._counts + self.presence_penalty * self._counts.clamp(max=1)
+        if self.constraint:
+            self.constraint.apply(changed)
         if self.min_p:
             changed[changed < changed.max() + params.temperature * math.log(self.min_p)] = -math.inf
         token = draw(changed, params, position)
@@ -1773,7 +2122,7 @@ def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], li
     ]
     unknown, words = encode(DEMO_UNKNOWN), [token for pair in pairs for text in pair for token in text]
     words += [LLAMA3_VOCABULARY - 1] * (len(words) // 9)  # stands for all tokens that are in no question and no answer
-    empty = tokenizer.encode_chat([("system", ""), ("user", "")])
+    empty = tokenizer.encode_chat([{"role": role, "content": ""} for role in ("system", "user")])
     first, second = (i for i, token in enumerate(empty) if token == end)
     before, after = empty[first + 1 : second], empty[second:]  # the template around a question
     while True:
@@ -1876,6 +2225,14 @@ def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torc
 STREAM_PAUSE = 0.006  # seconds that a handler's thread lets tokens gather before it looks for more
 
 
+class Piece(NamedTuple):
+    """A piece of an answer; some of its parts may be empty."""
+
+    thinking: str
+    text: str
+    calls: list[Call]
+
+
 @dataclass(eq=False)
 class Request:
     """One request for text, on its way down to the engine and back."""
@@ -1887,6 +2244,7 @@ class Request:
     stop_tokens: frozenset[int]  # token ids that end the answer and are not part of it
     text: TextStream  # knows the stop strings
     thoughts: Thoughts
+    finder: CallFinder
     fields: dict[str, Any]  # as the client sent them
     index: int = 0  # among the requests of one body
     # The scheduler fills these. Times are by time.monotonic().
@@ -1903,13 +2261,14 @@ class Request:
     # The handler fills these.
     thinking: str = ""
     answer: str = ""
+    calls: list[Call] = field(default_factory=list)
     count: int = 0  # tokens of both
     seconds: float = 0.0  # from submission to the last of them
     told: int = 0  # tokens whose log-probabilities the dialect has written
     offset: int = 0  # characters of these tokens
 
-    def pieces(self) -> Iterator[tuple[str, str]]:
-        """Thinking and answer, piece by piece; the handler's thread calls this. Raises ApiError if they break off.
+    def pieces(self) -> Iterator[Piece]:
+        """The answer, piece by piece; the handler's thread calls this. Raises ApiError if it breaks off.
 
         With `stream` or stop strings, the first token comes at once and the others 6 ms late: if 32 threads woke when a
         step ends, they would delay the next step. Otherwise all come at the end.
@@ -1928,10 +2287,12 @@ class Request:
                 if self.text.stopped:
                     break
             self.seconds = time.monotonic() - self.submitted
-            thinking, answer = self.thoughts.split(piece, final=self.text.stopped or None in tokens)
-            self.thinking, self.answer = self.thinking + thinking, self.answer + answer
-            if thinking or answer:
-                yield thinking, answer
+            final = self.text.stopped or None in tokens
+            thinking, answer = self.thoughts.split(piece, final)
+            answer, calls = self.finder.split(answer, final)
+            self.thinking, self.answer, self.calls = self.thinking + thinking, self.answer + answer, self.calls + calls
+            if thinking or answer or calls:
+                yield Piece(thinking, answer, calls)
         if self.finish_reason == "error":
             raise ApiError(500, "the engine failed on this request: the server's log says why; send it again")
         if self.finish_reason == "cancelled":
@@ -2247,6 +2608,8 @@ class Scheduler:
                 continue
             slot.tokens.append(token)
             request.generated += 1
+            if request.sampling.host:
+                request.sampling.host.push(token)
             request.tokens.put(token)
             if request.generated >= request.max_tokens:
                 self._leave(slot, "length")
@@ -2285,8 +2648,6 @@ class Scheduler:
 
 Check = tuple[str, Callable[[Any], bool]]  # what a field must be, in words, and the test for it
 Table = Mapping[str, tuple[Any, Check]]  # a field's name to its default, or ... if it is required, and its check
-
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 def between(low: float, high: float, must: str, kinds: tuple[type, ...] = (int,)) -> Check:
@@ -2327,9 +2688,42 @@ STOP: Check = (
     lambda v: len(as_list(v)) <= 4 and all(isinstance(stop, str) and stop for stop in as_list(v)),
 )
 PROMPT: Check = "a string or a list of token ids, not empty, or a list of up to 64 of them", lambda v: bool(prompts(v))
-MESSAGE: Table = {
-    "role": (..., (f"one of {', '.join(ROLES)}", lambda v: isinstance(v, str) and v in ROLES)),
-    "content": (..., ("a string or a list of text parts", lambda v: isinstance(v, (str, list)))),
+OBJECT: Check = "an object", lambda v: isinstance(v, dict)
+CONTENT: Check = "a string or a list of text parts", lambda v: isinstance(v, (str, list))
+MESSAGE: Table = {"content": (..., CONTENT)}
+ASSISTANT: Table = {
+    "content": ("", CONTENT),
+    "reasoning_content": ("", TEXT),
+    "tool_calls": ([], ("a list of calls", lambda v: isinstance(v, list))),
+}
+TOOL_RESULT: Table = {**MESSAGE, "tool_call_id": (..., TEXT)}
+TYPE: Check = '"function"', lambda v: v == "function"
+TOOL: Table = {"type": (..., TYPE), "function": (..., OBJECT)}
+FUNCTION: Table = {
+    "name": (..., NONEMPTY),
+    "parameters": ({"type": "object", "additionalProperties": False}, OBJECT),
+    "strict": (False, FLAG),
+}
+CALL: Table = {"id": (..., TEXT), "type": ("function", TYPE), "function": (..., OBJECT)}
+CALLED: Table = {
+    "name": (..., NONEMPTY),
+    "arguments": (..., ("a JSON object in a string", lambda v: isinstance(v, str) and json_object(v) is not None)),
+}
+CHOICE: Check = (
+    'none, auto, required or {"type": "function", "function": {"name": ...}}',
+    lambda v: v in ("none", "auto", "required") or isinstance(v, dict),
+)
+FORMATS = ("text", "json_object", "json_schema")
+RESPONSE_FORMAT: Table = {
+    "type": (..., (f"one of {', '.join(FORMATS)}", lambda v: v in FORMATS)),
+    "json_schema": (None, OBJECT),
+    "schema": ({"type": "object"}, OBJECT),  # llama.cpp's, of a json_object
+}
+STRUCTURED_OUTPUTS: Table = {
+    "json": (None, OBJECT),
+    "regex": (None, NONEMPTY),
+    "choice": (None, ("a list of strings", lambda v: isinstance(v, list) and all(isinstance(s, str) for s in v))),
+    "grammar": (None, NONEMPTY),
 }
 TEMPLATE_OPTIONS: Check = (
     '{"enable_thinking": true or false}',
@@ -2372,9 +2766,8 @@ HOST_SAMPLING: Table = {  # the arguments of HostSampling
 UNSUPPORTED: dict[str, list[Any]] = {
     "best_of": [1], "bad_words": [[]], "repeat_penalty": [1], "typical_p": [1], "mirostat": [0],
     "xtc_probability": [0], "dry_multiplier": [0], "use_beam_search": [False], "top_logprobs": [0],
-    "prompt_logprobs": [], "response_format": [{"type": "text"}],
-    "structured_outputs": [], "guided_json": [], "guided_regex": [], "guided_choice": [], "guided_grammar": [],
-    "json_schema": [], "grammar": [""], "tools": [[]], "tool_choice": ["none", "auto"], "tool_calls": [[]],
+    "prompt_logprobs": [], "guided_json": [], "guided_regex": [], "guided_choice": [], "guided_grammar": [],
+    "json_schema": [], "grammar": [""],
     "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]], "audio": [],
     "web_search_options": [], "chat_template": [], "chat_template_kwargs": [{}], "documents": [[]], "echo": [False],
     "suffix": [""],
@@ -2391,6 +2784,13 @@ class Dialect:
         "max_tokens": (None, between(1, math.inf, "a whole number from 1")),
         "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
         **sampling_fields(temperature=0.7, top_p=0.9),
+    }
+    # The roles of messages: their names for the chat template, and their fields.
+    roles: ClassVar[dict[str, tuple[str, Table]]] = {
+        "system": ("system", MESSAGE),
+        "developer": ("system", MESSAGE),
+        "user": ("user", MESSAGE),
+        "assistant": ("assistant", MESSAGE),
     }
     content_type = "application/x-ndjson"  # of a stream
     default_max_tokens: int | None = 128  # None: the rest of the context
@@ -2459,6 +2859,7 @@ class Dialect:
             stop_tokens=stop_tokens,
             text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
             thoughts=self.thoughts(fields, prompt),
+            finder=CallFinder(function["name"] for function in fields.get("functions", ())),
             fields=fields,
             index=index,
         )
@@ -2468,13 +2869,18 @@ class Dialect:
     ) -> HostSampling | None:
         """What the fields ask of the host's sampler; None if nothing. Raises ApiError."""
         asked = {name: fields[name] for name, (none, _) in HOST_SAMPLING.items() if fields.get(name, none) != none}
-        if not asked:
+        constraint = self.constraint(fields, prompt)
+        if not asked and not constraint:
             return None
         if not self.server.scheduler.samples_on_host:
             name = min(asked)
             raise ApiError(400, f"{name} is not supported on this card: leave it out", name, "unsupported_parameter")
         self.check_tokens(map(int, fields["logit_bias"]), "logit_bias")
-        return HostSampling(prompt, stop_tokens, **asked)
+        return HostSampling(prompt, stop_tokens, constraint=constraint, always=bool(asked), **asked)
+
+    def constraint(self, fields: dict[str, Any], prompt: list[int]) -> Constraint | None:
+        """The grammar that the answer has to follow, if any. Raises ApiError."""
+        return None
 
     def check_tokens(self, tokens: Iterable[int], param: str) -> None:
         """Raise ApiError for a token id beyond the vocabulary."""
@@ -2489,34 +2895,49 @@ class Dialect:
             raise ApiError(400, "send prompt or messages, not both")
         if messages is None and prompt is None:
             raise ApiError(400, f"send prompt, a string, or messages, a list: for example {self.example}")
-        system = [] if fields["system"] is None else [("system", fields["system"])]
-        chat = [("user", prompt)] if messages is None else self.conversation(messages)
-        fields["prompt"] = chat[-1][1]  # the answer repeats it
+        system = [] if fields["system"] is None else [{"role": "system", "content": fields["system"]}]
+        chat = self.conversation([{"role": "user", "content": prompt}] if messages is None else messages)
+        fields["prompt"] = chat[-1]["content"]  # the answer repeats it
         return [self.encode_chat([*system, *chat], fields)]
 
-    def encode_chat(self, chat: list[tuple[str, str]], fields: dict[str, Any]) -> list[int]:
-        """The token ids of a conversation of (role, text). Raises ApiError."""
+    def encode_chat(self, chat: list[Message], fields: dict[str, Any], tools: Sequence[Message] = ()) -> list[int]:
+        """The token ids of a conversation. Raises ApiError."""
         tokenizer, thinking = self.server.tokenizer, fields["chat_template_kwargs"].get("enable_thinking", False)
         if thinking and not tokenizer.thinks:
             raise ApiError(400, "this model's template has no enable_thinking: leave it out", "chat_template_kwargs")
-        return tokenizer.encode_chat(chat, thinking)
+        return tokenizer.encode_chat(chat, tools, thinking)
 
     def thoughts(self, fields: dict[str, Any], prompt: list[int]) -> Thoughts:
         """The splitter of thinking and answer for this prompt."""
         goes_on = fields.get("continue_final_message")
         return Thoughts("answer") if goes_on else Thoughts.after(self.server.tokenizer, prompt)
 
-    def conversation(self, messages: list[Any]) -> list[tuple[str, str]]:
-        """The messages as (role, text). Raises ApiError."""
-        chat = []
+    def conversation(self, messages: list[Any]) -> list[Message]:
+        """The messages for the chat template. Raises ApiError."""
+        chat: list[Message] = []
+        known: Check = f"one of {', '.join(self.roles)}", lambda v: isinstance(v, str) and v in self.roles
         for i, message in enumerate(messages):
-            fields = self.check(message, MESSAGE, f"messages[{i}]")
-            content = fields["content"]
-            if isinstance(content, list):
-                parts = [self.check(part, PART, f"messages[{i}].content[{j}]") for j, part in enumerate(content)]
-                content = "".join(part["text"] for part in parts)
-            chat.append((ROLES[fields["role"]], content))
+            where, role = f"messages[{i}]", message.get("role") if isinstance(message, dict) else None
+            name, table = self.roles.get(str(role), ("", MESSAGE))
+            fields = self.check(message, {"role": (..., known), **table}, where)
+            if isinstance(fields["content"], list):
+                parts = [self.check(part, PART, f"{where}.content[{j}]") for j, part in enumerate(fields["content"])]
+                fields["content"] = "".join(part["text"] for part in parts)
+            calls = [
+                self.called(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(fields.get("tool_calls", ()))
+            ]
+            if "tool_call_id" in fields:
+                fields["tool_call_id"] = short_id(fields["tool_call_id"])
+            fields |= {"role": name, "tool_calls": calls}
+            chat.append({name: value for name, value in fields.items() if value or name == "content"})
         return chat
+
+    def called(self, call: Any, where: str) -> Message:
+        """A tool call of a message for the chat template. Raises ApiError."""
+        fields = self.check(call, CALL, where)
+        function = self.check(fields["function"], CALLED, f"{where}.function")
+        function["arguments"] = json_object(function["arguments"])
+        return {"id": short_id(fields["id"]), "type": "function", "function": function}
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -2529,9 +2950,11 @@ class Dialect:
         """The start of a stream, before the first text."""
         return b""
 
-    def piece(self, request: Request, thinking: str, text: str) -> bytes:
-        """A piece of thinking and one of the answer in a stream; one of them may be empty."""
-        return self.line({name: part for name, part in (("thinking", thinking), ("response", text)) if part})
+    def piece(self, request: Request, piece: Piece) -> bytes:
+        """A piece of the answer in a stream."""
+        return self.line(
+            {name: part for name, part in (("thinking", piece.thinking), ("response", piece.text)) if part}
+        )
 
     def end(self, request: Request) -> bytes:
         """The end of one answer in a stream."""
@@ -2566,6 +2989,8 @@ class ChatCompletions(Dialect):
         "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
         "stop_token_ids": ([], IDS),
         **HOST_SAMPLING,
+        "response_format": ({"type": "text"}, OBJECT),
+        "structured_outputs": ({}, OBJECT),  # vLLM's
     }
     fields: ClassVar[Table] = {
         "messages": (..., MESSAGES),
@@ -2576,6 +3001,14 @@ class ChatCompletions(Dialect):
         "continue_final_message": (False, FLAG),
         "logprobs": (False, FLAG),
         "top_logprobs": (0, between(0, 20, "a whole number from 0 to 20")),
+        "tools": ([], ("a list of functions", lambda v: isinstance(v, list))),
+        "tool_choice": ("auto", CHOICE),
+        "parallel_tool_calls": (True, FLAG),
+    }
+    roles: ClassVar[dict[str, tuple[str, Table]]] = {
+        **Dialect.roles,
+        "assistant": ("assistant", ASSISTANT),
+        "tool": ("tool", TOOL_RESULT),
     }
     content_type = "text/event-stream"
     default_max_tokens: int | None = None
@@ -2603,28 +3036,81 @@ class ChatCompletions(Dialect):
         if fields["add_generation_prompt"] is goes_on:
             name = "add_generation_prompt"
             raise ApiError(400, f"{name} must be the opposite of continue_final_message: leave it out", name)
-        if goes_on and chat[-1][0] != "assistant":
+        if goes_on and chat[-1]["role"] != "assistant":
             raise ApiError(400, "continue_final_message needs a last message of the assistant", "messages")
-        start = chat.pop()[1] if goes_on else ""
-        return [self.encode_chat(chat, fields) + self.server.tokenizer.encode_text(start)]
+        start = chat.pop()["content"] if goes_on else ""
+        fields["functions"] = self.functions(fields)
+        # `strict` is not for the model.
+        tools = [
+            {**tool, "function": {k: v for k, v in tool["function"].items() if k != "strict"}}
+            for tool in fields["tools"]
+        ]
+        tokens = self.encode_chat(chat, fields, tools if fields["functions"] else ())
+        return [tokens + self.server.tokenizer.encode_text(start)]
+
+    def functions(self, fields: dict[str, Any]) -> list[dict[str, Any]]:
+        """The functions that the model may call, by tools and tool_choice. Raises ApiError."""
+        functions: list[dict[str, Any]] = []
+        choice = fields["tool_choice"]
+        for i, tool in enumerate(fields["tools"]):
+            function = self.check(tool, TOOL, f"tools[{i}]")["function"]
+            functions.append(self.check(function, FUNCTION, f"tools[{i}].function"))
+        if choice == "none" or (not functions and choice == "auto"):
+            return []
+        if "tools" not in self.server.tokenizer.template.source:
+            raise ApiError(400, "this model's chat template has no tools: leave them out", "tools")
+        if isinstance(choice, dict):
+            function = self.check(choice, TOOL, "tool_choice")["function"]
+            name = self.check(function, {"name": (..., NONEMPTY)}, "tool_choice.function")["name"]
+            functions = [function for function in functions if function["name"] == name]
+        if not functions:
+            raise ApiError(400, "tool_choice asks for a function that is not in tools: add it there", "tool_choice")
+        return functions
+
+    def constraint(self, fields: dict[str, Any], prompt: list[int]) -> Constraint | None:
+        functions, choice = fields.get("functions", []), fields.get("tool_choice", "auto")
+        several = fields.get("parallel_tool_calls", False) and not isinstance(choice, dict)
+        thinking = self.thoughts(fields, prompt).state
+        if thinking == "start" and not fields["chat_template_kwargs"].get("enable_thinking"):
+            thinking = "answer"
+        forced = bool(functions) and choice != "auto"
+        made = constrain(self.server.tokenizer, functions, self.answer_rule(fields), forced, several, thinking)
+        if made and fields["min_tokens"]:
+            raise ApiError(400, "min_tokens does not go with tools or a response format: leave it out", "min_tokens")
+        return made
+
+    def answer_rule(self, fields: dict[str, Any]) -> str:
+        """Lark for the answer, by response_format or structured_outputs; "" for any text. Raises ApiError."""
+        asked = self.check(fields["response_format"], RESPONSE_FORMAT, "response_format")
+        outputs = self.check(fields["structured_outputs"], STRUCTURED_OUTPUTS, "structured_outputs")
+        if asked["type"] == "json_object":
+            outputs["json"] = asked["schema"]
+        if asked["type"] == "json_schema":
+            where = "response_format.json_schema"
+            outputs["json"] = self.check(asked["json_schema"], {"schema": (..., OBJECT)}, where)["schema"]
+        return answer_rule(outputs)
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
         choices = []
         for request in requests:
-            message = {"role": "assistant", "content": request.answer, "refusal": None}
-            message |= {"reasoning_content": request.thinking} if request.thinking else {}  # vLLM's name
-            choices.append(self._choice(request, request.finish_reason, message=message))
+            calls = [self._call(call) for call in request.calls]
+            content = request.answer or (None if calls else "")
+            message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+            more = {"reasoning_content": request.thinking, "tool_calls": calls}  # the first is vLLM's name
+            message |= {name: value for name, value in more.items() if value}
+            choices.append(self._choice(request, self._finish_reason(request), message=message))
         return self._envelope(requests, self.kind, choices) | self._usage(requests)
 
     def begin(self, requests: Sequence[Request]) -> bytes:
         return b"".join(self._chunk(request, None, role="assistant", content="") for request in requests)
 
-    def piece(self, request: Request, thinking: str, text: str) -> bytes:
-        parts = {"reasoning_content": thinking, "content": text}
+    def piece(self, request: Request, piece: Piece) -> bytes:
+        calls = [{"index": i, **self._call(call)} for i, call in enumerate(piece.calls)]  # all come in one piece
+        parts = {"reasoning_content": piece.thinking, "content": piece.text, "tool_calls": calls}
         return self._chunk(request, None, **{name: part for name, part in parts.items() if part})
 
     def end(self, request: Request) -> bytes:
-        return self._chunk(request, request.finish_reason)
+        return self._chunk(request, self._finish_reason(request))
 
     def close(self, requests: Sequence[Request]) -> bytes:
         usage = self._envelope(requests, self.chunk_kind, []) | self._usage(requests)
@@ -2658,6 +3144,12 @@ class ChatCompletions(Dialect):
         same = {name: requests[0].fields[name] for name in ("id", "created")}
         return {**same, "object": kind, "model": self.server.model, "choices": choices}
 
+    def _call(self, call: Call) -> dict[str, Any]:
+        return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+    def _finish_reason(self, request: Request) -> str:
+        return "tool_calls" if request.calls and request.finish_reason == "stop" else request.finish_reason
+
     def _choice(self, request: Request, finish_reason: str | None, **content: dict[str, Any]) -> dict[str, Any]:
         logprobs = self._logprobs(request)
         return {"index": request.index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -2676,7 +3168,7 @@ class ChatCompletions(Dialect):
         content = [{**entry(token, p), "top_logprobs": [entry(*other) for other in top]} for token, p, top in new]
         return {"content": content, "refusal": None} if content else None
 
-    def _chunk(self, request: Request, finish_reason: str | None, **delta: str) -> bytes:
+    def _chunk(self, request: Request, finish_reason: str | None, **delta: Any) -> bytes:
         choice = self._choice(request, finish_reason, delta=delta)
         return self.line(self._envelope([request], self.chunk_kind, [choice]))
 
@@ -2724,6 +3216,19 @@ class Completions(ChatCompletions):
             "token_logprobs": [entry["logprob"] for entry in entries],
             "top_logprobs": [{e["token"]: e["logprob"] for e in (*entry["top_logprobs"], entry)} for entry in entries],
         }
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """The object in a text of JSON; None if there is none. No text counts as an empty object."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(text or "{}")
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def short_id(identity: str) -> str:
+    """The id of a tool call in nine letters or digits, as Mistral's templates want it."""
+    return re.sub("[^0-9A-Za-z]", "", identity)[-9:].rjust(9, "0")
 
 
 def check_model(name: str, served: str) -> None:
@@ -3173,7 +3678,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             if requests[0].fields["stream"]:
                 self.send_piece(self.dialect.begin(requests))
                 for request, piece in self.pieces(requests):
-                    self.send_piece(self.dialect.piece(request, *piece) if piece else self.dialect.end(request))
+                    self.send_piece(self.dialect.piece(request, piece) if piece else self.dialect.end(request))
                 self.send_piece(self.dialect.close(requests), last=True)
             else:
                 for _ in self.pieces(requests):
@@ -3188,8 +3693,8 @@ class ApiHandler(BaseHTTPRequestHandler):
             speed = round(count / max(1e-9, *(request.seconds for request in requests)), 1)
             self.outcome = f" prompt={prompt} generated={count} first={first}s {speed} tokens/s"
 
-    def pieces(self, requests: list[Request]) -> Iterator[tuple[Request, tuple[str, str] | None]]:
-        """Yield each request's thinking and answer, piece by piece, as they come, and None at its end."""
+    def pieces(self, requests: list[Request]) -> Iterator[tuple[Request, Piece | None]]:
+        """Yield the pieces of each request's answer as they come, and None at its end."""
         running = {request: request.pieces() for request in requests}
         while running:
             for request, pieces in list(running.items()):
