@@ -58,6 +58,7 @@ import torch  # noqa: E402  (after import_torch, which keeps torch from complain
 
 SERVER = Path(server.__file__).resolve()
 PATIENCE = 60.0  # seconds until a test gives up on what should have happened long ago
+SCHEMAS = int(os.environ.get("TT_TEST_SCHEMAS", "9"))  # random ones for each way to use them
 SOAK_SECONDS = 6.0  # of each soak; --soak changes it
 GREEDY = server.SamplingParams(temperature=0)
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for servers of small models: threads wait for each other on a busy machine
@@ -477,11 +478,18 @@ def tokenizer() -> server.ChatTokenizer:
 class Speaker(FakeEngine):
     """A fake engine that answers every prompt with the same text, and then ends its turn."""
 
+    samples_on_host = True
+
     def __init__(self, text: str, tokens: server.Tokenizer | None = None, **options: Any) -> None:
         super().__init__(max_seq_len=4096, **options)
         tokens = tokens or tokenizer()
-        self._script = [*tokens.encode_text(text), *tokens.stop_tokens]
+        self.tokens, mark = tokens, tokens.token_id(text)
+        self._script = tokens.encode_text(text) if mark is None else [mark]
         self._said = [0] * self.max_batch_size
+
+    def beyond(self, work: server.Work) -> int:
+        """The next token after the text."""
+        return min(self.tokens.stop_tokens)
 
     def reserve(self, slot: int, length: int) -> bool:
         self._said[slot] = 0
@@ -491,7 +499,8 @@ class Speaker(FakeEngine):
         result = super().step(batch)
         for i, work in enumerate(batch):
             if work.sampling is not None:
-                result[i] = self._script[self._said[work.slot]]
+                said = self._said[work.slot]
+                result[i] = self._script[said] if said < len(self._script) else self.beyond(work)
                 self._said[work.slot] += 1
         return result
 
@@ -1021,7 +1030,7 @@ INST = """{{ bos_token }}{% for message in messages %}
 {%- endif %}
 {%- if message.role == "user" %}[INST] {{ message.content }} [/INST]{% else %} {{ message.content }}{{ eos_token }}
 {%- endif %}{% endfor %}"""
-MARKS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]")  # all of them special
+MARKS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]")  # all of them special
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {  # transformers' class, its settings, the chat template
     "llama": ("Llama", {"tie_word_embeddings": False}, CHATML),  # a fine-tune, in a format of its own
     "mistral": ("Mistral", {"sliding_window": 200, "head_dim": 24}, INST),
@@ -1058,7 +1067,7 @@ def family_checkpoint(family: str) -> Path:
         content = json.loads(made.to_str())
         content["model"]["vocab"] |= {f"<0x{byte:02X}>": made.get_vocab_size() + byte for byte in range(256)}
         made = tokenizers.Tokenizer.from_str(json.dumps(content))
-    made.add_tokens(["<think>", "</think>"])  # not special: they are text
+    made.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])  # not special: they are text
     fast: Any = transformers.PreTrainedTokenizerFast
     wrapped = fast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", chat_template=template)
     wrapped.save_pretrained(folder)
@@ -3145,6 +3154,377 @@ class AccessTest(unittest.TestCase):
                 for origin, expected in ((f"http://{host}", status), ("http://192.168.1.10", 403)):
                     reply = ask(api.server_port, "/health", headers={"Host": host, "Origin": origin})
                     self.assertEqual(reply.status, expected, (host, origin))
+
+
+# ======================================================================================================================
+# Tools and structured output
+# ======================================================================================================================
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["C", "F"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "get_weather", "description": "日本 <b>", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "now"}},
+]
+PARIS = {"city": "Paris"}
+LLAMA_CALL = '{"name": "get_weather", "parameters": {"city": "Paris"}}'
+HERMES_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+def called(name: str, arguments: object, identity: str = "abcdef123") -> Body:
+    """A call as a message of the assistant has it."""
+    function = {"name": name, "arguments": json.dumps(arguments)}
+    return {"id": identity, "type": "function", "function": function}
+
+
+def conversations(count: int) -> Iterator[list[Body]]:
+    """Random conversations with calls and their results."""
+    chance, words = random.Random(3), ["naïve", "日本", "🙂", '"', "\\", "{}", "<b>", "is", "\n", "x"]
+    for _ in range(count):
+        chat: list[Body] = []
+        text = functools.partial(chance.choices, words, k=4)
+        if chance.random() < 0.5:
+            chat.append({"role": "system", "content": " ".join(text())})
+        for _ in range(chance.randint(1, 3)):
+            chat.append({"role": "user", "content": " ".join(text())})
+            for _ in range(chance.randint(0, 2)):
+                call = called("get_weather", {"city": " ".join(text()), "unit": chance.choice("CF")})
+                chat.append({"role": "assistant", "content": chance.choice(["", None]), "tool_calls": [call]})
+                chat.append({"role": "tool", "tool_call_id": call["id"], "content": " ".join(text())})
+            if chance.random() < 0.7:
+                chat.append({"role": "assistant", "content": " ".join(text())})
+        yield chat
+
+
+def random_schema(chance: random.Random, depth: int = 0) -> Body:
+    """A random JSON schema, of values that a model of random weights can end."""
+    kinds = ["string", "integer", "boolean", "enum", "pattern", "null", "date"]
+    kind = chance.choice(kinds + ["object", "object", "array", "any", "ref"] * (depth < 3)) if depth else "object"
+    inner = functools.partial(random_schema, chance, depth + 1)
+    if kind == "object":
+        names = chance.sample(["a", "b-c", "naïve", "日本", 'd"e', "f g"], chance.randint(1, 4))
+        properties = {name: inner() for name in names}
+        required = [name for name in names if chance.random() < 0.7]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    values = chance.sample(["x", "y z", 1, 2.5, None, True, ["q"], {"r": 1}], 3)
+    pattern = chance.choice(["^[a-c]{2,4}$", r"^\d{3}-\d{2}$", "^(yes|no)$"])
+    low, few = chance.randint(-99, 0), chance.randint(0, 2)
+    schemas: dict[str, Body] = {
+        "string": {"type": "string", "minLength": few, "maxLength": few + 7},
+        "integer": {"type": "integer", "minimum": low, "maximum": low + 500},
+        "boolean": {"type": "boolean"},
+        "enum": {"enum": values},
+        "pattern": {"type": "string", "pattern": pattern},
+        "null": {"type": chance.choice(["null", ["null", "boolean"]])},
+        "date": {"type": "string", "format": chance.choice(["date", "time", "uuid", "ipv4"])},
+        "ref": {"$ref": "#/$defs/ref"},
+    }
+    if kind == "array":
+        return {"type": "array", "items": inner(), "minItems": few, "maxItems": few + 1}
+    return {"anyOf": [inner(), inner()]} if kind == "any" else schemas[kind]
+
+
+def random_document(chance: random.Random) -> Body:
+    """A random schema with a definition for its references."""
+    return {**random_schema(chance), "$defs": {"ref": random_schema(chance, depth=3)}}
+
+
+class Rambler(Speaker):
+    """Says a script, and then draws from random logits."""
+
+    def beyond(self, work: server.Work) -> int:
+        assert work.sampling
+        logits = torch.randn(1, self.tokens.vocab_size + 9)  # padded, as a model's may be
+        return server.sample(logits, [work.sampling], [work.position + len(work.tokens)])[0]
+
+
+def family_tools(family: str, mark: str, ending: str = "") -> server.Tokenizer:
+    """The tokenizer of a random checkpoint, with a template that teaches this mark of a call, and has this ending."""
+    template = CHATML.replace("{%-", f"{{%- if tools %}}{mark}{{{{ tools }}}}{{% endif %}}{{%-", 1) + ending
+    return server.TemplateTokenizer(family_checkpoint(family), template, frozenset({2}))
+
+
+class ToolTest(unittest.TestCase):
+    def post(self, api: server.ApiServer, **body: object) -> Body:
+        """The message of a chat, and the reason of its end."""
+        path, body = "/v1/chat/completions", {"messages": QUESTION, "seed": 1, **body}
+        reply = ask(api.server_port, path, body)
+        assert reply.status == 200, reply
+        (choice,) = reply.json["choices"]
+        message: Body = {**choice["message"], "finish_reason": choice["finish_reason"]}
+        return message
+
+    def stream(self, api: server.ApiServer, **body: object) -> list[Body]:
+        """The deltas of a chat, and last the reason of its end."""
+        reply = ask(api.server_port, "/v1/chat/completions", {"messages": QUESTION, "stream": True, **body})
+        choices = [event["choices"][0] for event in events(reply.body)]
+        return [*(choice["delta"] for choice in choices), {"finish_reason": choices[-1]["finish_reason"]}]
+
+    @unittest.skipUnless(
+        has("trl") and has("transformers"), "trl, which has the models' templates, or transformers is not installed"
+    )
+    def test_the_prompt_is_the_templates(self) -> None:
+        """Token for token, with tools and without, for Meta's layout and for checkpoints with a template."""
+        import jinja2
+        import transformers
+
+        place = importlib.util.find_spec("trl")
+        assert place and place.submodule_search_locations
+        (folder,) = place.submodule_search_locations
+        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+        environment.globals |= {"strftime_now": time.strftime, "bos_token": "<|begin_of_text|>"}
+        qwen = family_checkpoint("qwen3")
+        theirs: Any = transformers.AutoTokenizer.from_pretrained(qwen)
+        llama = server.import_llama_models("tokenizer").Tokenizer(str(tokenizer().path))
+        for name in ("llama3_1", "llama3_2", "qwen2_5", "qwen3"):
+            source = (Path(folder) / "chat_templates" / f"{name}.jinja").read_text()
+            with self.subTest(name), serving(Speaker("")) as api:
+                if name == "llama3_2":
+                    config = {"bos_token": "<|begin_of_text|>"}
+                    api.tokenizer = server.ChatTokenizer(
+                        None, frozenset(), source, folder_of({"tokenizer_config.json": config})
+                    )
+                elif name != "llama3_1":
+                    api.tokenizer = server.TemplateTokenizer(qwen, source, frozenset())
+                for i, chat in enumerate(conversations(50)):
+                    tools = TOOLS if i % 4 or not any("tool_calls" in message for message in chat) else []
+                    reply = ask(api.server_port, "/tokenize", {"messages": chat, "tools": tools})
+                    expected = json.loads(json.dumps(chat))  # a copy, with arguments as the templates want them
+                    for message in expected:
+                        message["content"] = message["content"] or ""
+                        for call in message.get("tool_calls", []):
+                            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+                    options = {"tools": tools or None, "add_generation_prompt": True, "enable_thinking": False}
+                    if name.startswith("llama"):
+                        text = environment.from_string(source).render(messages=expected, **options)
+                        tokens = llama.encode(text, bos=False, eos=False, allowed_special="all")
+                        tokens = tokens if tools or i % 4 == 0 else tokens
+                    else:
+                        tokens = theirs.apply_chat_template(
+                            expected, chat_template=source, return_dict=False, **options
+                        )
+                    self.assertEqual(reply.json["tokens"], tokens)
+
+    def test_calls_in_an_answer(self) -> None:
+        """In the forms of all families. What looks like one and is none is text, and is not held back for long."""
+        one = [("get_weather", PARIS)]
+        cases: list[tuple[str, str | None, list[Any]]] = [
+            (LLAMA_CALL, None, one),
+            (f"<|python_tag|>{LLAMA_CALL}", None, one),
+            (LLAMA_CALL.replace("parameters", "arguments"), None, one),
+            (f'{LLAMA_CALL}; {{"name": "now"}}', None, [*one, ("now", {})]),
+            (f"[{LLAMA_CALL}, {LLAMA_CALL}]", None, one * 2),
+            (json.dumps({"type": "function", "function": {"name": "now", "arguments": "{}"}}), None, [("now", {})]),
+            (json.dumps({"type": "function", "function": "get_weather", "parameters": PARIS}), None, one),
+            ('[get_weather(city="Paris"), now()]', None, [*one, ("now", {})]),
+            (HERMES_CALL, None, one),
+            (f"I look.\n{HERMES_CALL}\n{HERMES_CALL}", "I look.\n", one * 2),
+            (f"{HERMES_CALL} Done.", "Done.", one),
+            (f"[TOOL_CALLS] [{HERMES_CALL[12:-13]}]", None, one),
+            *(
+                (text, text, [])
+                for text in (
+                    '{"name": "rm", "parameters": {}}',
+                    '{"name": "now", "parameters": 5}',
+                    '{"city": "Paris"}',
+                    "[1, 2]",
+                    '{"name": "now", "parameters": {',
+                    "[get_weather(city=Paris)]",
+                    "[get_weather(",
+                    "[now]",
+                    "{}",
+                    "[Note] x",
+                    '<tool_call>{"name": "rm"}</tool_call>',
+                    "a <tool_call> b",
+                    "<tool",
+                    "<tool_call>",
+                    "[TOOL_CALLS]x",
+                    "{" * 9,
+                    "[" * 3000,
+                    'Say {"name": "now"}',
+                    "",
+                    "[now(",
+                    "[now(*a)]",
+                    " [\n",
+                    "f()",
+                    '{"name": ["now"]}',
+                )
+            ),
+        ]
+        for text, content, calls in cases:
+            with self.subTest(text[:60]), serving(Speaker(text)) as api:
+                message, *rest = self.post(api, tools=TOOLS), *self.stream(api, tools=TOOLS)
+                found = [
+                    (c["function"]["name"], json.loads(c["function"]["arguments"]))
+                    for c in message.get("tool_calls", [])
+                ]
+                self.assertEqual((message["content"], found), (content, calls))
+                self.assertEqual(message["finish_reason"], "tool_calls" if calls else "stop")
+                self.assertEqual(rest[-1]["finish_reason"], message["finish_reason"])
+                self.assertEqual("".join(delta.get("content") or "" for delta in rest), content or "")
+                in_stream = [call for delta in rest for call in delta.get("tool_calls", [])]
+                self.assertEqual([call["index"] for call in in_stream], list(range(len(calls))))
+                self.assertEqual(
+                    [call["function"] for call in in_stream],
+                    [call["function"] for call in message.get("tool_calls", [])],
+                )
+                self.assertEqual(len({call["id"] for call in in_stream}), len(calls))
+                self.assertEqual(self.post(api)["content"], text)  # without tools, and with none to choose
+                self.assertEqual(self.post(api, tools=TOOLS, tool_choice="none")["content"], text)
+        with serving(Speaker('{"answer": "' + "x " * 50)) as api:
+            self.assertGreater(sum("content" in delta for delta in self.stream(api, tools=TOOLS)), 1)
+
+    @unittest.skipUnless(has("llguidance") and has("jsonschema"), "llguidance or jsonschema is not installed")
+    def test_every_call_is_valid(self) -> None:
+        """Of a model of random weights, for random schemas: forced, or begun by the model."""
+        import jsonschema
+
+        chance = random.Random(5)
+        forms: list[tuple[str, str, server.Tokenizer]] = [("llama", '{"name": "', tokenizer())]
+        forms += [
+            (name, mark, family_tools(name, mark))
+            for name, mark in (("qwen3", "<tool_call>"), ("mistral", "[TOOL_CALLS]"))
+        ]
+        ended = 0
+        for family, opening, tokens in forms:
+            for i in range(SCHEMAS):
+                schemas = [random_document(chance) for _ in range(chance.randint(1, 3))]
+                tools = [
+                    {"type": "function", "function": {"name": f"f{n}", "parameters": schema}}
+                    for n, schema in enumerate(schemas)
+                ]
+                choices = ["required", "auto", {"type": "function", "function": {"name": "f0"}}]
+                choice = choices[i % 3]
+                script = opening if choice == "auto" else ""
+                with self.subTest(family, choice=choice, schemas=schemas), serving(Rambler(script, tokens)) as api:
+                    api.tokenizer = tokens
+                    message = self.post(api, tools=tools, tool_choice=choice, max_tokens=900, temperature=1)
+                    if message["finish_reason"] == "length":
+                        continue
+                    ended += 1
+                    self.assertEqual(message["finish_reason"], "tool_calls", message)
+                    for call in message["tool_calls"]:
+                        number = int(call["function"]["name"].removeprefix("f"))
+                        self.assertIn(number, [0] if isinstance(choice, dict) else range(len(schemas)))
+                        checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+                        jsonschema.validate(
+                            json.loads(call["function"]["arguments"]), schemas[number], format_checker=checker
+                        )
+        self.assertGreater(ended, 2 * SCHEMAS)
+
+    @unittest.skipUnless(has("llguidance") and has("jsonschema"), "llguidance or jsonschema is not installed")
+    def test_structured_output(self) -> None:
+        """A random model keeps to it, streamed or not; what runs beside it does not change."""
+        import jsonschema
+
+        chance, port = random.Random(6), shared_server("random").port
+        common = {"messages": QUESTION, "max_tokens": 300, "seed": 3}
+
+        def content(**fields: object) -> tuple[str, str]:
+            (choice,) = ask(port, "/v1/chat/completions", {**common, **fields}).json["choices"]
+            return choice["message"]["content"], choice["finish_reason"]
+
+        plain, ended = {"temperature": 0, "max_tokens": 30}, 0
+        alone = content(**plain)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for _ in range(SCHEMAS):
+                schema = random_document(chance)
+                made = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+                beside = pool.submit(content, **plain)
+                text, reason = content(response_format=made)
+                self.assertEqual(beside.result(), alone)
+                if reason == "stop":
+                    ended += 1
+                    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+                    jsonschema.validate(json.loads(text), schema, format_checker=checker)
+        self.assertGreater(ended, SCHEMAS / 2)
+        body: Any = {**common, "response_format": made}
+        with streamed(port, path="/v1/chat/completions", **body) as pieces:
+            self.assertEqual("".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces), text)
+        self.assertTrue(content(response_format={"type": "json_object"})[0].startswith("{"))
+        for outputs, expected in (
+            ({"choice": ["yes", "日本 no"]}, "yes|日本 no"),
+            ({"regex": "[a-c]{3}/[0-9]{2}"}, "[a-c]{3}/[0-9]{2}"),
+            ({"json": {"const": "a/b"}}, '"a/b"'),
+            ({"grammar": 'start: "x" y\ny: /[0-9]/'}, "x[0-9]"),
+        ):
+            self.assertRegex(content(structured_outputs=outputs)[0], f"^({expected})$")
+            body = {"prompt": "Hi", "max_tokens": 99, "structured_outputs": outputs}
+            (choice,) = ask(port, "/v1/completions", body).json["choices"]
+            self.assertRegex(choice["text"], f"^({expected})$")
+
+    @unittest.skipUnless(has("llguidance"), "llguidance is not installed")
+    def test_together(self) -> None:
+        """Tools beside a response format, and thinking before either."""
+        answer = {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes", "no"]}}}
+        schema = {
+            "type": "object",
+            "properties": {"x": {"type": "boolean"}},
+            "required": ["x"],
+            "additionalProperties": False,
+        }
+        tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+        asked: Body = {"tools": tools, "response_format": answer, "max_tokens": 300, "parallel_tool_calls": False}
+        plain = family_tools("qwen3", "<tool_call>")
+        over = plain.token_id("</think>")
+        for how, ending in (("never", ""), ("asked", "{% if enable_thinking %}{% endif %}"), ("begun", "<think>")):
+            tokens = family_tools("qwen3", "<tool_call>", ending)
+            with self.subTest(how), serving(Rambler("", tokens)) as api:
+                api.tokenizer = tokens
+                more: Body = {} if how == "never" else {"logit_bias": {over: 5}}  # or a random model thinks for long
+                more |= {"chat_template_kwargs": {"enable_thinking": True}} if how == "asked" else {}
+                messages = [self.post(api, **asked, **more, seed=i) for i in range(30)]
+                for message in messages:
+                    self.assertIn(message["content"], ('"yes"', '"no"', None))
+                    self.assertTrue(message["content"] or message["tool_calls"])
+                self.assertEqual({"tool_calls" in message for message in messages}, {True, False})
+                self.assertEqual(any("reasoning_content" in message for message in messages), how != "never")
+                with_one = self.post(api, **asked, **more, tool_choice="required")
+                self.assertEqual([call["function"]["name"] for call in with_one["tool_calls"]], ["f"])
+
+    def test_what_is_refused(self) -> None:
+        port, named = shared_server("random").port, {"type": "function", "function": {"name": "rm"}}
+        call = called("now", {})
+        for body, expected in (
+            ({"tools": [{"type": "custom"}]}, r'tools\[0\].type must be "function"'),
+            ({"tools": [{"type": "function", "function": {"name": ""}}]}, r"tools\[0\].function.name must be a string"),
+            ({"tools": TOOLS, "tool_choice": named}, "tool_choice asks for a function that is not in tools"),
+            ({"tool_choice": "required"}, "tool_choice asks for"),
+            ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice must be none, auto, required or"),
+            ({"tools": TOOLS, "functions": [{}]}, "functions is not supported"),
+            ({"tools": TOOLS, "tool_choice": "required", "min_tokens": 5}, "min_tokens does not go with"),
+            ({"response_format": {"type": "xml"}}, "response_format.type must be one of text"),
+            ({"response_format": {"type": "json_schema"}}, "json_schema must be a JSON object"),
+            ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "Invalid type: x"),
+            ({"structured_outputs": {"regex": "("}}, "unclosed group"),
+            ({"structured_outputs": {"grammar": "("}}, "grammar is not supported"),
+            ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id is missing"),
+            (
+                {
+                    "messages": [
+                        {"role": "assistant", "tool_calls": [{**call, "function": {"name": "x", "arguments": "["}}]}
+                    ]
+                },
+                r"tool_calls\[0\].function.arguments must be a JSON object in a string",
+            ),
+        ):
+            with self.subTest(body=str(body)[:150]):
+                check_error(
+                    ask(port, "/v1/chat/completions", {"messages": QUESTION, "max_tokens": 3, **body}), 400, expected
+                )
+        with mock.patch.dict(sys.modules, {"llguidance": None}), serving(Rambler("Hi")) as api:
+            for body in ({"tools": TOOLS, "tool_choice": "required"}, {"response_format": {"type": "json_object"}}):
+                reply = ask(api.server_port, "/v1/chat/completions", {"messages": QUESTION, **body})
+                check_error(reply, 400, "pip install llguidance")
+        with serving(Speaker("Hi")) as api:
+            api.tokenizer = server.TemplateTokenizer(family_checkpoint("qwen3"), CHATML, frozenset({2}))
+            reply = ask(api.server_port, "/v1/chat/completions", {"messages": QUESTION, "tools": TOOLS})
+            check_error(reply, 400, "chat template has no tools")
 
 
 # ======================================================================================================================

@@ -904,16 +904,17 @@ class CallFinder:
 
     def _pythonic(self, text: str) -> list[Call]:
         """The calls of [name(argument=value), ...]."""
+        calls = []
         try:
             (statement,) = ast.parse(text.strip()).body
-            return [
-                self._call(
-                    {"name": ast.unparse(c.func), "arguments": {a.arg: ast.literal_eval(a.value) for a in c.keywords}}
+            for call in statement.value.elts:  # type: ignore[attr-defined]
+                arguments = {argument.arg: ast.literal_eval(argument.value) for argument in call.keywords}
+                calls.append(
+                    self._call({"name": ast.unparse(call.func), "arguments": None if call.args else arguments})
                 )
-                for c in statement.value.elts  # type: ignore[attr-defined]
-            ]
         except Exception:  # other text can fail here in any way
             return []
+        return calls
 
 
 class CallForm(NamedTuple):
