@@ -951,11 +951,15 @@ def token_rule(tokenizer: Tokenizer, text: str) -> str:
     return json.dumps(text) if token is None else f"<[{token}]>"
 
 
-def call_rules(tokenizer: Tokenizer, functions: Sequence[dict[str, Any]], several: bool) -> str:
-    """Lark's rule `calls` for calls of these functions, by their names and their parameters' schemas."""
+def call_rules(tokenizer: Tokenizer, functions: Sequence[dict[str, Any]], several: bool, marked: bool) -> str:
+    """Lark's rule `calls` for calls of these functions, by their names and their parameters' schemas.
+
+    `several` may come at once, and if `marked`, the first token tells them from other text.
+    """
     form = call_form(tokenizer)
     more = f"({form.separator} one)*" if several and form.separator else ""
-    rules = [f"calls: {form.calls.replace('one', f'one {more}')}", f"one: {form.one}"]
+    calls = form.calls.replace("one", f"one {more}").replace("mark?", "mark" if marked else "mark?")
+    rules = [f"calls: {calls}", f"one: {form.one}"]
     rules += [f"mark: {token_rule(tokenizer, form.mark)}", f"close: {token_rule(tokenizer, '</tool_call>')}"]
     rules += ["call: " + " | ".join(f"call{i}" for i in range(len(functions)))]
     for i, function in enumerate(functions):
@@ -1040,12 +1044,10 @@ def constrain(
     free = not answer and not forced  # text that may become a call
     if free and not (functions and importlib.util.find_spec("llguidance")):
         return None
-    rules = call_rules(tokenizer, functions, several) if functions else ""
+    rules = call_rules(tokenizer, functions, several, marked=bool(answer) and not forced) if functions else ""
     if free:
         return Constraint(tokenizer, f"start: calls\n{rules}", call_form(tokenizer).opening)
     start = "calls" if forced else "answer | calls" if functions else "answer"
-    if start == "answer | calls":
-        rules = rules.replace("mark?", "mark")  # the first token tells a call from an answer
     think = {"thinking": 'text over "\\n\\n"?', "start": 'begin text over "\\n\\n"?'}.get(thinking, "")
     rules += f"\nbegin: {token_rule(tokenizer, '<think>')}\nover: {token_rule(tokenizer, '</think>')}"
     return Constraint(tokenizer, f"start: {think} ({start})\ntext: /(?s:.*)/\nanswer: {answer or chr(34) * 2}\n{rules}")
