@@ -965,20 +965,27 @@ def call_rules(tokenizer: Tokenizer, functions: Sequence[dict[str, Any]], severa
     for i, function in enumerate(functions):
         start, strict = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": ', function["strict"]
         rule = json_rule(function["parameters"], lenient=not strict)
-        if not strict and grammar_problem(f"start: {rule}"):
+        try:
+            compile_grammar(tokenizer, f"start: {rule}")
+        except ApiError:
+            if strict:
+                raise
             rule = json_rule({"type": "object"})
         rules += [f'call{i}: {json.dumps(start)} arguments{i} "}}"', f"arguments{i}: {rule}"]
     return "\n".join(rules)
 
 
-def grammar_problem(grammar: str) -> str:
-    """Why llguidance does not support a grammar, in one line; "" if it does. Raises ApiError without llguidance."""
+def compile_grammar(tokenizer: Tokenizer, grammar: str) -> Any:
+    """llguidance's LLMatcher for a grammar in Lark. Raises ApiError if it does not support the grammar."""
     try:
         from llguidance import LLMatcher
     except ImportError as error:
         raise ApiError(400, "the server needs a package for this: pip install llguidance") from error
+    matcher = LLMatcher(tokenizer.guide, grammar, log_level=0)
     places = r"at \d+\(\d+\): |failed to compile JSON schema: |\n *\d+ \|.*|\^"
-    return " ".join(re.sub(places, "", LLMatcher.validate_grammar(grammar)).split())
+    if problem := " ".join(re.sub(places, "", matcher.get_error()).split()):
+        raise ApiError(400, f"the schema or grammar is not supported ({printable(problem)}): change it")
+    return matcher
 
 
 def answer_rule(outputs: dict[str, Any]) -> str:
@@ -1000,11 +1007,7 @@ class Constraint:
 
         Raises ApiError if the grammar is not supported.
         """
-        if problem := grammar_problem(grammar):
-            raise ApiError(400, f"the schema or grammar is not supported ({printable(problem)}): change it")
-        from llguidance import LLMatcher
-
-        self._matcher = LLMatcher(tokenizer.guide, grammar, log_level=0)
+        self._matcher = compile_grammar(tokenizer, grammar)
         self._decode, self._opening = tokenizer.decode_bytes, opening.encode()
         self._anywhere = opening in CALL_MARKS  # else only at the start of the answer
         self._tokens: list[int] = []  # may be the start of a tool call
