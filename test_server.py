@@ -402,7 +402,6 @@ class FakeEngine:
 
     device = "fake"
     resume_align = 1
-    samples_on_host = False
 
     def __init__(
         self,
@@ -477,8 +476,6 @@ def tokenizer() -> server.ChatTokenizer:
 
 class Speaker(FakeEngine):
     """A fake engine that answers every prompt with the same text, and then ends its turn."""
-
-    samples_on_host = True
 
     def __init__(self, text: str, tokens: server.Tokenizer | None = None, **options: Any) -> None:
         super().__init__(max_seq_len=4096, **options)
@@ -1385,8 +1382,9 @@ class GeneratorBase:
         self.model, self.model_args, self.card, self.size = model, model_args, mesh.card, model[0].max_batch_size
         self.already_warmed_up_prefill, self.cycle = False, self  # which only the garbage collector ends
         self.prev_page_table: torch.Tensor | None = None
-        self.kept: list[torch.Tensor] = []  # on the card, for the next traced step: tokens, positions, page table
-        self.traces: list[str] = []  # of prefill, and "decode"
+        self.kept: list[torch.Tensor] = []  # on the card, for the next step that it samples: tokens, positions, table
+        self.traces: list[str] = []  # of prefill, "decode" with sampling and "decode to logits"
+        self.sampled = False  # the last traced step
         self.reads_prompts = False  # since the last decode
         self._slots_prefilled_since_decode: set[int] = set()
         self.params: Any = None  # the sampling parameters on the card
@@ -1416,7 +1414,10 @@ class GeneratorBase:
             self.read_prompt(call, row, 0 if together else slot // self.size, rows, start, end, logits)
         self._slots_prefilled_since_decode |= set(slots)
         self.reads_prompts, self.params = True, None
-        if not (self.card.new and call.sampling_params):
+        samples = self.card.new and call.sampling_params
+        assert self.card.samples or not samples, "the model cannot sample"
+        self.card.runs[f"{'sampling' if samples else 'logits'} of {rows} x {max(padded)}"] += 1
+        if not samples:
             return torch.cat(logits)[:, None]
         drawn = self.draw(call, torch.cat(logits), list(range(count)), [end - 1 for end in ends])
         return torch.tensor(drawn)[:, None], [None] * count
@@ -1456,7 +1457,7 @@ class GeneratorBase:
     def decode(self, call: Any) -> Any:
         """decode_forward_text, or decode_forward."""
         samples, slots = call.sampling_params is not None, self.size * len(self.model)
-        assert samples == self.card.samples, "the model samples, or the host does"
+        assert self.card.samples or not samples, "the model cannot sample"
         self.card.call("decode")
         self.card.resets.append(call.reload_inputs if self.card.contract else call.reset_batch)
         self.card.sampling = call.sampling_params
@@ -1467,7 +1468,7 @@ class GeneratorBase:
         token, position, table = self.inputs(call, samples)
         self._slots_prefilled_since_decode = set()
         self.reads_prompts = False
-        self.run("decode", call.enable_trace)
+        self.run("decode" if samples else "decode to logits", call.enable_trace)
         shape = (slots, 1, server.LLAMA3_VOCABULARY)
         rows = torch.full((slots,), 2**31 - 1) if samples else torch.full(shape, math.nan)
         for copy, model in enumerate(self.model):
@@ -1483,30 +1484,34 @@ class GeneratorBase:
         return rows.to(torch.uint32) if samples and self.card.new else rows, None  # log_probs
 
     def inputs(self, call: Any, samples: bool) -> list[torch.Tensor]:
-        """What a step reads: a traced one the card's own since its last one, unless the release copies the host's."""
+        """What a step reads: a traced one the card's own since its last one, unless the release copies the host's.
+
+        It does in a step to logits, whose trace has inputs of its own, and from 2026-06 also in the next that samples.
+        """
         token, position, table = host = [call.tokens.clone(), call.start_pos.clone(), call.page_table.clone()]
         changed = self.prev_page_table is None or not self.prev_page_table.equal(table)
+        reset = self.reads_prompts
         if self.card.contract:
             self.obey(call, samples)
-        elif self.card.new:
-            reset = call.reset_batch or self.reads_prompts
         else:
-            reset = changed or self.reads_prompts
+            reset |= call.reset_batch if self.card.new else changed
         if not call.enable_trace:
             return host
+        switched, self.sampled = self.card.new and not self.sampled, samples
         self.prev_page_table, self.card.traced = table, True
-        if self.kept and samples:
-            assert self.kept[2].shape == table.shape, "a trace's page table keeps its shape"
-            if self.card.contract:
-                token, position, table = host if call.reload_inputs else self.kept
-            else:
-                token, position = self.kept[:2]
-            if not self.card.contract and reset:
-                # From 2026-06 a slot that goes on where the card stands keeps the card's token, whatever the host's is.
-                goes_on = (position == host[1]) | (position == host[1] + 1)
-                goes_on[list(self._slots_prefilled_since_decode)] = False
-                goes_on &= self.card.new
-                token, position = torch.where(goes_on[:, None], token, host[0]), torch.where(goes_on, position, host[1])
+        if not samples:
+            return host
+        assert not self.kept or self.kept[2].shape == table.shape, "a trace's page table keeps its shape"
+        if self.card.contract:
+            token, position, table = host if call.reload_inputs else self.kept
+        elif self.card.new and self.kept and reset:
+            # A slot that goes on where the card stands keeps the card's token, whatever the host's is.
+            goes_on = (self.kept[1] == position) | (self.kept[1] == position + 1)
+            goes_on[list(self._slots_prefilled_since_decode)] = False
+            token = torch.where(goes_on[:, None], self.kept[0], token)
+            position = torch.where(goes_on, self.kept[1], position)
+        elif self.kept and not reset and not switched:
+            token, position, table = [*self.kept[:2], table] if self.card.new else self.kept
         self.kept = [token, position, table]
         return self.kept
 
@@ -1653,26 +1658,34 @@ class HandDriven:
         self.engine = engine
         self.prompts: dict[int, list[int]] = {}
         self.answers: dict[int, list[int]] = {}
+        self.sampling: dict[int, server.SamplingParams] = {}
 
-    def join(self, slot: int, prompt: list[int]) -> None:
+    def join(self, slot: int, prompt: list[int], sampling: server.SamplingParams = GREEDY) -> None:
         """A new request has the slot; its next step reads the prompt."""
         assert self.engine.reserve(slot, 0) and self.engine.reserve(slot, len(prompt) + 40)
-        self.prompts[slot], self.answers[slot] = prompt, []
+        self.prompts[slot], self.answers[slot], self.sampling[slot] = prompt, [], sampling
 
-    def steps(self, *batches: Sequence[int], sampling: server.SamplingParams = GREEDY) -> None:
+    def steps(self, *batches: Sequence[int], sampling: server.SamplingParams | None = None) -> None:
         """One more token for each slot of a batch."""
         for slots in batches:
             batch = []
             for slot in slots:
                 prompt, answer = self.prompts[slot], self.answers[slot]
                 position = len(prompt) + len(answer) - 1 if answer else 0
-                batch.append(server.Work(slot, answer[-1:] or prompt, position, sampling))
+                batch.append(server.Work(slot, answer[-1:] or prompt, position, sampling or self.sampling[slot]))
             for slot, token in zip(slots, self.engine.step(batch)):
                 self.answers[slot].append(token)
 
 
+def on_host(prompt: list[int], **others: Any) -> server.SamplingParams:
+    """Greedy, but with options that only the host has: they change the text from its first tokens on."""
+    options: dict[str, Any] = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "logit_bias": {"7": 2.0}}
+    host = server.HostSampling(prompt, frozenset(), **options, logprobs=2)
+    return server.SamplingParams(**{"temperature": 0, **others}, host=host)
+
+
 @functools.cache
-def cpu_texts() -> list[tuple[list[int], list[int]]]:
+def cpu_texts(hosted: bool = False) -> list[tuple[list[int], list[int]]]:
     """Prompts on both sides of every edge of a block and of the padding, and what the CPU engine answers, greedily.
 
     The last three begin with the same 190 tokens.
@@ -1683,16 +1696,19 @@ def cpu_texts() -> list[tuple[list[int], list[int]]]:
     cpu = HandDriven(float32_engine(tt_model(), len(lengths)))
     for slot, length in enumerate(lengths):
         prompt = [chance.randrange(128000) for _ in range(length)]
-        cpu.join(slot, [*shared, *prompt[190:]] if slot >= 12 else prompt)
+        prompt = [*shared, *prompt[190:]] if slot >= 12 else prompt
+        cpu.join(slot, prompt, on_host(prompt) if hosted else GREEDY)
     cpu.steps(*[range(len(lengths))] * 40)
     return [(cpu.prompts[slot], cpu.answers[slot]) for slot in cpu.prompts]
 
 
-def reserving(text: int, length: int, count: int) -> tuple[server.Request, list[int]]:
+def reserving(text: int, length: int, count: int, hosted: bool = False) -> tuple[server.Request, list[int]]:
     """A request that reserves so many tokens and ends after `count` of them, or before; and the CPU's answer to it."""
-    prompt, answer = cpu_texts()[text]
+    prompt, answer = cpu_texts(hosted)[text]
     stop = answer[count]
-    return request(prompt, max(length - len(prompt), 40), frozenset({stop})), answer[: answer.index(stop)]
+    asked = request(prompt, max(length - len(prompt), 40), frozenset({stop}))
+    asked.sampling = on_host(prompt) if hosted else asked.sampling
+    return asked, answer[: answer.index(stop)]
 
 
 def received(asked: server.Request) -> list[int]:
@@ -1707,7 +1723,7 @@ class TTEngineTest(unittest.TestCase):
     CARDS = (*((release, True) for release in RELEASES), *HOST_SAMPLES)  # and whether the card samples, or the host
 
     def test_a_thousand_requests_get_the_cpus_text_and_leave_nothing_behind(self) -> None:
-        """Random ones, the first alone, some cancelled, which wait for blocks beside free slots."""
+        """Random ones, some cancelled, some for the host's sampler, which wait for blocks beside free slots."""
 
         def client(scheduler: server.Scheduler, luck: float, asked: server.Request, expected: list[int]) -> None:
             time.sleep(luck * 0.02)
@@ -1730,7 +1746,8 @@ class TTEngineTest(unittest.TestCase):
                     client(scheduler, 1.0, *reserving(9, 300, 30))
                     jobs = []
                     for length in chance.choices((300, 1000, 4000, 20000), k=125):
-                        job = reserving(chance.randrange(15), length, chance.choice((1, 2, 5, 10, 39)))
+                        count, hosted = chance.choice((1, 2, 5, 10, 39)), chance.random() < 0.2
+                        job = reserving(chance.randrange(15), length, count, hosted)
                         jobs.append(pool.submit(client, scheduler, chance.random(), *job))
                     for ended in jobs:
                         ended.result()
@@ -1848,6 +1865,84 @@ class TTEngineTest(unittest.TestCase):
                     cpu.steps(*[[0]] * 12, sampling=warm(seed=1))
                     self.assertEqual(texts[0], cpu.answers[0])
 
+    def test_the_host_samples_beside_the_card(self) -> None:
+        """Its requests get what they get on the CPU, and the others what they get without them, also with seeds."""
+        prompts = [prompt for prompt, _ in cpu_texts()]
+        seeded = [server.SamplingParams(temperature=1.5, top_p=1.0, seed=seed) for seed in (1, 2)]
+        cpu = HandDriven(float32_engine(tt_model(), 1))
+        cpu.join(0, prompts[6], on_host(prompts[6], temperature=1.5, seed=3))
+        cpu.steps(*[[0]] * 9)
+        for release in RELEASES:
+            with self.subTest(release), stand_in(release) as card:
+                engine = tt_engine(8)
+                compiled = set(card.runs)
+                alone, slots = HandDriven(engine), HandDriven(engine)
+                hosted = [on_host(prompts[slot]) for slot in (4, 5)] + [on_host(prompts[6], temperature=1.5, seed=3)]
+                samplings = [GREEDY, GREEDY, *seeded, *hosted]
+                # Before 2026-06 a seed gives the same answer only beside the same others.
+                cards = range(4 if card.new else 2)
+                for slot in cards:
+                    alone.join(slot, prompts[slot], samplings[slot])
+                alone.steps(*[cards] * 30)
+                for slot in (*cards, 4, 5, 6):
+                    slots.join(slot, prompts[slot], samplings[slot])
+                slots.steps(
+                    cards, [*cards, 4], [*cards, 4, 5], *[[*cards, 4, 5, 6]] * 4, [4, 5], cards, [0, 4], cards[1:]
+                )
+                slots.steps(*[[*cards, 6, 5]] * 5, *[[5]] * 3, *[cards] * 10)
+                self.assertEqual(set(card.runs), compiled, "compiled while it serves")
+                for slot in cards:
+                    self.assertEqual(slots.answers[slot], alone.answers[slot][: len(slots.answers[slot])])
+                for slot in (4, 5):
+                    self.assertEqual(slots.answers[slot], cpu_texts(True)[slot][1][: len(slots.answers[slot])])
+                self.assertEqual(slots.answers[6], cpu.answers[0])
+                engine.close()
+
+    def test_a_request_that_needs_the_host_at_times(self) -> None:
+        """As with constrained decoding, which begins within an answer."""
+        for release, trace in itertools.product(RELEASES, (True, False)):
+            with self.subTest(release, trace=trace), stand_in(release):
+                slots = HandDriven(tt_engine(4, trace=trace))
+                (one, first), (two, second) = cpu_texts()[2], cpu_texts()[3]
+                slots.join(0, one)
+                slots.join(1, two)
+                times = server.SamplingParams(0, host=server.HostSampling(one, frozenset(), logprobs=0))
+                for number, sampling in enumerate((times, GREEDY, GREEDY, times, times, GREEDY, times, GREEDY, GREEDY)):
+                    slots.sampling[0] = sampling
+                    slots.steps([0, 1] if number % 3 else [0])
+                self.assertEqual((slots.answers[0], slots.answers[1]), (first[:9], second[:6]))
+                slots.engine.close()
+
+    def test_fields_that_need_the_host_over_http(self) -> None:
+        """The answers are the CPU engine's, log-probabilities included."""
+        fields: tuple[dict[str, object], ...] = (
+            {"logit_bias": {"7": 100}},
+            {"logprobs": True, "top_logprobs": 3},
+            {"presence_penalty": 2, "frequency_penalty": 1},
+            {"repetition_penalty": 3, "temperature": 1, "seed": 5},
+            {"min_p": 0.5, "temperature": 1.5, "seed": 6, "n": 3},
+            {"min_tokens": 5, "stop_token_ids": [7], "logit_bias": {"7": 100}},
+            {},
+        )
+
+        def answers(engine: server.Engine) -> list[Any]:
+            """The choices for each of the fields; and their log-probabilities."""
+            with serving(engine) as api, concurrent.futures.ThreadPoolExecutor(8) as pool:
+                body = {"messages": QUESTION, "max_tokens": 9, "temperature": 0}
+                post = functools.partial(ask, api.server_port, "/v1/chat/completions")
+                each = [reply.json["choices"] for reply in pool.map(post, [{**body, **asked} for asked in fields])]
+            return [(choices, [choice.pop("logprobs") for choice in choices]) for choices in each]
+
+        cpu = answers(float32_engine(tt_model()))
+        for release in RELEASES:
+            with self.subTest(release), stand_in(release):
+                for asked, (choices, found), (same, expected) in zip(fields, answers(tt_engine(8)), cpu):
+                    self.assertEqual(choices, same, asked)
+                    for one, other in zip(found, expected):
+                        for token, like in zip(one["content"], other["content"]) if other else ():
+                            self.assertAlmostEqual(token["logprob"], like["logprob"], 4)
+                            self.assertEqual(*[[top["token"] for top in t["top_logprobs"]] for t in (token, like)])
+
     def test_what_the_card_lacks(self) -> None:
         """A warning, and a word in /health."""
         for release, samples, expected in (
@@ -1859,7 +1954,6 @@ class TTEngineTest(unittest.TestCase):
                 engine.close()
                 self.assertRegex(engine.note, expected)
                 self.assertIn(engine.note, logged.output[0])
-                self.assertEqual(engine.samples_on_host, not samples)
         with stand_in("2026-09"), self.assertNoLogs(server.logger):
             (engine := tt_engine(1)).close()
             self.assertEqual(engine.note, "")
@@ -2868,13 +2962,6 @@ class OpenAITest(unittest.TestCase):
             self.assertEqual((text.startswith(word), text == word * 6), (True, name == "seed"), name)
         warm = {"prompt": prompt, "temperature": 2, "min_p": 1, "max_tokens": 40}
         self.assertEqual(self.post("completions", **warm).json["choices"][0]["text"], plain)
-        with serving(FakeEngine()) as api:
-            for name in server.HOST_SAMPLING:
-                asked: Any = {"min_p": 0.5, "logit_bias": {"5": 1}, "logprobs": True}.get(name, 2)
-                body = {"messages": QUESTION, "max_tokens": 2}
-                reply = ask(api.server_port, "/v1/chat/completions", {**body, name: asked})
-                check_error(reply, 400, f"^{name} is not supported on this card")
-                self.assertEqual(ask(api.server_port, "/v1/chat/completions", {**body, name: None}).status, 200)
 
     def test_an_answer_without_a_limit(self) -> None:
         """It has the context, or where the KV cache does not hold that for all slots, a slot's share of it."""

@@ -1078,7 +1078,7 @@ class SamplingParams:
 
     @property
     def on_host(self) -> bool:
-        """Whether the next token must be drawn with HostSampling."""
+        """Whether the next token must be drawn on the host."""
         return self.host is not None and self.host.needed
 
 
@@ -1088,7 +1088,8 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
     A row's draw depends on its seed and position alone, not on the other rows. Raises ArithmeticError for a NaN.
     """
     return [
-        p.host.draw(*row) if (p := row[1]).host and p.on_host else draw(*row) for row in zip(logits, params, positions)
+        (p.host.draw if p.host and p.on_host else draw)(row, p, position)
+        for row, p, position in zip(logits, params, positions)
     ]
 
 
@@ -1206,7 +1207,6 @@ class Engine(Protocol):
     # earlier request left in its slot. 0: prompts are prefilled whole, from the start.
     prompt_chunk: int
     resume_align: int  # a prompt goes on at a multiple of this; fewer tokens take as long
-    samples_on_host: bool  # so HostSampling is supported
 
     def reserve(self, slot: int, length: int) -> bool:
         """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back.
@@ -1266,7 +1266,6 @@ class TorchEngine:
     device = "cpu"
     prompt_chunk = 512  # more are no faster
     resume_align = 1
-    samples_on_host = True
     SMALL = 200_000_000  # weights; a smaller model is faster on one thread, for threads wait at every operation
 
     def __init__(
@@ -1692,6 +1691,10 @@ class TTEngine:
 
     Decode: a traced step that samples on the card takes tokens and positions from its own last step. It takes the
     host's only at a reset: after a prefill, after a change of the page table, and when a request joins or leaves.
+
+    Sampling: if the card can sample, it does, except for requests whose next token the host must draw (on_host). These
+    have calls of their own, which bring logits to the host, so the others get the same tokens as without them. A decode
+    step with both kinds is two calls, each with the slots of the other kind idle, and the card's call is a reset.
     """
 
     def __init__(
@@ -1825,7 +1828,6 @@ class TTEngine:
         contract = getattr(this, "decode_input_update_contract", int("reload_sampling_params" in decode))
         self._has_decode_contract = contract >= 1
         self._card_samples = bool(getattr(this.model[0], "_supports_on_device_sampling", False))
-        self.samples_on_host = not self._card_samples
         self._card_samples_prefill = self._card_samples and "sampling_params" in prefill
         self._card_sampling_params = generator.SamplingParams
         self._decoding: dict[int, SamplingParams | None] = {}  # slots of the last decode step; empty before a reset
@@ -1861,20 +1863,23 @@ class TTEngine:
         """Compile decode and every shape of prefill, then trace them, before the first request.
 
         A trace writes to fixed addresses. Kernels compiled after it, and decode inputs staged after a prefill trace,
-        may lie there (tt-metal #56215). So all is compiled before the first trace, and decode is traced first.
+        may lie there (tt-metal #56215). So all is compiled before the first trace, and decode is traced first: with
+        sampling on the card, whose inputs stay there from step to step, and then without, whose inputs are always new.
         """
-        sampled = SamplingParams(temperature=1.0)
+        greedy, sampled = SamplingParams(temperature=0), SamplingParams(temperature=1.0)
+        samplers = (True, False) if self._card_samples else (False,)
         stages, stage = (1 + self._traced) * (1 + len(self._shapes)), itertools.count()
         for doing, tracing in [("compiling", False), ("tracing", True)][: 1 + self._traced]:
             self._tracing = tracing
             progress(f"{doing} decode of {self.max_batch_size} slots", next(stage) / stages)
-            for sampling, position in itertools.product((SamplingParams(temperature=0), sampled), (0, 1)):
-                self._decode([Work(slot, [0], position, sampling) for slot in range(self.max_batch_size)])
+            for on_card, sampling, position in itertools.product(samplers, (greedy, sampled), (0, 1)):
+                self._decode([Work(slot, [0], position, sampling) for slot in range(self.max_batch_size)], on_card)
             for position, length, rows in self._shapes:
                 progress(f"{doing} {rows} prompts of {length} tokens", next(stage) / stages)
-                for first in range(0, self.max_batch_size, self._slots_per_copy):  # each copy has its own traces
+                copies = range(0, self.max_batch_size, self._slots_per_copy)  # each has its own traces
+                for first, on_card in itertools.product(copies, samplers):
                     slots = range(first, first + rows)
-                    self._prefill([Work(slot, [0] * length, position, sampled) for slot in slots])
+                    self._prefill([Work(slot, [0] * length, position, sampled) for slot in slots], on_card)
 
     def reserve(self, slot: int, length: int) -> bool:
         """Give the slot blocks for `length` tokens. False if its pool lacks them now."""
@@ -1894,28 +1899,35 @@ class TTEngine:
     def step(self, batch: Sequence[Work]) -> list[int]:
         """Prefill the batch's prompts, those of one padded length together, then decode its other slots together.
 
-        After an exception the next step works, but the KV cache of this step's slots is undefined.
+        A call samples on the card or on the host. After an exception the next step works, but the KV cache of this
+        step's slots is undefined.
         """
         tokens: dict[int, int] = {}
-        short: dict[int, list[Work]] = {}  # prompts that fit into one call, by padded length
+        short: dict[tuple[int, bool], list[Work]] = {}  # prompts that fit into one call, by padded length and sampler
         for work in batch:
             if work.position == 0 or len(work.tokens) > 1:
                 *pieces, last = self._pieces(work)
                 for piece in pieces:
-                    self._prefill([piece])
+                    self._prefill([piece], self._on_card(piece))
                 if last.position:
-                    tokens |= self._prefill([last])
+                    tokens |= self._prefill([last], self._on_card(last))
                 else:
                     padded = next((length for length in self._rows if len(work.tokens) <= length), max(self._rows))
-                    short.setdefault(padded, []).append(work)
-        for padded, works in short.items():
+                    short.setdefault((padded, self._on_card(work)), []).append(work)
+        for (padded, on_card), works in short.items():
             while works:
                 rows = next(rows for rows in self._rows[padded] if 3 * rows <= 4 * len(works))
-                tokens |= self._prefill(works[:rows])
+                tokens |= self._prefill(works[:rows], on_card)
                 del works[:rows]
-        if decoding := [work for work in batch if work.slot not in tokens]:
-            tokens |= self._decode(decoding)
+        decoding = [work for work in batch if work.slot not in tokens]
+        for on_card in (True, False):
+            if works := [work for work in decoding if self._on_card(work) is on_card]:
+                tokens |= self._decode(works, on_card)
         return [tokens[work.slot] if work.sampling else -1 for work in batch]
+
+    def _on_card(self, work: Work) -> bool:
+        """Whether the card draws the next token. It does too if none is wanted, because logits take longer."""
+        return self._card_samples and not (work.sampling and work.sampling.on_host)
 
     def _pieces(self, work: Work) -> list[Work]:
         """Cut a prompt into one piece for each prefill call."""
@@ -1931,8 +1943,8 @@ class TTEngine:
             begin = end
         return pieces
 
-    def _prefill(self, works: Sequence[Work]) -> dict[int, int]:
-        """Make one prefill call. Returns each slot's next token."""
+    def _prefill(self, works: Sequence[Work], on_card: bool) -> dict[int, int]:
+        """Make one prefill call. The card samples with `on_card`, else the host. Returns each slot's next token."""
         self._decoding = {}
         ends = [work.position + len(work.tokens) for work in works]
         tokens = torch.zeros(len(works), max(ends), dtype=torch.int64)
@@ -1940,7 +1952,8 @@ class TTEngine:
             row[work.position : work.position + len(work.tokens)] = torch.tensor(work.tokens)
         slots = [work.slot for work in works]
         options: dict[str, Any] = {"start_pos": [work.position for work in works]} if works[0].position else {}
-        if self._card_samples_prefill:
+        on_card = on_card and self._card_samples_prefill
+        if on_card:
             options["sampling_params"] = self._sampling_on_card(works)
         output = self._prefill_forward(
             tokens,
@@ -1954,23 +1967,22 @@ class TTEngine:
             enable_trace=self._tracing,
             **options,
         )
-        if self._card_samples_prefill:  # (tokens [works, 1], log_probs)
+        if on_card:  # (tokens [works, 1], log_probs)
             return dict(zip(slots, output[0].flatten().tolist()))
         params = [work.sampling or SamplingParams() for work in works]
         return dict(zip(slots, sample(output.view(len(works), -1), params, ends)))
 
-    def _decode(self, batch: Sequence[Work]) -> dict[int, int]:
-        """Decode one token for each of these slots; the others are idle. Returns each slot's next token."""
+    def _decode(self, batch: Sequence[Work], on_card: bool) -> dict[int, int]:
+        """Decode one token for each of these slots; the others are idle. Samples and returns as _prefill does."""
         decoding = {work.slot: work.sampling for work in batch}
-        reset = decoding != self._decoding
-        self._decoding = {}  # so that a step after a failed one resets
+        reset = on_card and decoding != self._decoding  # if the host samples, each step takes the host's inputs anyway
+        self._decoding = {}  # so that a step after a failed one, or after one that the host samples, resets
         if reset:
             # At a reset the card keeps its own token if its position is the host's or one ahead, unless the slot is in
             # this set. The host's tokens are always right.
             self._generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
             self._generator.prev_page_table = None  # 2026-02 resets tokens and positions if the page table has changed
-            if self._card_samples:
-                self._sampling_of_batch = self._sampling_on_card(batch, range(self.max_batch_size))
+            self._sampling_of_batch = self._sampling_on_card(batch, range(self.max_batch_size))
         # Lists first: after each operation on a tensor the step may have to wait for another thread.
         tokens, positions = [0] * self.max_batch_size, [-1] * self.max_batch_size  # -1: idle
         for work in batch:
@@ -1981,29 +1993,24 @@ class TTEngine:
             page_table=self._page_table,
             kv_cache=self._kv_cache,
             enable_trace=self._tracing,
-            sampling_params=self._sampling_of_batch,
-            **self._decode_commands(reset),
+            sampling_params=self._sampling_of_batch if on_card else None,
+            **self._decode_commands(on_card, reset),
         )
-        if self._card_samples:  # tokens [slots]
-            tokens = output.tolist()
-            next_tokens = {slot: tokens[slot] for slot in decoding}
-        else:  # logits [slots, 1, vocabulary]
-            params = [work.sampling or SamplingParams() for work in batch]
-            next_tokens = dict(
-                zip(decoding, sample(output[list(decoding), 0], params, [work.position + 1 for work in batch]))
-            )
-        self._decoding = decoding
-        return next_tokens
+        if on_card:  # tokens [slots]
+            self._decoding, tokens = decoding, output.tolist()
+            return {slot: tokens[slot] for slot in decoding}
+        params = [work.sampling or SamplingParams() for work in batch]  # logits [slots, 1, vocabulary]
+        return dict(zip(decoding, sample(output[list(decoding), 0], params, [work.position + 1 for work in batch])))
 
-    def _decode_commands(self, reset: bool) -> dict[str, bool]:
+    def _decode_commands(self, on_card: bool, reset: bool) -> dict[str, bool]:
         """What a decode step takes from the host, by models/common/decode_contract.py or the way before it."""
         if not self._has_decode_contract:
-            return {"reset_batch": reset and self._card_samples}
+            return {"reset_batch": reset}
         return {
-            "reload_inputs": reset or not (self._card_samples and self._tracing),
+            "reload_inputs": reset or not (on_card and self._tracing),
             "reload_page_table": False,  # for a change of the page table alone; here that is a reset
-            "reload_sampling_params": reset and self._card_samples,
-            "reset_sampling_state": reset and self._card_samples,
+            "reload_sampling_params": reset,
+            "reset_sampling_state": reset,
         }
 
     def _sampling_on_card(self, batch: Sequence[Work], slots: Sequence[int] = ()) -> Any:
@@ -2401,7 +2408,6 @@ class Scheduler:
         self.max_queue = max_queue
         self.max_seq_len = self.slot_share = 0  # tokens that one slot can hold, and that all can at the same time
         self.device = ""
-        self.samples_on_host = True
         self.doing: tuple[str, float | None] = ("starting", None)
         self.statistics = Statistics()
         self.slots: list[Slot] = []
@@ -2514,7 +2520,6 @@ class Scheduler:
                 with self._wake:
                     self.slots = [Slot(index) for index in range(engine.max_batch_size)]
                     self.max_seq_len, self.device = engine.max_seq_len, engine.device
-                    self.samples_on_host = engine.samples_on_host
                     self.slot_share = engine.kv_cache_tokens // engine.max_batch_size
                     self._state = "healthy" if self._state == "loading" else self._state
                 ready()
@@ -2878,9 +2883,6 @@ class Dialect:
         constraint = self.constraint(fields, prompt)
         if not asked and not constraint:
             return None
-        if not self.server.scheduler.samples_on_host:
-            name = min(asked)
-            raise ApiError(400, f"{name} is not supported on this card: leave it out", name, "unsupported_parameter")
         self.check_tokens(map(int, fields["logit_bias"]), "logit_bias")
         return HostSampling(prompt, stop_tokens, constraint=constraint, always=bool(asked), **asked)
 
