@@ -1886,11 +1886,18 @@ class TTEngineTest(unittest.TestCase):
                 alone.steps(*[cards] * 30)
                 for slot in (*cards, 4, 5, 6):
                     slots.join(slot, prompts[slot], samplings[slot])
-                slots.steps(
-                    cards, [*cards, 4], [*cards, 4, 5], *[[*cards, 4, 5, 6]] * 4, [4, 5], cards, [0, 4], cards[1:]
-                )
-                slots.steps(*[[*cards, 6, 5]] * 5, *[[5]] * 3, *[cards] * 10)
+                every = [*cards, 4, 5, 6]
+                batches = [cards, [*cards, 4], [*cards, 5], *[every] * 4, [4, 5], cards, [0, 4], cards[1:]]
+                batches += [*[every] * 5, *[[5]] * 3, *[cards] * 10]
+                before = card.runs.copy()
+                slots.steps(*batches)
                 self.assertEqual(set(card.runs), compiled, "compiled while it serves")
+                for kind, members in (
+                    ("decode", {*cards}),
+                    ("decode to logits", {4, 5, 6}),
+                ):  # at first 0, 4 and 5 prefill
+                    calls = sum(not members.isdisjoint(batch) for batch in batches) - len(members & {0, 4, 5})
+                    self.assertEqual((card.runs - before)[f"{kind} with a trace"], calls, kind)
                 for slot in cards:
                     self.assertEqual(slots.answers[slot], alone.answers[slot][: len(slots.answers[slot])])
                 for slot in (4, 5):
@@ -2190,8 +2197,10 @@ class RealCardTest(unittest.TestCase):
         self.assertNotEqual(report["device"], "cpu")
         with concurrent.futures.ThreadPoolExecutor(32) as pool:
             prompts = ["Hello " * (1 + 10 * number) for number in range(40)]
+            hosted = pool.submit(ask, port, "/v1/completions", {"prompt": "Hello", "max_tokens": 20, "logprobs": 0})
             replies = list(pool.map(lambda prompt: chat(port, prompt, max_tokens=20, seed=1), prompts))
         self.assertTrue(all(0 < reply["tokens_generated"] <= 20 for reply in replies))
+        self.assertTrue(0 < len(hosted.result().json["choices"][0]["logprobs"]["tokens"]) <= 20)
         with streamed(port, max_tokens=8, temperature=0) as lines:
             self.assertTrue(list(lines)[-1]["done"])
         wait_until(lambda: ask(port, "/health").json["slots"] == {"total": 32, "busy": 0})
