@@ -402,6 +402,7 @@ class FakeEngine:
 
     device = "fake"
     resume_align = 1
+    scores_prompts = False
 
     def __init__(
         self,
@@ -3073,6 +3074,80 @@ class OpenAITest(unittest.TestCase):
         plain = self.post("completions", prompt=prompt, logit_bias={"1000": 1}).json["choices"][0]
         self.assertIsNone(plain["logprobs"])
 
+    @unittest.skipUnless(has("transformers") and WRITES_SAFETENSORS, "transformers or safetensors is not installed")
+    def test_echo(self) -> None:
+        """The prompt comes before the answer, with transformers' log-probabilities, though the slots hold it already.
+
+        A long prompt takes two steps. One has a character of several tokens, after which offsets must be right.
+        """
+        import transformers
+
+        model: Any = transformers.AutoModelForCausalLM
+        model = model.from_pretrained(random_checkpoint("hf", Shape()), dtype=torch.float32)
+        texts = ["Once upon", "🦙 and " + "so on and " * 175, "🦙"]
+        ids = [tokenizer().encode_document(text) for text in texts]
+        self.assertGreater(len(ids[1]), server.TorchEngine.prompt_chunk)
+        forced: Body = {"logit_bias": {"1000": 100}, "echo": True}  # an answer of these tokens
+        word, cases = tokenizer().decode_bytes([1000]).decode(), list[tuple[Any, ...]]()
+        cases += [(texts, None, False, 2), (ids, None, True, 0), (ids, 0, True, 2), (texts, 0, False, 0)]
+        cases += [(texts, 5, False, 2), (ids, 5, True, 2), (ids, 5, False, 0), (texts, 5, True, 0)]
+        expected = [model(torch.tensor([[*tokens, 1000]])).logits.detach()[0].log_softmax(-1) for tokens in ids]
+        for prompt, k, stream, limit in cases:
+            body = {"prompt": prompt, "logprobs": k, "stream": stream, "max_tokens": limit, **forced}
+            reply = self.post("completions", **body)
+            choices = [c for chunk in events(reply.body) for c in chunk["choices"]] if stream else reply.json["choices"]
+            for i, text in enumerate(texts):
+                parts = [choice for choice in choices if choice["index"] == i]
+                self.assertEqual("".join(part["text"] for part in parts), text + word * limit)
+                self.assertEqual([part["finish_reason"] for part in parts if part["finish_reason"]], ["length"])
+                told = [part["logprobs"] for part in parts if part["logprobs"]]
+                self.assertEqual(bool(told), k is not None)
+                if told:
+                    table = {name: list(itertools.chain(*(part[name] for part in told))) for name in told[0]}
+                    tokens = ids[i] + [1000] * limit
+                    self.check_table(tokens, table, expected[i][: len(tokens) - 1], k)
+                    self.check_offsets(text + word * limit, tokens, table)
+
+    def check_table(self, tokens: list[int], table: Body, expected: torch.Tensor, k: int) -> None:
+        """Compare with the model's log-probabilities [tokens - 1, vocabulary]."""
+        (first_chosen, *chosen), (first_top, *top) = table["token_logprobs"], table["top_logprobs"]
+        self.assertEqual((first_chosen, first_top), (None, None))
+        own = expected.gather(1, torch.tensor([tokens[1:]]).T)[:, 0]
+        torch.testing.assert_close(torch.tensor(chosen), own, atol=1e-3, rtol=0)
+        likely = [sorted(chances.values(), reverse=True)[:k] for chances in top]
+        torch.testing.assert_close(torch.tensor(likely), expected.topk(k).values, atol=1e-3, rtol=0)
+        self.assertTrue(all(chances[name] == p for chances, name, p in zip(top, table["tokens"][1:], chosen)))
+
+    def check_offsets(self, text: str, tokens: list[int], table: Body) -> None:
+        """Each token stands in the text where its offset says; one that begins inside a character, right after it."""
+        self.assertEqual(table["tokens"][0], "token_id:128000")
+        for i, offset in enumerate(table["text_offset"]):
+            before, piece = tokenizer().decode_bytes(tokens[:i]), tokenizer().decode_bytes(tokens[i : i + 1])
+            inside = before.decode(errors="replace").endswith("\ufffd")
+            self.assertEqual(offset, len(before.decode(errors="ignore")) + inside)
+            if piece.isascii():
+                self.assertEqual(text[offset : offset + len(piece)], piece.decode())
+        self.assertEqual(len(table["text_offset"]), len(tokens))
+
+    def test_echo_of_an_answer_that_stops(self) -> None:
+        """The token that ends the answer has a log-probability and no text: lm_eval takes all but the last for the
+        prompt's. Without `logprobs` any engine does it."""
+        body = {"prompt": "Once upon", "echo": True, "logit_bias": {"1000": 100}, "stop_token_ids": [1000]}
+        tokens = tokenizer().encode_document("Once upon")
+        for stream in (False, True):
+            reply = self.post("completions", **body, logprobs=1, stream=stream)
+            (choice,) = events(reply.body)[0]["choices"] if stream else reply.json["choices"]
+            self.assertEqual((choice["text"], choice["finish_reason"]), ("Once upon", "stop"))
+            self.assertEqual(len(choice["logprobs"]["token_logprobs"]), len(tokens) + 1)
+        engine = FakeEngine()
+        engine.samples_on_host = True
+        with serving(engine) as api:
+            plain, echo = {"prompt": "Hi", "max_tokens": 3}, {"echo": True}
+            answer, both = (ask(api.server_port, "/v1/completions", plain | more).json for more in ({}, echo))
+            self.assertEqual(both["choices"][0]["text"], "Hi" + answer["choices"][0]["text"])
+            reply = ask(api.server_port, "/v1/completions", {**plain, **echo, "logprobs": 0})
+            check_error(reply, 400, "^echo with logprobs is not supported on a card")
+
     def test_errors(self) -> None:
         (message,), options, long = QUESTION, "stream_options", "x " * 9000
         unsupported, too_long = "unsupported_parameter", "context_length_exceeded"
@@ -3095,7 +3170,7 @@ class OpenAITest(unittest.TestCase):
             ("stop_token_ids", None, {"stop_token_ids": 1}, {"stop_token_ids": [-1]}, {"stop_token_ids": [128256]}),
             ("top_logprobs", None, {"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}),
             ("top_logprobs", unsupported, {"top_logprobs": 2, "prompt": "Hi"}),
-            ("logprobs", None, {"logprobs": 2}, {"logprobs": 6, "prompt": "Hi"}),
+            ("logprobs", None, {"logprobs": 2}, {"logprobs": 21, "prompt": "Hi"}),
             ("messages", None, {"continue_final_message": True}),
             ("add_generation_prompt", None, {"add_generation_prompt": False}),
             *((name, None, {name: 101}) for name in ("n", "presence_penalty", "repetition_penalty", "min_p")),

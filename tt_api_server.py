@@ -1133,8 +1133,9 @@ class HostSampling:
     presence_penalty: float = 0.0  # taken from its logit once
     min_p: float = 0.0  # least probability of a token, as a share of the most likely one's
     logprobs: int | None = None  # how many of the most likely tokens to report; None: nothing, not even the drawn token
-    # For each token of the answer: the token, its log-probability, and the most likely tokens with theirs.
-    chosen: list[tuple[int, float, list[tuple[int, float]]]] = field(default_factory=list)
+    # For each token of the answer: the token, its log-probability, and the most likely tokens with theirs. With `echo`
+    # the prompt's tokens come before them; the first has no log-probability.
+    chosen: list[tuple[int, float | None, list[tuple[int, float]]]] = field(default_factory=list)
     constraint: Constraint | None = None
     always: bool = True  # else only while the constraint is active
     _counts: torch.Tensor | None = None  # [vocabulary]: how often each token is in the answer
@@ -1173,10 +1174,15 @@ class HostSampling:
         self._seen[token] = True
         self._counts[token] += 1
         if self.logprobs is not None:
-            logprobs = logits.log_softmax(0)
-            top = logprobs.topk(self.logprobs)
-            self.chosen.append((token, float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist()))))
+            self.report(token, logits)
         return token
+
+    def report(self, token: int, logits: torch.Tensor) -> None:
+        """Add a token to `chosen`. These are the logits [vocabulary] after the tokens before it."""
+        assert self.logprobs is not None
+        logprobs = logits.float().log_softmax(0)
+        top = logprobs.topk(self.logprobs)
+        self.chosen.append((token, float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist()))))
 
 
 # ======================================================================================================================
@@ -1191,6 +1197,7 @@ class Work(NamedTuple):
     tokens: Sequence[int]  # at the positions position, position + 1, ...
     position: int  # how many tokens the slot holds already
     sampling: SamplingParams | None  # None: more of the prompt follows, no next token is wanted
+    scores: HostSampling | None = None  # is told the log-probabilities of the prompt's tokens that follow these
 
 
 class Engine(Protocol):
@@ -1207,6 +1214,7 @@ class Engine(Protocol):
     # earlier request left in its slot. 0: prompts are prefilled whole, from the start.
     prompt_chunk: int
     resume_align: int  # a prompt goes on at a multiple of this; fewer tokens take as long
+    scores_prompts: bool  # so Work.scores is supported
 
     def reserve(self, slot: int, length: int) -> bool:
         """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back.
@@ -1266,6 +1274,7 @@ class TorchEngine:
     device = "cpu"
     prompt_chunk = 512  # more are no faster
     resume_align = 1
+    scores_prompts = True
     SMALL = 200_000_000  # weights; a smaller model is faster on one thread, for threads wait at every operation
 
     def __init__(
@@ -1375,11 +1384,21 @@ class TorchEngine:
             x = x + layer.output(torch.cat([attend(query[run.rows], keys, values, run) for run in runs]))
             gate, up = layer.gate_up(rms_norm(x, layer.ffn_norm, config.norm_eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
-        ends = itertools.accumulate(len(work.tokens) for work in batch)
+        ends = list(itertools.accumulate(len(work.tokens) for work in batch))
+        for end, work in zip(ends, batch):
+            if work.scores:
+                self._score(x[end - len(work.tokens) : end], work.position, work.scores)
         last = [end - 1 for end, work in zip(ends, batch) if work.sampling]
         if not last:
             return torch.empty(0, config.vocab_size)
         return self.head(rms_norm(x[last], self.norm, config.norm_eps))
+
+    def _score(self, rows: torch.Tensor, position: int, scores: HostSampling) -> None:
+        """Report the prompt's tokens that follow these rows [n, dim], of which the first is at `position`."""
+        following = iter(scores.prompt[position + 1 :])  # none follows the last
+        for part in torch.split(rows, 64):  # the logits of 64 rows take 33 MB with Llama 3's vocabulary
+            for logits, token in zip(self.head(rms_norm(part, self.norm, self.config.norm_eps)), following):
+                scores.report(token, logits)
 
     def _runs(self, batch: Sequence[Work]) -> list[Run]:
         """Cut the batch into runs: single tokens in neighbouring slots together, each piece of a prompt alone."""
@@ -1696,6 +1715,8 @@ class TTEngine:
     have calls of their own, which bring logits to the host, so the others get the same tokens as without them. A decode
     step with both kinds is two calls, each with the slots of the other kind idle, and the card's call is a reset.
     """
+
+    scores_prompts = False
 
     def __init__(
         self,
@@ -2260,6 +2281,8 @@ class Request:
     finder: CallFinder
     fields: dict[str, Any]  # as the client sent them
     index: int = 0  # among the requests of one body
+    echo: str = ""  # the prompt, which comes before the answer; the dialect writes it once
+    scored: bool = False  # the log-probabilities of the prompt are wanted, too
     # The scheduler fills these. Times are by time.monotonic().
     submitted: float = 0.0
     admitted: float = 0.0  # when it got a slot
@@ -2343,10 +2366,10 @@ class Slot:
         """Tokens that are not in the KV cache yet: 1 during decode, more during prefill."""
         return len(self.tokens) - self.held
 
-    def common(self, prompt: list[int]) -> int:
-        """How many tokens of the prompt are in the KV cache. The last never counts: its logits are needed."""
-        most = min(self.held, len(prompt) - 1)
-        return next((i for i, (held, new) in enumerate(zip(self.tokens[:most], prompt)) if held != new), most)
+    def common(self, request: Request) -> int:
+        """How many tokens of the prompt are in the KV cache. A token whose logits are needed does not count."""
+        most = 0 if request.scored else min(self.held, len(request.prompt) - 1)
+        return next((i for i, (held, new) in enumerate(zip(self.tokens[:most], request.prompt)) if held != new), most)
 
 
 HISTOGRAMS = {  # vLLM's names
@@ -2408,6 +2431,7 @@ class Scheduler:
         self.max_queue = max_queue
         self.max_seq_len = self.slot_share = 0  # tokens that one slot can hold, and that all can at the same time
         self.device = ""
+        self.scores_prompts = True
         self.doing: tuple[str, float | None] = ("starting", None)
         self.statistics = Statistics()
         self.slots: list[Slot] = []
@@ -2520,6 +2544,7 @@ class Scheduler:
                 with self._wake:
                     self.slots = [Slot(index) for index in range(engine.max_batch_size)]
                     self.max_seq_len, self.device = engine.max_seq_len, engine.device
+                    self.scores_prompts = engine.scores_prompts
                     self.slot_share = engine.kv_cache_tokens // engine.max_batch_size
                     self._state = "healthy" if self._state == "loading" else self._state
                 ready()
@@ -2555,7 +2580,7 @@ class Scheduler:
             # Best is the slot with most of this prompt, unless it mostly holds another chat; then an empty slot; then
             # the least recently used. An engine may have several memory pools, so the next best may have room when the
             # best has none.
-            common = {slot.index: slot.common(request.prompt) for slot in free}
+            common = {slot.index: slot.common(request) for slot in free}
             own = {slot.index: common[slot.index] if 2 * common[slot.index] > slot.held else 0 for slot in free}
             free.sort(key=lambda slot: (-own[slot.index], bool(slot.held), slot.used))
             # If none has room, idle slots give up what they keep: the least recently used first, the best match last.
@@ -2585,8 +2610,9 @@ class Scheduler:
             if budget <= 0 or end <= slot.held:
                 break
             budget -= max(end - slot.held, self._engine.resume_align)  # a card pads shorter ones to that
-            last = end == len(slot.tokens)
-            batch.append(Work(slot.index, slot.tokens[slot.held : end], slot.held, request.sampling if last else None))
+            sampling = request.sampling if end == len(slot.tokens) else None
+            scores = request.sampling.host if request.scored else None
+            batch.append(Work(slot.index, slot.tokens[slot.held : end], slot.held, sampling, scores))
         return batch
 
     def _step(self, batch: list[Work]) -> None:
@@ -2614,8 +2640,8 @@ class Scheduler:
             if request.generated:
                 self.statistics.observe("inter_token_latency_seconds", now - request.last_token)
             request.first_token, request.last_token = request.first_token or now, now
-            if token in request.stop_tokens:
-                self._leave(slot, "stop")
+            if token in request.stop_tokens or not request.max_tokens:
+                self._leave(slot, "stop" if request.max_tokens else "length")
                 continue
             slot.tokens.append(token)
             request.generated += 1
@@ -2693,6 +2719,7 @@ FLAG: Check = "true or false", lambda v: type(v) is bool
 TEXT: Check = "a string", lambda v: isinstance(v, str)
 NONEMPTY: Check = "a string that is not empty", lambda v: isinstance(v, str) and v != ""
 LIMIT: Check = "a whole number from 1, or -1 for no limit", lambda v: type(v) is int and (v == -1 or v >= 1)
+LIMIT_OR_0: Check = "a whole number from -1, which is no limit", lambda v: type(v) is int and v >= -1
 MESSAGES: Check = 'a list of at least one {"role": ..., "content": ...}', lambda v: isinstance(v, list) and bool(v)
 STOP: Check = (
     "a string or a list of up to four strings, none of them empty",
@@ -2769,7 +2796,7 @@ HOST_SAMPLING: Table = {  # the arguments of HostSampling
     "frequency_penalty": (0, number(-2, 2)),
     "presence_penalty": (0, number(-2, 2)),
     "min_p": (0, number(0, 1)),
-    "logprobs": (None, between(0, 5, "a whole number from 0 to 5")),
+    "logprobs": (None, between(0, 20, "a whole number from 0 to 20")),
 }
 
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any level, with the values
@@ -2847,8 +2874,9 @@ class Dialect:
             raise ApiError(400, "the prompt is empty: send text")
         context = self.server.scheduler.max_seq_len
         room = context - len(prompt)
-        limit = max(fields.get("max_completion_tokens") or fields["max_tokens"] or 0, 0)  # 0: none
-        if max(limit, 1) > room:
+        limit = fields.get("max_completion_tokens") or fields["max_tokens"]
+        limit = None if limit == -1 else limit
+        if max(limit or 0, 1) > room:
             param = "max_tokens" if room > 0 else "prompt" if fields.get("messages") is None else "messages"
             asked = f" and max_tokens is {shown(limit)}" if limit else ""
             cure = "shorten the prompt or lower max_tokens"
@@ -2865,7 +2893,7 @@ class Dialect:
         host = self.host_sampling(fields, prompt, stop_tokens)
         return Request(
             prompt=prompt,
-            max_tokens=limit or min(default, room),
+            max_tokens=min(default, room) if limit is None else limit,
             sampling=SamplingParams(fields["temperature"], fields["top_p"], max(0, fields["top_k"]), seed, host),
             stop_tokens=stop_tokens,
             text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
@@ -3162,13 +3190,17 @@ class ChatCompletions(Dialect):
         logprobs = self._logprobs(request)
         return {"index": request.index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
+    def _reported(self, request: Request) -> int:
+        """How many entries of `chosen` belong to the text so far."""
+        return request.count
+
     def _logprobs(self, request: Request) -> dict[str, Any] | None:
         """The log-probabilities of the tokens since the last call; None if there are none."""
-        host = request.sampling.host
-        new = host.chosen[request.told : request.count] if host else []
-        request.told = request.count
+        host, end = request.sampling.host, self._reported(request)
+        new = host.chosen[request.told : end] if host else []
+        request.told = end
 
-        def entry(token: int, logprob: float) -> dict[str, Any]:
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
             text = self.server.tokenizer.decode_bytes([token])
             name = text.decode(errors="backslashreplace") or f"token_id:{token}"  # vLLM's, for a special token
             return {"token": name, "logprob": logprob, "bytes": list(text)}
@@ -3191,7 +3223,12 @@ class ChatCompletions(Dialect):
 class Completions(ChatCompletions):
     """POST /v1/completions: the model continues a plain text, without a chat format."""
 
-    fields: ClassVar[Table] = {"prompt": (..., PROMPT), **ChatCompletions.common}
+    fields: ClassVar[Table] = {
+        "prompt": (..., PROMPT),
+        **ChatCompletions.common,
+        "max_tokens": (None, LIMIT_OR_0),
+        "echo": (False, FLAG),
+    }
     default_max_tokens = 16  # OpenAI's
     example = Dialect.example
     kind = chunk_kind = "text_completion"
@@ -3199,30 +3236,54 @@ class Completions(ChatCompletions):
     begin = Dialect.begin
 
     def encode(self, fields: dict[str, Any]) -> list[list[int]]:
-        encode = self.server.tokenizer.encode_document
-        encoded = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts(fields["prompt"])]
+        encode, fields["prompt"] = self.server.tokenizer.encode_document, prompts(fields["prompt"])
+        encoded = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in fields["prompt"]]
         self.check_tokens(itertools.chain(*encoded), "prompt")
         return encoded
+
+    def request(self, fields: dict[str, Any], prompt: list[int], index: int) -> Request:
+        request = super().request(fields, prompt, index)
+        if fields["echo"]:
+            text, asked = self.server.tokenizer.decode_bytes(prompt), fields["prompt"][index // fields["n"]]
+            request.echo = asked if isinstance(asked, str) else text.decode(errors="replace")
+            request.offset = len(request.echo) - characters(text)  # SentencePiece puts a space before a prompt
+        host = request.sampling.host
+        if fields["echo"] and host and host.logprobs is not None:
+            if not self.server.scheduler.scores_prompts:
+                message = "echo with logprobs is not supported on a card: leave one of them out"
+                raise ApiError(400, message, "echo", "unsupported_parameter")
+            request.scored = True
+            host.chosen.append((prompt[0], None, []))
+        return request
 
     def thoughts(self, fields: dict[str, Any], prompt: list[int]) -> Thoughts:
         return Thoughts("answer")
 
     def _choice(self, request: Request, finish_reason: str | None, **content: dict[str, Any]) -> dict[str, Any]:
-        text = "".join(part.get("content", "") for part in content.values())
+        text = request.echo + "".join(part.get("content", "") for part in content.values())
+        request.echo = ""
         return super()._choice(request, finish_reason) | {"text": text}
+
+    def _reported(self, request: Request) -> int:
+        # As in vLLM, a stop token has an entry, and lm_eval relies on one entry after the prompt's.
+        whole = request.outcome == "stop" and request.count == request.generated and not request.text.stopped
+        return len(request.prompt) * request.scored + request.count + whole
 
     def _logprobs(self, request: Request) -> dict[str, Any] | None:
         chat = super()._logprobs(request)
         if chat is None:
             return None
         entries = chat["content"]
-        lengths = (len(bytes(entry["bytes"]).decode(errors="ignore")) for entry in entries)
+        lengths = (characters(entry["bytes"]) for entry in entries)
         *offsets, request.offset = itertools.accumulate(lengths, initial=request.offset)
+        likely = [(*entry["top_logprobs"], entry) for entry in entries]
         return {
-            "text_offset": offsets,
+            "text_offset": [max(0, offset) for offset in offsets],
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": [{e["token"]: e["logprob"] for e in (*entry["top_logprobs"], entry)} for entry in entries],
+            "top_logprobs": [
+                {e["token"]: e["logprob"] for e in top if e["logprob"] is not None} or None for top in likely
+            ],
         }
 
 
@@ -3237,6 +3298,11 @@ def json_object(text: str) -> dict[str, Any] | None:
 def short_id(identity: str) -> str:
     """The id of a tool call in nine letters or digits, as Mistral's templates want it."""
     return re.sub("[^0-9A-Za-z]", "", identity)[-9:].rjust(9, "0")
+
+
+def characters(text: Iterable[int]) -> int:
+    """How many characters start in these bytes of UTF-8."""
+    return sum(byte & 0xC0 != 0x80 for byte in text)
 
 
 def check_model(name: str, served: str) -> None:
