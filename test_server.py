@@ -419,6 +419,7 @@ class FakeEngine:
         self.reserved = [0] * slots
         self.steps: list[tuple[int, int]] = []
         self.breaches: list[str] = []
+        self.copy = self._copy if prompt_chunk else None
         self.closed = self.broken = False
         self._thread: int | None = None
 
@@ -441,6 +442,12 @@ class FakeEngine:
         self.reserved[slot] = length
         del self.held[slot][length:]
         return True
+
+    def _copy(self, source: int, slot: int, length: int) -> None:
+        self._enter()
+        self._must(length <= len(self.held[source]), "only what a slot holds is copied")
+        self._must(length <= self.reserved[slot], "room is reserved before its use")
+        self.held[slot][:length] = self.held[source][:length]
 
     def step(self, batch: Sequence[server.Work]) -> list[int]:
         self._enter()
@@ -989,8 +996,16 @@ class TorchEngineTest(unittest.TestCase):
             server.Work(7, PROMPT[1:], 1, GREEDY),  # ... and the rest of one
         ]
         logits = logits_of(engine, *random.Random(0).sample(batch, len(batch)))
-        rest = logits_of(engine, server.Work(5, PROMPT[33:], 33, GREEDY), server.Work(1, PROMPT[18:], 18, GREEDY))
-        self.assertEqual(len(logits) + len(rest), 6)
+        engine.copy(0, 3, 39)  # ... and one that goes on from another slot's
+        engine.copy(1, 6, 18)
+        rest = logits_of(
+            engine,
+            server.Work(5, PROMPT[33:], 33, GREEDY),
+            server.Work(1, PROMPT[18:], 18, GREEDY),
+            server.Work(3, PROMPT[39:], 39, GREEDY),
+            server.Work(6, PROMPT[18:], 18, GREEDY),
+        )
+        self.assertEqual(len(logits) + len(rest), 8)
         for row in torch.cat((logits, rest)):
             self.assert_close(row[::EVERY], REFERENCE[shape])
         self.assertEqual(engine.step([server.Work(6, PROMPT[:9], 0, None)]), [-1], "no token is wanted")
@@ -2293,8 +2308,8 @@ class SchedulerTest(unittest.TestCase):
         whole = [([7] * length, 9) for length in (1, 200, 200, 201)]
         for name, slots, chunk, cases, expected in (
             ("a slot that is overwritten anyway", 1, 512, [(long, n) for n in (5, 1700, 5, 5)], [0, 1510, 1510, 1510]),
-            ("chats that share a system prompt", 2, 512, chats, [0, 0, 400, 400, 400]),
-            ("the slot of a chat's own history", 3, 512, [*chats[:2], *turns, chats[2]], [0, 0, 850, 850, 0]),
+            ("chats that share a system prompt", 2, 512, chats, [0, 400, 400, 400, 400]),
+            ("the slot of a chat's own history", 3, 512, [*chats[:2], *turns, chats[2]], [0, 400, 850, 850, 400]),
             ("an engine that reads prompts whole", 2, 0, whole, [0, 0, 0, 0]),
         ):
             with self.subTest(name), scheduling(FakeEngine(slots, 4000, chunk)) as scheduler:
@@ -2305,6 +2320,22 @@ class SchedulerTest(unittest.TestCase):
                     self.assertEqual(collect(asked), fake_answer(prompt, count))
                     cached.append(asked.cached)
                 self.assertEqual(cached, expected)
+
+    def test_a_prompt_of_several_requests(self) -> None:
+        """It is prefilled once, beside running answers too; and a longer one goes on from a slot that is busy."""
+        for streams in (0, 1, 3):
+            engine = FakeEngine(12, max_seq_len=2000)
+            with self.subTest(streams=streams), scheduling(engine) as scheduler:
+                running = [request([2000 + i] * 20, 400) for i in range(streams)]
+                shared = [request(list(range(1000)), 200) for _ in range(8)]
+                scheduler.submit(*running, *shared)
+                wait_until(lambda: shared[7].generated)  # noqa: B023
+                longer = request([*range(1000), 7, 8], 5)
+                scheduler.submit(longer)
+                for asked in (*running, *shared, longer):
+                    self.assertEqual(collect(asked), fake_answer(asked.prompt, asked.max_tokens))
+                self.assertEqual([asked.cached for asked in (*shared, longer)], [0, *[999] * 7, 1000])
+                self.assertEqual(sum(tokens for _, tokens in engine.steps), 20 * streams + 1000 + 2)
 
     def test_a_thousand_requests_leave_nothing_behind(self) -> None:
         def client(scheduler: server.Scheduler, number: int) -> None:

@@ -1222,6 +1222,13 @@ class Engine(Protocol):
         A slot that alone keeps room can always have max_seq_len.
         """
 
+    @property
+    def copy(self) -> Callable[[int, int, int], None] | None:
+        """Copy from a slot (first argument) to another (second) the KV cache of the first tokens (third: how many).
+
+        None: this is not supported.
+        """
+
     def step(self, batch: Sequence[Work]) -> list[int]:
         """Read each item's tokens into its slot; return the next token of each, -1 where none is wanted."""
 
@@ -1425,6 +1432,10 @@ class TorchEngine:
 
     def reserve(self, slot: int, length: int) -> bool:
         return length <= self.max_seq_len
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        for cache in (*self.keys, *self.values):
+            cache[slot, :length] = cache[source, :length]
 
     def close(self) -> None:
         """Nothing to do: the memory goes with the process."""
@@ -1716,7 +1727,7 @@ class TTEngine:
     step with both kinds is two calls, each with the slots of the other kind idle, and the card's call is a reset.
     """
 
-    scores_prompts = False
+    scores_prompts, copy = False, None
 
     def __init__(
         self,
@@ -2289,7 +2300,7 @@ class Request:
     first_token: float = 0.0  # a stop token counts
     last_token: float = 0.0
     generated: int = 0  # tokens, without the stop token
-    cached: int = 0  # prompt tokens that were in the slot's KV cache already
+    cached: int = 0  # prompt tokens that were in the KV cache already
     outcome: str = ""  # "stop", "length", "cancelled" or "error", once it has ended
     cancelled: str = ""  # if set, the request ends before the next step, with this outcome
     tokens: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)  # None is the end
@@ -2603,7 +2614,18 @@ class Scheduler:
         align = max(self._engine.resume_align, 16)  # in bfloat16, cuts at multiples of 16 do not change the logits
         few = max(self.PROMPT_BUDGET + len(batch), align)
         budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > len(batch) else few
+        begun: list[list[int]] = []
         for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
+            if copy := self._engine.copy:
+                if request.prompt in begun:
+                    continue  # until the other prefill of this prompt is done, and can be copied
+                common, source = max((other.common(request), other.index) for other in self.slots)
+                if common > slot.held:
+                    copy(source, slot.index, common)
+                    request.cached += common - slot.held
+                    slot.held = common
+                if slot.pending > 1:
+                    begun.append(request.prompt)
             end = len(slot.tokens)
             if chunk and slot.pending > budget:
                 end = (slot.held + budget) // align * align
