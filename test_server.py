@@ -1184,6 +1184,19 @@ class FamilyTest(unittest.TestCase):
                     self.assertIn(made, (expected_text, " " + expected_text))  # SentencePiece puts a space first
                 self.assertEqual(set(marks), {marks[0]})
 
+    def test_echo(self) -> None:
+        """The prompt comes back as it was, though SentencePiece puts a space before it, and offsets fit the text."""
+        for family, prompt in itertools.product(("mistral", "qwen2"), ("def text(self) -> str", " 日本 is", "x")):
+            with self.subTest(family, prompt=prompt), family_server(family) as api:
+                last = api.tokenizer.encode_document(prompt)[-1]
+                body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 3, "logit_bias": {f"{last}": 100}}
+                choice = ask(api.server_port, "/v1/completions", body).json["choices"][0]
+                self.assertTrue(choice["text"].startswith(prompt))
+                for name, offset in zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]):
+                    if not name.startswith(("token_id:", "\\x")):  # special, or a part of a character
+                        name = name if offset else name.lstrip()
+                        self.assertTrue(choice["text"].startswith(name, offset), (name, offset, choice))
+
     def test_what_a_template_refuses(self) -> None:
         """With its own words. A model without a template has no chats, and one that does not think says so."""
         chat = [{"role": "assistant", "content": "Hello"}]
@@ -2503,7 +2516,7 @@ def refused_bodies() -> Iterator[tuple[Any, str]]:
         ("top_k", "top_k .*whole number from -1", [-2, 0.5, "1"]),
         ("seed", "seed .*whole number", [0.5, "1", 2**64, True]),
         ("stream", "stream must be true or false", [1, "true", []]),
-        ("stop", "stop must be .*up to four", [5, "", [""], list("abcde"), [1], {}]),
+        ("stop", "stop must be .*up to 16", [5, "", [""], ["a"] * 17, [1], {}]),
         ("prompt", "prompt must be a string that is not empty", [5, ["Hi"], True, ""]),
         ("messages", "^send prompt or messages, not both$", [QUESTION]),
         ("temp", "temp.*did you mean temperature", [1]),
@@ -2973,10 +2986,14 @@ class OpenAITest(unittest.TestCase):
             {"messages": [message], "stream_options": {"include_usage": True, "include_obfuscation": True}},
             {"n": 1, "logprobs": False, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}},
             {"presence_penalty": 0, "frequency_penalty": 0.0, "min_p": 0, "top_k": -1, "logit_bias": {}},
-            {"min_tokens": 0, "stop_token_ids": [], "repetition_penalty": 1.0},
+            {"min_tokens": 0, "stop_token_ids": [], "repetition_penalty": 1.0, "stop": ["\0"] * 16},
+            {"mirostat_mode": 0, "cache_prompt": True, "id_slot": -1, "priority": 0, "request_id": "1", "samplers": []},
         ):
             with self.subTest(body=body):
                 self.assertEqual(self.chat(**body)["choices"], plain)
+        plain = self.post("completions", prompt="Hi").json["choices"]
+        nothing = {"logprobs": False, "echo": False, "suffix": "", "mirostat_mode": 0, "id_slot": 3, "best_of": 1}
+        self.assertEqual(self.post("completions", prompt="Hi", **nothing).json["choices"], plain)
 
     def test_sampling_on_the_host(self) -> None:
         """Each field has its effect, and a card that samples by itself refuses them by name."""
@@ -3150,12 +3167,11 @@ class OpenAITest(unittest.TestCase):
         self.assertTrue(all(chances[name] == p for chances, name, p in zip(top, table["tokens"][1:], chosen)))
 
     def check_offsets(self, text: str, tokens: list[int], table: Body) -> None:
-        """Each token stands in the text where its offset says; one that begins inside a character, right after it."""
+        """Each token stands in the text where its offset says, or is a part of the character there."""
         self.assertEqual(table["tokens"][0], "token_id:128000")
         for i, offset in enumerate(table["text_offset"]):
             before, piece = tokenizer().decode_bytes(tokens[:i]), tokenizer().decode_bytes(tokens[i : i + 1])
-            inside = before.decode(errors="replace").endswith("\ufffd")
-            self.assertEqual(offset, len(before.decode(errors="ignore")) + inside)
+            self.assertEqual(offset, len(before.decode(errors="ignore")))
             if piece.isascii():
                 self.assertEqual(text[offset : offset + len(piece)], piece.decode())
         self.assertEqual(len(table["text_offset"]), len(tokens))
@@ -3171,7 +3187,6 @@ class OpenAITest(unittest.TestCase):
             self.assertEqual((choice["text"], choice["finish_reason"]), ("Once upon", "stop"))
             self.assertEqual(len(choice["logprobs"]["token_logprobs"]), len(tokens) + 1)
         engine = FakeEngine()
-        engine.samples_on_host = True
         with serving(engine) as api:
             plain, echo = {"prompt": "Hi", "max_tokens": 3}, {"echo": True}
             answer, both = (ask(api.server_port, "/v1/completions", plain | more).json for more in ({}, echo))
@@ -3182,7 +3197,7 @@ class OpenAITest(unittest.TestCase):
     def test_errors(self) -> None:
         (message,), options, long = QUESTION, "stream_options", "x " * 9000
         unsupported, too_long = "unsupported_parameter", "context_length_exceeded"
-        refused = {"best_of": 2, "functions": [{}], "repeat_penalty": 1.1, "echo": True}
+        refused = {"best_of": 2, "functions": [{}], "repeat_penalty": 1.1, "mirostat_mode": 2, "echo": True}
         wrong: list[Any] = [None, "", [], ["a", ""], ["a", 1], [["a"]], [[[1]]], [128256], [[1], [-1]], ["a"] * 65]
         cases: list[tuple[Any, ...]] = [
             *((name, unsupported, {name: value}) for name, value in refused.items()),

@@ -2313,8 +2313,11 @@ class Request:
     seconds: float = 0.0  # from submission to the last of them
     told: int = 0  # tokens whose log-probabilities the dialect has written
     offset: int = 0  # characters of these tokens
+    decode: Callable[[bytes], str] = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace").decode
+    )
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self, pause: float = STREAM_PAUSE) -> Iterator[Piece]:
         """The answer, piece by piece; the handler's thread calls this. Raises ApiError if it breaks off.
 
         With `stream` or stop strings, the first token comes at once and the others 6 ms late: if 32 threads woke when a
@@ -2325,7 +2328,7 @@ class Request:
         tokens: list[int | None] = []
         while not self.text.stopped and None not in tokens:
             tokens, piece = [self.tokens.get()], ""
-            time.sleep(STREAM_PAUSE if self.count else 0.0)
+            time.sleep(pause if self.count else 0.0)
             while not self.tokens.empty():
                 tokens.append(self.tokens.get())
             for token in tokens:  # one by one: a stop string ends the count at its own last token
@@ -2744,8 +2747,8 @@ LIMIT: Check = "a whole number from 1, or -1 for no limit", lambda v: type(v) is
 LIMIT_OR_0: Check = "a whole number from -1, which is no limit", lambda v: type(v) is int and v >= -1
 MESSAGES: Check = 'a list of at least one {"role": ..., "content": ...}', lambda v: isinstance(v, list) and bool(v)
 STOP: Check = (
-    "a string or a list of up to four strings, none of them empty",
-    lambda v: len(as_list(v)) <= 4 and all(isinstance(stop, str) and stop for stop in as_list(v)),
+    "a string or a list of up to 16 strings, none of them empty",
+    lambda v: len(as_list(v)) <= 16 and all(isinstance(stop, str) and stop for stop in as_list(v)),
 )
 PROMPT: Check = "a string or a list of token ids, not empty, or a list of up to 64 of them", lambda v: bool(prompts(v))
 OBJECT: Check = "an object", lambda v: isinstance(v, dict)
@@ -2818,13 +2821,13 @@ HOST_SAMPLING: Table = {  # the arguments of HostSampling
     "frequency_penalty": (0, number(-2, 2)),
     "presence_penalty": (0, number(-2, 2)),
     "min_p": (0, number(0, 1)),
-    "logprobs": (None, between(0, 20, "a whole number from 0 to 20")),
+    "logprobs": (None, ("a whole number from 0 to 20", lambda v: v is False or (type(v) is int and 0 <= v <= 20))),
 }
 
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any level, with the values
 # that ask for nothing.
 UNSUPPORTED: dict[str, list[Any]] = {
-    "best_of": [1], "bad_words": [[]], "repeat_penalty": [1], "typical_p": [1], "mirostat": [0],
+    "best_of": [1], "bad_words": [[]], "repeat_penalty": [1], "typical_p": [1], "mirostat": [0], "mirostat_mode": [0],
     "xtc_probability": [0], "dry_multiplier": [0], "use_beam_search": [False], "top_logprobs": [0],
     "prompt_logprobs": [], "guided_json": [], "guided_regex": [], "guided_choice": [], "guided_grammar": [],
     "json_schema": [], "grammar": [""],
@@ -3261,14 +3264,16 @@ class Completions(ChatCompletions):
         encode, fields["prompt"] = self.server.tokenizer.encode_document, prompts(fields["prompt"])
         encoded = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in fields["prompt"]]
         self.check_tokens(itertools.chain(*encoded), "prompt")
+        fields["logprobs"] = None if fields["logprobs"] is False else fields["logprobs"]
         return encoded
 
     def request(self, fields: dict[str, Any], prompt: list[int], index: int) -> Request:
         request = super().request(fields, prompt, index)
         if fields["echo"]:
-            text, asked = self.server.tokenizer.decode_bytes(prompt), fields["prompt"][index // fields["n"]]
-            request.echo = asked if isinstance(asked, str) else text.decode(errors="replace")
-            request.offset = len(request.echo) - characters(text)  # SentencePiece puts a space before a prompt
+            text = self.server.tokenizer.decode_bytes(prompt).decode(errors="replace")
+            asked = fields["prompt"][index // fields["n"]]
+            request.echo = asked if isinstance(asked, str) else text
+            request.offset = len(request.echo) - len(text)  # SentencePiece puts a space before a prompt
         host = request.sampling.host
         if fields["echo"] and host and host.logprobs is not None:
             if not self.server.scheduler.scores_prompts:
@@ -3296,7 +3301,7 @@ class Completions(ChatCompletions):
         if chat is None:
             return None
         entries = chat["content"]
-        lengths = (characters(entry["bytes"]) for entry in entries)
+        lengths = (len(request.decode(bytes(entry["bytes"]))) for entry in entries)
         *offsets, request.offset = itertools.accumulate(lengths, initial=request.offset)
         likely = [(*entry["top_logprobs"], entry) for entry in entries]
         return {
@@ -3320,11 +3325,6 @@ def json_object(text: str) -> dict[str, Any] | None:
 def short_id(identity: str) -> str:
     """The id of a tool call in nine letters or digits, as Mistral's templates want it."""
     return re.sub("[^0-9A-Za-z]", "", identity)[-9:].rjust(9, "0")
-
-
-def characters(text: Iterable[int]) -> int:
-    """How many characters start in these bytes of UTF-8."""
-    return sum(byte & 0xC0 != 0x80 for byte in text)
 
 
 def check_model(name: str, served: str) -> None:
@@ -3789,9 +3789,8 @@ class ApiHandler(BaseHTTPRequestHandler):
             speed = round(count / max(1e-9, *(request.seconds for request in requests)), 1)
             self.outcome = f" prompt={prompt} generated={count} first={first}s {speed} tokens/s"
 
-    def pieces(self, requests: list[Request]) -> Iterator[tuple[Request, Piece | None]]:
-        """Yield the pieces of each request's answer as they come, and None at its end."""
-        running = {request: request.pieces() for request in requests}
+    def pieces(self, pause: float = STREAM_PAUSE) -> Iterator[Piece]:
+        """The answer, piece by piece; the handler's thread calls this. Raises ApiError if it breaks off.
         while running:
             for request, pieces in list(running.items()):
                 if len(running) > 1 and request.tokens.empty() and not request.ended.is_set():
@@ -3801,8 +3800,8 @@ class ApiHandler(BaseHTTPRequestHandler):
                     del running[request]
                     self.server.scheduler.cancel(request, request.finish_reason)  # it may run on after a stop string
                 yield request, piece
-            if len(running) > 1:
-                time.sleep(STREAM_PAUSE)
+            if several:
+                time.sleep(STREAM_PAUSE)  # once for all of them
 
     def tokenize(self, body: bytes) -> None:
         dialect = ChatCompletions(self.server)
