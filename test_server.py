@@ -3419,7 +3419,7 @@ def conversations(count: int) -> Iterator[list[Body]]:
 
 def random_schema(chance: random.Random, depth: int = 0) -> Body:
     """A random JSON schema, of values that a model of random weights can end."""
-    kinds = ["string", "integer", "boolean", "enum", "pattern", "null", "date"]
+    kinds = ["string", "integer", "boolean", "enum", "pattern", "null", "format"]
     kind = chance.choice(kinds + ["object", "object", "array", "any", "ref"] * (depth < 3)) if depth else "object"
     inner = functools.partial(random_schema, chance, depth + 1)
     if kind == "object":
@@ -3437,7 +3437,7 @@ def random_schema(chance: random.Random, depth: int = 0) -> Body:
         "enum": {"enum": values},
         "pattern": {"type": "string", "pattern": pattern},
         "null": {"type": chance.choice(["null", ["null", "boolean"]])},
-        "date": {"type": "string", "format": chance.choice(["date", "time", "uuid", "ipv4"])},
+        "format": {"type": "string", "format": chance.choice(["time", "uuid", "ipv4"])},
         "ref": {"$ref": "#/$defs/ref"},
     }
     if kind == "array":
@@ -3520,7 +3520,6 @@ class ToolTest(unittest.TestCase):
                     if name.startswith("llama"):
                         text = environment.from_string(source).render(messages=expected, **options)
                         tokens = llama.encode(text, bos=False, eos=False, allowed_special="all")
-                        tokens = tokens if tools or i % 4 == 0 else tokens
                     else:
                         tokens = theirs.apply_chat_template(
                             expected, chat_template=source, return_dict=False, **options

@@ -3789,8 +3789,10 @@ class ApiHandler(BaseHTTPRequestHandler):
             speed = round(count / max(1e-9, *(request.seconds for request in requests)), 1)
             self.outcome = f" prompt={prompt} generated={count} first={first}s {speed} tokens/s"
 
-    def pieces(self, pause: float = STREAM_PAUSE) -> Iterator[Piece]:
-        """The answer, piece by piece; the handler's thread calls this. Raises ApiError if it breaks off.
+    def pieces(self, requests: list[Request]) -> Iterator[tuple[Request, Piece | None]]:
+        """Yield the pieces of each request's answer as they come, and None at its end."""
+        several = len(requests) > 1
+        running = {request: request.pieces(0.0 if several else STREAM_PAUSE) for request in requests}
         while running:
             for request, pieces in list(running.items()):
                 if len(running) > 1 and request.tokens.empty() and not request.ended.is_set():
