@@ -12,7 +12,8 @@ The model is loaded once and stays loaded. Requests share each step of the engin
     GET  /health                state, model, device and load
     POST /chat                  {"prompt": ...} or {"messages": [...]}; optional: system, max_tokens, temperature,
                                 top_p, top_k, seed, stop, stream, chat_template_kwargs
-    POST /v1/chat/completions   OpenAI's API; also /v1/completions and /v1/models, and vLLM's /tokenize and /detokenize
+    POST /v1/chat/completions   OpenAI's API; also /v1/responses, /v1/completions and /v1/models, and vLLM's /tokenize
+                                and /detokenize
     GET  /metrics               metrics for Prometheus
 
 The rooms of this file, top to bottom; each uses only those above it:
@@ -2739,6 +2740,10 @@ def prompts(value: Any) -> list[str | list[int]]:
     return several if fits else []
 
 
+def one_of(names: Iterable[str]) -> Check:
+    return f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names
+
+
 IDS: Check = "a list of token ids", are_ids
 FLAG: Check = "true or false", lambda v: type(v) is bool
 TEXT: Check = "a string", lambda v: isinstance(v, str)
@@ -2776,9 +2781,8 @@ CHOICE: Check = (
     'none, auto, required or {"type": "function", "function": {"name": ...}}',
     lambda v: v in ("none", "auto", "required") or isinstance(v, dict),
 )
-FORMATS = ("text", "json_object", "json_schema")
 RESPONSE_FORMAT: Table = {
-    "type": (..., (f"one of {', '.join(FORMATS)}", lambda v: v in FORMATS)),
+    "type": (..., one_of(("text", "json_object", "json_schema"))),
     "json_schema": (None, OBJECT),
     "schema": ({"type": "object"}, OBJECT),  # llama.cpp's, of a json_object
 }
@@ -2857,6 +2861,8 @@ class Dialect:
     }
     content_type = "application/x-ndjson"  # of a stream
     default_max_tokens: int | None = 128  # None: the rest of the context
+    limit_name, messages_name = "max_tokens", "messages"
+    part: ClassVar[Table] = PART
     example = '{"prompt": "Hello!"}'
 
     def __init__(self, server: ApiServer) -> None:
@@ -2902,9 +2908,10 @@ class Dialect:
         limit = fields.get("max_completion_tokens") or fields["max_tokens"]
         limit = None if limit == -1 else limit
         if max(limit or 0, 1) > room:
-            param = "max_tokens" if room > 0 else "prompt" if fields.get("messages") is None else "messages"
-            asked = f" and max_tokens is {shown(limit)}" if limit else ""
-            cure = "shorten the prompt or lower max_tokens"
+            name = self.limit_name
+            param = name if room > 0 else "prompt" if fields.get("messages") is None else self.messages_name
+            asked = f" and {name} is {shown(limit)}" if limit else ""
+            cure = f"shorten the prompt or lower {name}"
             message = f"the prompt has {len(prompt)} tokens{asked}, but the context holds {context} in all: {cure}"
             raise ApiError(400, message, param, "context_length_exceeded")
         # A slot's cache is reserved for the whole answer before it starts. If the cache cannot hold the full context
@@ -2976,14 +2983,11 @@ class Dialect:
     def conversation(self, messages: list[Any]) -> list[Message]:
         """The messages for the chat template. Raises ApiError."""
         chat: list[Message] = []
-        known: Check = f"one of {', '.join(self.roles)}", lambda v: isinstance(v, str) and v in self.roles
         for i, message in enumerate(messages):
             where, role = f"messages[{i}]", message.get("role") if isinstance(message, dict) else None
             name, table = self.roles.get(str(role), ("", MESSAGE))
-            fields = self.check(message, {"role": (..., known), **table}, where)
-            if isinstance(fields["content"], list):
-                parts = [self.check(part, PART, f"{where}.content[{j}]") for j, part in enumerate(fields["content"])]
-                fields["content"] = "".join(part["text"] for part in parts)
+            fields = self.check(message, {"role": (..., one_of(self.roles)), **table}, where)
+            fields["content"] = self.text(fields["content"], f"{where}.content")
             calls = [
                 self.called(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(fields.get("tool_calls", ()))
             ]
@@ -2992,6 +2996,13 @@ class Dialect:
             fields |= {"role": name, "tool_calls": calls}
             chat.append({name: value for name, value in fields.items() if value or name == "content"})
         return chat
+
+    def text(self, content: Any, where: str) -> str:
+        """The text of a string or of a list of parts. Raises ApiError."""
+        if isinstance(content, list):
+            parts = [self.check(part, self.part, f"{where}[{j}]") for j, part in enumerate(content)]
+            return "".join(part["text"] for part in parts)
+        return str(content)
 
     def called(self, call: Any, where: str) -> Message:
         """A tool call of a message for the chat template. Raises ApiError."""
@@ -3028,6 +3039,10 @@ class Dialect:
     def error(self, error: ApiError) -> dict[str, Any]:
         """The body of an error."""
         return {"error": str(error)}
+
+    def broken(self, error: ApiError) -> bytes:
+        """The end of a stream that breaks off."""
+        return self.line(self.error(error))
 
     def line(self, value: dict[str, Any]) -> bytes:
         """One item of a stream."""
@@ -3312,6 +3327,209 @@ class Completions(ChatCompletions):
                 {e["token"]: e["logprob"] for e in top if e["logprob"] is not None} or None for top in likely
             ],
         }
+
+
+LOGPROBS = "message.output_text.logprobs"
+RESPONSE: Table = {  # the fields of POST /v1/responses that are not as chat's
+    "input": (..., ("a string or a list of items, not empty", lambda v: isinstance(v, (str, list)) and bool(v))),
+    "instructions": (None, TEXT),
+    "max_output_tokens": (None, LIMIT),
+    "metadata": ({}, OBJECT),
+    "text": ({}, OBJECT),
+    "tools": ChatCompletions.fields["tools"],
+    "tool_choice": ("auto", ('none, auto, required or {"type": "function", "name": ...}', CHOICE[1])),
+    "include": ([], (f"a list without {LOGPROBS}", lambda v: isinstance(v, list) and LOGPROBS not in v)),
+}
+RESPONSE_UNSUPPORTED: dict[str, list[Any]] = {  # beside UNSUPPORTED
+    "previous_response_id": [], "conversation": [], "prompt": [], "store": [False], "background": [False],
+    "truncation": ["disabled"], "messages": [], "response_format": [], "n": [1], "logprobs": [False],
+}  # fmt: skip
+STATELESS = "the server keeps no answers, so send the whole conversation as input"
+ITEMS: dict[str, Table] = {
+    "message": {"role": (..., one_of(Dialect.roles)), **MESSAGE},
+    "reasoning": {"summary": ("", CONTENT), "content": ("", CONTENT)},
+    "function_call": {"call_id": (..., TEXT), **CALLED},
+    "function_call_output": {"call_id": (..., TEXT), "output": (..., CONTENT)},
+    "item_reference": {"id": (..., TEXT)},
+}
+OPTIONAL_TOOLS = ("namespace", "web_search")  # codex offers them to every model, and no answer needs them
+# An item of text: its list of parts, its one part, and the events of both the part and the text. Thinking is a summary,
+# as all clients show that, and few show reasoning_text.
+TEXT_ITEMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "reasoning": ("summary", {"type": "summary_text"}, "reasoning_summary_part", "reasoning_summary_text"),
+    "message": ("content", {"type": "output_text", "annotations": []}, "content_part", "output_text"),
+}
+
+
+class Responses(ChatCompletions):
+    """POST /v1/responses, OpenAI's newer API: the body becomes a chat's, and the answer a list of items.
+
+    Source: https://platform.openai.com/docs/api-reference/responses
+    """
+
+    part: ClassVar[Table] = {
+        "type": (..., one_of(("input_text", "output_text", "text", "summary_text", "reasoning_text"))),
+        "text": (..., TEXT),
+    }
+    limit_name, messages_name = "max_output_tokens", "input"
+    example = '{"input": "Hello!"}'
+    id_prefix = "resp_"
+
+    def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
+        if table is RESPONSE and value not in RESPONSE_UNSUPPORTED.get(name, [value]):
+            cure = STATELESS if name in ("previous_response_id", "conversation") else "leave it out"
+            raise ApiError(400, f"{name} is not supported here: {cure}", name, "unsupported_parameter")
+        super().unknown(name, value, table, where)
+
+    def read(self, body: Any) -> list[Request]:
+        sent = self.check(body, RESPONSE)
+        sent["text"] = self.check(sent["text"], {"format": ({"type": "text"}, OBJECT)}, "text")
+        chat = {name: value for name, value in body.items() if name not in RESPONSE}
+        (request,) = super().read({**chat, **self.nested_fields(sent)})
+        fields = request.fields
+        self.response = {
+            **{"id": fields["id"], "object": "response", "created_at": fields["created"], "model": self.server.model},
+            **{"status": "in_progress", "error": None, "incomplete_details": None, "output": [], "usage": None},
+            **{name: value for name, value in sent.items() if name not in ("input", "include")},
+            **{name: fields[name] for name in ("parallel_tool_calls", "temperature", "top_p")},
+        }
+        self.item: dict[str, Any] = {}  # the open one
+        self.place: dict[str, Any] = {}  # its, for events
+        self.numbers = itertools.count()  # of events
+        return [request]
+
+    def nested_fields(self, sent: dict[str, Any]) -> dict[str, Any]:
+        """Chat's fields for those of RESPONSE. Raises ApiError."""
+        form, choice, tools = sent["text"]["format"], sent["tool_choice"], []
+        if isinstance(choice, dict):
+            choice = self.nested(choice, "function", {"type": (..., TYPE), "name": (..., NONEMPTY)}, "tool_choice")
+        for i, tool in enumerate(sent["tools"]):
+            if isinstance(tool, dict) and tool.get("type") in OPTIONAL_TOOLS:
+                logger.debug("tools[%d] is left out: its type is %s", i, tool["type"])
+            else:
+                tools.append(self.nested(tool, "function", {"type": (..., TYPE), **FUNCTION}, f"tools[{i}]"))
+        schema = (... if form.get("type") == "json_schema" else None, OBJECT)
+        form = self.nested(form, "json_schema", {"type": RESPONSE_FORMAT["type"], "schema": schema}, "text.format")
+        limit, messages = sent["max_output_tokens"], self.messages(sent["instructions"], sent["input"])
+        chosen = {"tools": tools, "tool_choice": choice, "response_format": form}
+        return {"messages": messages, "max_completion_tokens": limit, **chosen}
+
+    def nested(self, value: Any, name: str, table: Table, where: str) -> dict[str, Any]:
+        """Chat's form of an object: all but its type stands one level deeper, as `name`. Raises ApiError."""
+        self.check(value, table, where)
+        return {"type": value["type"], name: {k: v for k, v in value.items() if k != "type" and v is not None}}
+
+    def messages(self, instructions: str | None, items: Any) -> list[Message]:
+        """The messages of a chat. Some templates refuse two of one role in a row, so they become one."""
+        items = items if isinstance(items, list) else [{"role": "user", "content": items}]
+        chat: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
+        for i, item in enumerate(items):
+            message, last = self.message(item, f"input[{i}]"), chat[-1] if chat else {}
+            if message["role"] == "tool" or message["role"] != last.get("role"):
+                chat.append(message)
+                continue
+            for name in ("content", "reasoning_content"):
+                last[name] = "\n\n".join(text for text in (last.get(name), message.get(name)) if text)
+            last["tool_calls"] = last.get("tool_calls", []) + message.get("tool_calls", [])
+        return chat
+
+    def message(self, item: Any, where: str) -> Message:
+        """The message of a chat that an item is, or is a part of. Raises ApiError."""
+        kind = self.check(item, {"type": ("message", one_of(ITEMS))}, where)["type"]
+        fields = self.check(item, ITEMS[kind], where)
+        if kind == "item_reference" and not fields["id"].startswith("reasoning_"):
+            sdk = "the AI SDK does with providerOptions: {openai: {store: false}}"
+            raise ApiError(400, f"{where} is an item_reference: {STATELESS} ({sdk})", where, "unsupported_parameter")
+        text = {name: self.text(fields.get(name, ""), f"{where}.{name}") for name in ("content", "summary", "output")}
+        if kind == "message":
+            return {"role": self.roles[fields["role"]][0], "content": text["content"]}
+        if kind in ("reasoning", "item_reference"):  # the AI SDK only refers to thinking: the model does without
+            return {"role": "assistant", "content": "", "reasoning_content": text["content"] or text["summary"]}
+        if kind == "function_call":
+            return {"role": "assistant", "content": "", "tool_calls": [{"id": fields["call_id"], "function": fields}]}
+        return {"role": "tool", "tool_call_id": fields["call_id"], "content": text["output"]}
+
+    def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
+        (request,) = requests
+        self.piece(request, Piece(request.thinking, request.answer, request.calls))
+        self.end(request)
+        return self.response
+
+    def begin(self, requests: Sequence[Request]) -> bytes:
+        kinds = ("response.created", "response.in_progress")
+        return b"".join(self._event(kind, response=self.response) for kind in kinds)
+
+    def piece(self, request: Request, piece: Piece) -> bytes:
+        data = self._say("reasoning", piece.thinking) + self._say("message", piece.text)
+        return data + b"".join(map(self._call_item, piece.calls))
+
+    def end(self, request: Request) -> bytes:
+        cut = request.finish_reason == "length"
+        status = "incomplete" if cut else "completed"
+        data = self._close_item(status)
+        self.response |= {"status": status, "incomplete_details": {"reason": "max_output_tokens"} if cut else None}
+        prompt, count = len(request.prompt), request.count
+        thinking = min(count, len(self.server.tokenizer.encode_text(request.thinking)))
+        self.response["usage"] = {
+            **{"input_tokens": prompt, "input_tokens_details": {"cached_tokens": request.cached}},
+            **{"output_tokens": count, "output_tokens_details": {"reasoning_tokens": thinking}},
+            "total_tokens": prompt + count,
+        }
+        return data + self._event(f"response.{status}", response=self.response)
+
+    def close(self, requests: Sequence[Request]) -> bytes:
+        return b""
+
+    def broken(self, error: ApiError) -> bytes:
+        # OpenAI's clients raise the first. Others, such as codex, know only the second.
+        failure = {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
+        failed = self._event("response.failed", response=self.response | failure)
+        return self._event("error", **self.error(error)) + failed
+
+    def _say(self, kind: str, text: str) -> bytes:
+        """The events of text in the open item, if it is of this kind, or else in a new one."""
+        if not text:
+            return b""
+        data, (parts, part, part_event, text_event) = b"", TEXT_ITEMS[kind]
+        if self.item.get("type") != kind:
+            role = {"role": "assistant"} if kind == "message" else {}
+            data = self._open_item(kind, **role, **{parts: []})
+            self.place[f"{parts}_index"] = 0
+            self.item[parts] = [{**part, "text": ""}]
+            data += self._event(f"response.{part_event}.added", **self.place, part=self.item[parts][0])
+        self.item[parts][0]["text"] += text
+        return data + self._event(f"response.{text_event}.delta", **self.place, delta=text, logprobs=[])
+
+    def _call_item(self, call: Call) -> bytes:
+        """The events of a tool call."""
+        data = self._open_item("function_call", call_id=call.id, name=call.name, arguments="")
+        self.item["arguments"] = call.arguments
+        data += self._event("response.function_call_arguments.delta", **self.place, delta=call.arguments)
+        return data + self._close_item()
+
+    def _open_item(self, kind: str, **more: Any) -> bytes:
+        data, output = self._close_item(), self.response["output"]
+        self.item = {"type": kind, "id": f"{kind}_{uuid.uuid4().hex}", "status": "in_progress", **more}
+        self.place = {"output_index": len(output), "item_id": self.item["id"]}
+        output.append(self.item)
+        return data + self._event("response.output_item.added", output_index=len(output) - 1, item=self.item)
+
+    def _close_item(self, status: str = "completed") -> bytes:
+        item, self.item = self.item, {}
+        if not item:
+            return b""
+        item["status"] = status
+        if "arguments" in item:
+            data = self._event("response.function_call_arguments.done", **self.place, arguments=item["arguments"])
+        else:
+            parts, _, part_event, text_event = TEXT_ITEMS[item["type"]]
+            (part,) = item[parts]
+            data = self._event(f"response.{text_event}.done", **self.place, text=part["text"], logprobs=[])
+            data += self._event(f"response.{part_event}.done", **self.place, part=part)
+        return data + self._event("response.output_item.done", output_index=self.place["output_index"], item=item)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        return f"event: {kind}\n".encode() + self.line({"type": kind, "sequence_number": next(self.numbers), **fields})
 
 
 def json_object(text: str) -> dict[str, Any] | None:
@@ -3607,7 +3825,8 @@ class ApiHandler(BaseHTTPRequestHandler):
             self.endpoint = urllib.parse.urlsplit(self.path).path.rstrip("/") or "/"
         self.route = "/v1/models/NAME" if self.endpoint.startswith("/v1/models/") else self.endpoint
         if self.endpoint.startswith(("/v1", "/tokenize", "/detokenize")):
-            self.dialect = (Completions if self.endpoint == "/v1/completions" else ChatCompletions)(self.server)
+            own = {"/v1/completions": Completions, "/v1/responses": Responses}
+            self.dialect = own.get(self.endpoint, ChatCompletions)(self.server)
         # Refuse a header that a proxy in front could understand differently (request smuggling).
         fields = [f"{name}: {value}".lower() for name, value in self.headers.items()]
         framing = " ".join(field for field in fields if field.startswith(("content-length:", "transfer-encoding:")))
@@ -3866,11 +4085,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Send an error in the dialect's form; in a stream that has begun, as its last item."""
         if self.late:
             error = ApiError(408, "the request did not come in time: send it again")
-        body = self.dialect.error(error)
         if self.status:
-            self.send_piece(self.dialect.line(body), last=True)
+            self.send_piece(self.dialect.broken(error), last=True)
         else:
-            self.send(error.status, to_json(body), **error.headers)
+            self.send(error.status, to_json(self.dialect.error(error)), **error.headers)
         logger.debug("%s %s: %s", printable(self.command), printable(self.path), error)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> NoReturn:
@@ -3904,6 +4122,7 @@ ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
     "/metrics": ("GET", ApiHandler.metrics),
     "/chat": ("POST", ApiHandler.complete),
     "/v1/chat/completions": ("POST", ApiHandler.complete),
+    "/v1/responses": ("POST", ApiHandler.complete),
     "/v1/completions": ("POST", ApiHandler.complete),
     "/v1/models": ("GET", ApiHandler.models),
     "/tokenize": ("POST", ApiHandler.tokenize),
