@@ -3743,6 +3743,284 @@ class ToolTest(unittest.TestCase):
             check_error(reply, 400, "chat template has no tools")
 
 
+RESPONSE_TOOLS: list[Any] = [
+    {"type": "function", "name": "get_weather", "description": None, "parameters": WEATHER, "strict": False},
+    {"type": "namespace", "name": "agents", "tools": []},
+    {"type": "function", "name": "now", "description": "The time", "parameters": {"type": "object"}},
+    {"type": "web_search"},
+]
+
+
+INNER_EVENTS = {  # of an item, between its start and its end
+    "message": ["content_part.added", "output_text.delta", "output_text.done", "content_part.done"],
+    "reasoning": [f"reasoning_summary_{name}" for name in ("part.added", "text.delta", "text.done", "part.done")],
+    "function_call": ["function_call_arguments.delta", "function_call_arguments.done"],
+}
+
+
+def replay(data: bytes) -> Body:
+    """The response that a stream of POST /v1/responses ends with, which must be what its events add up to."""
+    *parts, rest = data.decode().split("\n\n")
+    assert rest == "", data
+    told: list[Body] = [json.loads(part.partition("\ndata: ")[2]) for part in parts]
+    assert [part.partition("\n")[0] for part in parts] == [f"event: {event['type']}" for event in told]
+    assert [event["sequence_number"] for event in told] == list(range(len(parts)))
+    created, progress, *middle, end = told
+    assert (created["type"], progress["type"]) == ("response.created", "response.in_progress"), told[:2]
+    assert created["response"] == progress["response"]
+    output: list[Body] = []
+    for index, group in itertools.groupby(middle, key=lambda event: int(event["output_index"])):
+        added, *inner, done = group
+        output.append(item := done["item"])
+        kinds = dict.fromkeys(event["type"].removeprefix("response.") for event in (added, *inner, done))
+        assert list(kinds) == ["output_item.added", *INNER_EVENTS[item["type"]], "output_item.done"], kinds
+        assert index == len(output) - 1 and {event["item_id"] for event in inner} == {item["id"]}, inner
+        text = "".join(event.get("delta", "") for event in inner)
+        if item["type"] == "function_call":
+            empty: Body = {"arguments": ""}
+            assert inner[-1]["arguments"] == item["arguments"] == text
+        else:
+            name = "content" if item["type"] == "message" else "summary"
+            empty, (part,) = {name: []}, item[name]
+            assert inner[0]["part"] == {**part, "text": ""} and inner[-1]["part"] == part
+            assert inner[-2]["text"] == part["text"] == text
+        assert added["item"] == {**item, **empty, "status": "in_progress"}
+    response: Body = end["response"]
+    assert end["type"] == f"response.{response['status']}" and response["output"] == output
+    start: Body = {"status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+    assert created["response"] == {**response, **start}
+    return response
+
+
+class ResponsesTest(unittest.TestCase):
+    def post(self, api: server.ApiServer, **body: object) -> Reply:
+        return ask(api.server_port, "/v1/responses", {"input": "Hi", "tools": RESPONSE_TOOLS, **body})
+
+    def test_the_items_of_an_answer(self) -> None:
+        """Streamed or not: thinking, text and calls, and how they ended."""
+        call, more = HERMES_CALL, {"max_output_tokens": 1000}
+        arguments = json.dumps(PARIS)
+        tokens = family_tools("qwen3", "<tool_call>")
+        cut, cut_thought = tokens.encode_text("Hello there.")[:2], tokens.encode_text("<think>Hello")[:-1]
+        begun, begun_thought = (tokens.decode_bytes(some).decode() for some in (cut, cut_thought))
+        for script, fields, items, status in (
+            ("Hello there.", {}, [("message", "Hello there.")], "completed"),
+            ("", {}, [], "completed"),
+            ("<think>\nHm.</think>\n\nYes", more, [("reasoning", "\nHm."), ("message", "Yes")], "completed"),
+            (f"Well. {call}\n{call}", {}, [("message", "Well. "), *[("function_call", arguments)] * 2], "completed"),
+            (f"<think>No</think>{call}", {}, [("reasoning", "No"), ("function_call", arguments)], "completed"),
+            ("Hello there.", {"max_output_tokens": 2}, [("message", begun)], "incomplete"),
+            (
+                "<think>Hello",
+                {"max_output_tokens": len(cut_thought)},
+                [("reasoning", begun_thought.removeprefix("<think>"))],
+                "incomplete",
+            ),
+        ):
+            with self.subTest(script), serving(Speaker(script, tokens)) as api:
+                api.tokenizer = tokens
+                whole = self.post(api, **fields).json
+                streamed = replay(self.post(api, **fields, stream=True).body)
+                for response in (whole, streamed):
+                    output = response["output"]
+                    texts = [
+                        item.get("arguments")
+                        or "".join(part["text"] for part in item.get("summary", item.get("content")))
+                        for item in output
+                    ]
+                    self.assertEqual([(item["type"], text) for item, text in zip(output, texts)], items)
+                    self.assertEqual({item["status"] for item in output}, {status} if output else set())
+                    self.assertEqual(response["status"], status)
+                    details = {"reason": "max_output_tokens"} if status == "incomplete" else None
+                    self.assertEqual((response["incomplete_details"], response["error"]), (details, None))
+                    for item in output:
+                        if item["type"] == "message":
+                            self.assertEqual((item["role"], item["content"][0]["annotations"]), ("assistant", []))
+                        if item["type"] == "function_call":
+                            self.assertEqual(item["name"], "get_weather")
+                    ids = [
+                        response["id"],
+                        *(item["id"] for item in output),
+                        *(i["call_id"] for i in output if "name" in i),
+                    ]
+                    self.assertEqual(len(set(ids)), len(ids))
+                usage, thought = whole["usage"], items[:1] and items[0][0] == "reasoning"
+                self.assertEqual(usage["total_tokens"], usage["input_tokens"] + usage["output_tokens"])
+                self.assertEqual(usage["output_tokens_details"]["reasoning_tokens"] > 0, bool(thought))
+                self.assertEqual(usage["input_tokens_details"]["cached_tokens"], 0)
+                cached = streamed["usage"].pop("input_tokens_details")["cached_tokens"]
+                self.assertEqual((cached > 0, {**usage, **streamed["usage"]}), (True, usage))
+
+    def test_the_conversation(self) -> None:
+        """It reaches the template as messages: one for the items of a role in a row."""
+        tokens = server.TemplateTokenizer(
+            family_checkpoint("qwen3"), "{{ [messages, tools] | tojson }}", frozenset({2})
+        )
+        question, part = {"role": "user", "content": "Hi"}, {"type": "input_text", "text": "Hi"}
+        call = {"type": "function_call", "call_id": "call_123456789", "name": "now", "arguments": "{}", "id": "fc_1"}
+        called = {"id": "123456789", "type": "function", "function": {"name": "now", "arguments": {}}}
+        result = {"type": "function_call_output", "call_id": "call_123456789", "output": [part]}
+        said = {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "A", "annotations": []}],
+        }
+        thought = {"type": "reasoning", "id": "reasoning_1", "summary": [{"type": "summary_text", "text": "T"}]}
+        tool = {"role": "tool", "content": "Hi", "tool_call_id": "123456789"}
+        for items, messages in (
+            ("Hi", [question]),
+            ([question], [question]),
+            ([{"role": "developer", "content": [part, part]}, {**question, "type": "message", "id": "1"}],
+             [{"role": "system", "content": "HiHi"}, question]),
+            ([question, {"role": "user", "content": [part]}], [{"role": "user", "content": "Hi\n\nHi"}]),
+            ([question, thought, said, call, call, result, result, said, question],
+             [question, {"role": "assistant", "content": "A", "reasoning_content": "T", "tool_calls": [called, called]},
+              tool, tool, {"role": "assistant", "content": "A"}, question]),
+            ([question, {"type": "item_reference", "id": "reasoning_1"}, call],
+             [question, {"role": "assistant", "content": "", "tool_calls": [called]}]),
+        ):  # fmt: skip
+            for instructions in (None, "Be brief."):
+                seen: list[int] = []
+                engine = Speaker("Yes", tokens, before_step=lambda batch, seen=seen: seen.extend(batch[0].tokens))
+                with self.subTest(items=items), serving(engine) as api:
+                    api.tokenizer = tokens
+                    reply = self.post(api, input=items, instructions=instructions).json
+                prompt = tokens.decode_bytes(seen[: reply["usage"]["input_tokens"]]).decode()
+                expected = json.loads(json.dumps(messages))
+                if instructions and expected[0]["role"] == "system":
+                    expected[0]["content"] = "Be brief.\n\nHiHi"
+                elif instructions:
+                    expected.insert(0, {"role": "system", "content": "Be brief."})
+                weather = {"name": "get_weather", "parameters": WEATHER}
+                now = {"name": "now", "description": "The time", "parameters": {"type": "object"}}
+                tools = [{"type": "function", "function": function} for function in (weather, now)]
+                self.assertEqual(json.loads(prompt), [expected, tools])
+
+    @unittest.skipUnless(has("llguidance"), "llguidance is not installed")
+    def test_forms_of_an_answer(self) -> None:
+        """The text's format and the choice of a tool hold for a model of random weights."""
+        form = {"type": "json_schema", "name": "x", "schema": {"enum": ["yes", "日本"]}, "strict": True}
+        with serving(Rambler("")) as api:
+            text = {"format": form, "verbosity": "low"}
+            reply = self.post(api, text=text, tools=[], seed=1).json
+            self.assertIn(reply["output"][0]["content"][0]["text"], ('"yes"', '"日本"'))
+            self.assertEqual((reply["text"], reply["tools"]), ({"format": form}, []))
+            for choice in ("required", {"type": "function", "name": "get_weather"}):
+                tools = [{**RESPONSE_TOOLS[0], "parameters": {"enum": [{"city": "X"}]}}]
+                reply = self.post(api, tools=tools, tool_choice=choice, seed=1).json
+                self.assertEqual([json.loads(item["arguments"]) for item in reply["output"]], [{"city": "X"}])
+                self.assertEqual((reply["tool_choice"], reply["tools"]), (choice, tools))
+
+    @unittest.skipUnless(has("openai"), "openai is not installed")
+    def test_the_python_client(self) -> None:
+        import openai
+        import pydantic
+
+        class Person(pydantic.BaseModel):
+            name: str
+            age: int
+
+        def client(api: server.ApiServer) -> Any:
+            return openai.OpenAI(base_url=f"http://127.0.0.1:{api.server_port}/v1", api_key="none", max_retries=0)
+
+        settings: Body = {"model": "fake-llama", "input": "Who?"}
+        with serving(Speaker('{"name": "Ann", "age": 21}')) as api, client(api) as ai:
+            plain = ai.responses.create(**settings, instructions="Be brief.", metadata={"a": "b"}, temperature=0.5)
+            self.assertEqual((plain.output_text, plain.status), ('{"name": "Ann", "age": 21}', "completed"))
+            self.assertEqual((plain.instructions, plain.metadata, plain.temperature), ("Be brief.", {"a": "b"}, 0.5))
+            parsed = ai.responses.parse(**settings, text_format=Person)
+            self.assertEqual(parsed.output_parsed, Person(name="Ann", age=21))
+            with ai.responses.stream(**settings, text_format=Person) as stream:
+                deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+                final = stream.get_final_response()
+            self.assertEqual(("".join(deltas), final.output_parsed), (plain.output_text, parsed.output_parsed))
+            with self.assertRaises(openai.BadRequestError) as refused:
+                ai.responses.create(**settings, previous_response_id=plain.id)
+            self.assertEqual(refused.exception.param, "previous_response_id")
+        items: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+        with serving(Speaker(LLAMA_CALL)) as api, client(api) as ai:
+            items += ai.responses.create(model="fake-llama", input=items, tools=RESPONSE_TOOLS).output
+        with serving(Speaker("It is warm.")) as api, client(api) as ai:
+            self.assertEqual([item.type for item in items[1:]], ["function_call"])
+            items.append({"type": "function_call_output", "call_id": items[1].call_id, "output": "21 degrees"})
+            answer = ai.responses.create(model="fake-llama", input=items, tools=RESPONSE_TOOLS)
+            self.assertEqual(answer.output_text, "It is warm.")
+
+    def test_an_error_in_a_stream(self) -> None:
+        """In both forms: OpenAI's clients raise the one, codex knows the other."""
+        engine = FakeEngine(before_step=Failing(1, after=5))
+        with serving(engine) as api, self.assertLogs(server.logger, "ERROR"):
+            events_of = self.post(api, tools=[], stream=True).body.decode().split("\n\n")
+            error, failed = (json.loads(event.partition("data: ")[2]) for event in events_of[-3:-1])
+            self.assertEqual((error["type"], failed["type"]), ("error", "response.failed"))
+            self.assertEqual(failed["sequence_number"], error["sequence_number"] + 1)
+            message = error["error"]["message"]
+            self.assertIn("the engine failed", message)
+            expected = ("failed", {"code": "server_error", "message": message})
+            self.assertEqual((failed["response"]["status"], failed["response"]["error"]), expected)
+            if has("openai"):
+                import openai
+
+                engine.before_step = Failing(1, after=5)
+                client = openai.OpenAI(base_url=f"http://127.0.0.1:{api.server_port}/v1", api_key="none", max_retries=0)
+                with client, self.assertRaisesRegex(openai.APIError, "the engine failed"):
+                    list(client.responses.create(model="fake-llama", input="Hi", stream=True))
+
+    def test_what_is_refused(self) -> None:
+        port, tool = shared_server("random").port, {"type": "function", "name": "f"}
+        image = {"type": "input_image", "image_url": "x"}
+        call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}
+        bodies: list[tuple[str, str, Body]] = [
+            (
+                "previous_response_id",
+                "keeps no answers, so send the whole conversation",
+                {"previous_response_id": "resp_1"},
+            ),
+            ("conversation", "keeps no answers", {"conversation": {"id": "x"}}),
+            ("prompt", "not supported here: leave it out", {"prompt": {"id": "x"}}),
+            ("store", "not supported here: leave it out", {"store": True}),
+            ("background", "not supported here", {"background": True}),
+            ("truncation", "not supported here", {"truncation": "auto"}),
+            ("n", "not supported here", {"n": 2}),
+            ("top_logprobs", "not supported here", {"top_logprobs": 2}),
+            ("include", "a list without message.output_text.logprobs", {"include": ["message.output_text.logprobs"]}),
+            ("input[0]", "item_reference.*store: false", {"input": [{"type": "item_reference", "id": "message_1"}]}),
+            ("input[0].type", "one of message, .*computer", {"input": [{"type": "computer_call"}]}),
+            (
+                "input[1].role",
+                "one of system",
+                {"input": [{"role": "user", "content": "a"}, {"role": "me", "content": "a"}]},
+            ),
+            ("input[0].content[0].type", "one of input_text", {"input": [{"role": "user", "content": [image]}]}),
+            ("input[0].arguments", "JSON object in a string", {"input": [call]}),
+            ("input", "missing", {"input": None}),
+            ("input", "not empty", {"input": []}),
+            ("input", "context holds 8192 in all: shorten", {"input": "x " * 9000}),
+            ("max_output_tokens", "lower max_output_tokens", {"max_output_tokens": 8192}),
+            ("tools[1].type", 'must be "function", not "mcp"', {"tools": [tool, {"type": "mcp"}]}),
+            ("tools[0].name", "missing", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+            ("tool_choice", 'or {"type": "function", "name": ...}, not "any"', {"tool_choice": "any"}),
+            ("tool_choice.type", 'must be "function"', {"tool_choice": {"type": "web_search"}}),
+            ("tool_choice", "not in tools", {"tools": [tool], "tool_choice": {**tool, "name": "g"}}),
+            ("text.format.schema", "missing", {"text": {"format": {"type": "json_schema", "name": "x"}}}),
+            ("text.format.type", "one of text, json_object", {"text": {"format": {"type": "xml"}}}),
+        ]
+        for param, expected, body in bodies:
+            with self.subTest(param=param, body=str(body)[:99]):
+                reply = ask(port, "/v1/responses", {"input": "Hi", "max_output_tokens": 3, **body})
+                check_error(reply, 400, expected)
+                self.assertEqual(reply.json["error"]["param"], param)
+        check_error(ask(port, "/v1/responses", b"{"), 400, r'send {"input": "Hello!"}')
+        let_pass: Body = {"store": False, "background": False, "include": ["reasoning.encrypted_content"], "user": "me"}
+        let_pass |= {
+            "reasoning": {"effort": "low", "summary": "auto"},
+            "prompt_cache_key": "x",
+            "truncation": "disabled",
+        }
+        reply = ask(port, "/v1/responses", {"input": "Hi", "max_output_tokens": 3, **let_pass})
+        self.assertEqual((reply.status, reply.json["usage"]["output_tokens"]), (200, 3))
+
+
 # ======================================================================================================================
 # Operation: metrics, systemd, nginx
 # ======================================================================================================================

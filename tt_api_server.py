@@ -3330,7 +3330,7 @@ class Completions(ChatCompletions):
 
 
 LOGPROBS = "message.output_text.logprobs"
-RESPONSE: Table = {  # the fields of POST /v1/responses that are not as chat's
+RESPONSE: Table = {  # the fields of POST /v1/responses that chat does not have, or has in another form
     "input": (..., ("a string or a list of items, not empty", lambda v: isinstance(v, (str, list)) and bool(v))),
     "instructions": (None, TEXT),
     "max_output_tokens": (None, LIMIT),
@@ -3393,8 +3393,8 @@ class Responses(ChatCompletions):
             **{name: value for name, value in sent.items() if name not in ("input", "include")},
             **{name: fields[name] for name in ("parallel_tool_calls", "temperature", "top_p")},
         }
-        self.item: dict[str, Any] = {}  # the open one
-        self.place: dict[str, Any] = {}  # its, for events
+        self.item: dict[str, Any] = {}  # of the output, if it is not complete
+        self.place: dict[str, Any] = {}  # of this item, as events give it
         self.numbers = itertools.count()  # of events
         return [request]
 
@@ -3409,10 +3409,14 @@ class Responses(ChatCompletions):
             else:
                 tools.append(self.nested(tool, "function", {"type": (..., TYPE), **FUNCTION}, f"tools[{i}]"))
         schema = (... if form.get("type") == "json_schema" else None, OBJECT)
-        form = self.nested(form, "json_schema", {"type": RESPONSE_FORMAT["type"], "schema": schema}, "text.format")
-        limit, messages = sent["max_output_tokens"], self.messages(sent["instructions"], sent["input"])
-        chosen = {"tools": tools, "tool_choice": choice, "response_format": form}
-        return {"messages": messages, "max_completion_tokens": limit, **chosen}
+        table: Table = {"type": RESPONSE_FORMAT["type"], "schema": schema}
+        return {
+            "messages": self.messages(sent["instructions"], sent["input"]),
+            "max_completion_tokens": sent["max_output_tokens"],
+            "tools": tools,
+            "tool_choice": choice,
+            "response_format": self.nested(form, "json_schema", table, "text.format"),
+        }
 
     def nested(self, value: Any, name: str, table: Table, where: str) -> dict[str, Any]:
         """Chat's form of an object: all but its type stands one level deeper, as `name`. Raises ApiError."""
@@ -3482,9 +3486,8 @@ class Responses(ChatCompletions):
 
     def broken(self, error: ApiError) -> bytes:
         # OpenAI's clients raise the first. Others, such as codex, know only the second.
-        failure = {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
-        failed = self._event("response.failed", response=self.response | failure)
-        return self._event("error", **self.error(error)) + failed
+        self.response |= {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
+        return self._event("error", **self.error(error)) + self._event("response.failed", response=self.response)
 
     def _say(self, kind: str, text: str) -> bytes:
         """The events of text in the open item, if it is of this kind, or else in a new one."""
