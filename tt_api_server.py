@@ -942,8 +942,12 @@ def call_form(tokenizer: Tokenizer) -> CallForm:
 
 
 def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
-    """A JSON schema in Lark; `lenient` ignores keywords that llguidance does not support."""
-    return "%json " + json.dumps({**schema, "x-guidance": {**JSON_STYLE, "lenient": lenient}})
+    """A JSON schema in Lark; `lenient` ignores keywords that llguidance does not support.
+
+    An object has no properties beyond those listed, unless the schema allows them: weak models would invent some.
+    """
+    closed = {"additionalProperties": False} if "properties" in schema else {}
+    return "%json " + json.dumps({**closed, **schema, "x-guidance": {**JSON_STYLE, "lenient": lenient}})
 
 
 def token_rule(tokenizer: Tokenizer, text: str) -> str:
