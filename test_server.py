@@ -443,11 +443,12 @@ class FakeEngine:
         del self.held[slot][length:]
         return True
 
-    def _copy(self, source: int, slot: int, length: int) -> None:
+    def _copy(self, source: int, slot: int, begin: int, end: int) -> None:
         self._enter()
-        self._must(length <= len(self.held[source]), "only what a slot holds is copied")
-        self._must(length <= self.reserved[slot], "room is reserved before its use")
-        self.held[slot][:length] = self.held[source][:length]
+        self._must(begin < end <= len(self.held[source]), "only what a slot holds is copied")
+        self._must(begin <= len(self.held[slot]), "positions leave no gap")
+        self._must(end <= self.reserved[slot], "room is reserved before its use")
+        self.held[slot][begin:] = self.held[source][begin:end]
 
     def step(self, batch: Sequence[server.Work]) -> list[int]:
         self._enter()
@@ -996,8 +997,9 @@ class TorchEngineTest(unittest.TestCase):
             server.Work(7, PROMPT[1:], 1, GREEDY),  # ... and the rest of one
         ]
         logits = logits_of(engine, *random.Random(0).sample(batch, len(batch)))
-        engine.copy(0, 3, 39)  # ... and one that goes on from another slot's
-        engine.copy(1, 6, 18)
+        engine.copy(0, 3, 0, 39)  # ... and two that go on from other slots'
+        engine.copy(1, 6, 0, 10)
+        engine.copy(0, 6, 10, 18)
         rest = logits_of(
             engine,
             server.Work(5, PROMPT[33:], 33, GREEDY),

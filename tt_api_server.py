@@ -1228,11 +1228,8 @@ class Engine(Protocol):
         """
 
     @property
-    def copy(self) -> Callable[[int, int, int], None] | None:
-        """Copy from a slot (first argument) to another (second) the KV cache of the first tokens (third: how many).
-
-        None: this is not supported.
-        """
+    def copy(self) -> Callable[[int, int, int, int], None] | None:
+        """copy(source, slot, begin, end): copy the KV cache of these tokens to another slot. None: not supported."""
 
     def step(self, batch: Sequence[Work]) -> list[int]:
         """Read each item's tokens into its slot; return the next token of each, -1 where none is wanted."""
@@ -1438,9 +1435,9 @@ class TorchEngine:
     def reserve(self, slot: int, length: int) -> bool:
         return length <= self.max_seq_len
 
-    def copy(self, source: int, slot: int, length: int) -> None:
+    def copy(self, source: int, slot: int, begin: int, end: int) -> None:
         for cache in (*self.keys, *self.values):
-            cache[slot, :length] = cache[source, :length]
+            cache[slot, begin:end] = cache[source, begin:end]
 
     def close(self) -> None:
         """Nothing to do: the memory goes with the process."""
@@ -2317,10 +2314,8 @@ class Request:
     count: int = 0  # tokens of both
     seconds: float = 0.0  # from submission to the last of them
     told: int = 0  # tokens whose log-probabilities the dialect has written
-    offset: int = 0  # characters of these tokens
-    decode: Callable[[bytes], str] = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace").decode
-    )
+    offset: int = 0  # characters of these tokens, which the decoder counts
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
     def pieces(self, pause: float = STREAM_PAUSE) -> Iterator[Piece]:
         """The answer, piece by piece; the handler's thread calls this. Raises ApiError if it breaks off.
@@ -2629,7 +2624,7 @@ class Scheduler:
                     continue  # until the other prefill of this prompt is done, and can be copied
                 common, source = max((other.common(request), other.index) for other in self.slots)
                 if common > slot.held:
-                    copy(source, slot.index, common)
+                    copy(source, slot.index, slot.held, common)
                     request.cached += common - slot.held
                     slot.held = common
                 if slot.pending > 1:
@@ -3320,7 +3315,7 @@ class Completions(ChatCompletions):
         if chat is None:
             return None
         entries = chat["content"]
-        lengths = (len(request.decode(bytes(entry["bytes"]))) for entry in entries)
+        lengths = (len(request.decoder.decode(bytes(entry["bytes"]))) for entry in entries)
         *offsets, request.offset = itertools.accumulate(lengths, initial=request.offset)
         likely = [(*entry["top_logprobs"], entry) for entry in entries]
         return {
