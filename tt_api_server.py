@@ -2740,6 +2740,7 @@ def prompts(value: Any) -> list[str | list[int]]:
 
 
 def one_of(names: Iterable[str]) -> Check:
+    """A string that is one of these."""
     return f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names
 
 
@@ -3351,7 +3352,7 @@ ITEMS: dict[str, Table] = {
     "function_call_output": {"call_id": (..., TEXT), "output": (..., CONTENT)},
     "item_reference": {"id": (..., TEXT)},
 }
-OPTIONAL_TOOLS = ("namespace", "web_search")  # codex offers them to every model, and no answer needs them
+OPTIONAL_TOOLS = ("namespace", "web_search")  # codex sends them to every model, and works without them
 # An item of text: its list of parts, its one part, and the events of both the part and the text. Thinking is a summary,
 # as all clients show that, and few show reasoning_text.
 TEXT_ITEMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
@@ -3387,8 +3388,13 @@ class Responses(ChatCompletions):
         (request,) = super().read({**chat, **self.nested_fields(sent)})
         fields = request.fields
         self.response = {
-            **{"id": fields["id"], "object": "response", "created_at": fields["created"], "model": self.server.model},
-            **{"status": "in_progress", "error": None, "incomplete_details": None, "output": [], "usage": None},
+            "id": fields["id"],
+            "object": "response",
+            "created_at": fields["created"],
+            "model": self.server.model,
+            "status": "in_progress",
+            "output": [],
+            **dict.fromkeys(("error", "incomplete_details", "usage")),
             **{name: value for name, value in sent.items() if name not in ("input", "include")},
             **{name: fields[name] for name in ("parallel_tool_calls", "temperature", "top_p")},
         }
@@ -3423,7 +3429,7 @@ class Responses(ChatCompletions):
         return {"type": value["type"], name: {k: v for k, v in value.items() if k != "type" and v is not None}}
 
     def messages(self, instructions: str | None, items: Any) -> list[Message]:
-        """The messages of a chat. Some templates refuse two of one role in a row, so they become one."""
+        """The messages of a chat: one for the items of a role in a row, as some templates want it. Raises ApiError."""
         items = items if isinstance(items, list) else [{"role": "user", "content": items}]
         chat: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
         for i, item in enumerate(items):
@@ -3437,7 +3443,7 @@ class Responses(ChatCompletions):
         return chat
 
     def message(self, item: Any, where: str) -> Message:
-        """The message of a chat that an item is, or is a part of. Raises ApiError."""
+        """An item as a message of a chat. Raises ApiError."""
         kind = self.check(item, {"type": ("message", one_of(ITEMS))}, where)["type"]
         fields = self.check(item, ITEMS[kind], where)
         if kind == "item_reference" and not fields["id"].startswith("reasoning_"):
@@ -3446,7 +3452,7 @@ class Responses(ChatCompletions):
         text = {name: self.text(fields.get(name, ""), f"{where}.{name}") for name in ("content", "summary", "output")}
         if kind == "message":
             return {"role": self.roles[fields["role"]][0], "content": text["content"]}
-        if kind in ("reasoning", "item_reference"):  # the AI SDK only refers to thinking: the model does without
+        if kind in ("reasoning", "item_reference"):  # the AI SDK only refers to earlier thinking, which can be missing
             return {"role": "assistant", "content": "", "reasoning_content": text["content"] or text["summary"]}
         if kind == "function_call":
             return {"role": "assistant", "content": "", "tool_calls": [{"id": fields["call_id"], "function": fields}]}
@@ -3474,8 +3480,10 @@ class Responses(ChatCompletions):
         prompt, count = len(request.prompt), request.count
         thinking = min(count, len(self.server.tokenizer.encode_text(request.thinking)))
         self.response["usage"] = {
-            **{"input_tokens": prompt, "input_tokens_details": {"cached_tokens": request.cached}},
-            **{"output_tokens": count, "output_tokens_details": {"reasoning_tokens": thinking}},
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": request.cached},
+            "output_tokens": count,
+            "output_tokens_details": {"reasoning_tokens": thinking},
             "total_tokens": prompt + count,
         }
         return data + self._event(f"response.{status}", response=self.response)
@@ -3484,7 +3492,7 @@ class Responses(ChatCompletions):
         return b""
 
     def broken(self, error: ApiError) -> bytes:
-        # OpenAI's clients raise the first. Others, such as codex, know only the second.
+        # OpenAI's own clients raise the first as an exception. codex knows only the second.
         self.response |= {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
         return self._event("error", **self.error(error)) + self._event("response.failed", response=self.response)
 
