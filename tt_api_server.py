@@ -3329,7 +3329,6 @@ class Completions(ChatCompletions):
         }
 
 
-LOGPROBS = "message.output_text.logprobs"
 RESPONSE: Table = {  # the fields of POST /v1/responses that chat does not have, or has in another form
     "input": (..., ("a string or a list of items, not empty", lambda v: isinstance(v, (str, list)) and bool(v))),
     "instructions": (None, TEXT),
@@ -3338,7 +3337,7 @@ RESPONSE: Table = {  # the fields of POST /v1/responses that chat does not have,
     "text": ({}, OBJECT),
     "tools": ChatCompletions.fields["tools"],
     "tool_choice": ("auto", ('none, auto, required or {"type": "function", "name": ...}', CHOICE[1])),
-    "include": ([], (f"a list without {LOGPROBS}", lambda v: isinstance(v, list) and LOGPROBS not in v)),
+    "include": ([], ("a list without message.output_text.logprobs", lambda v: "logprobs" not in str(v))),
 }
 RESPONSE_UNSUPPORTED: dict[str, list[Any]] = {  # beside UNSUPPORTED
     "previous_response_id": [], "conversation": [], "prompt": [], "store": [False], "background": [False],
@@ -3374,6 +3373,7 @@ class Responses(ChatCompletions):
     limit_name, messages_name = "max_output_tokens", "input"
     example = '{"input": "Hello!"}'
     id_prefix = "resp_"
+    close = Dialect.close
 
     def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
         if table is RESPONSE and value not in RESPONSE_UNSUPPORTED.get(name, [value]):
@@ -3406,8 +3406,7 @@ class Responses(ChatCompletions):
     def nested_fields(self, sent: dict[str, Any]) -> dict[str, Any]:
         """Chat's fields for those of RESPONSE. Raises ApiError."""
         form, choice, tools = sent["text"]["format"], sent["tool_choice"], []
-        if isinstance(choice, dict):
-            choice = self.nested(choice, "function", {"type": (..., TYPE), "name": (..., NONEMPTY)}, "tool_choice")
+        named: Table = {"type": (..., TYPE), "name": (..., NONEMPTY)}
         for i, tool in enumerate(sent["tools"]):
             if isinstance(tool, dict) and tool.get("type") in OPTIONAL_TOOLS:
                 logger.debug("tools[%d] is left out: its type is %s", i, tool["type"])
@@ -3419,7 +3418,7 @@ class Responses(ChatCompletions):
             "messages": self.messages(sent["instructions"], sent["input"]),
             "max_completion_tokens": sent["max_output_tokens"],
             "tools": tools,
-            "tool_choice": choice,
+            "tool_choice": choice if isinstance(choice, str) else self.nested(choice, "function", named, "tool_choice"),
             "response_format": self.nested(form, "json_schema", table, "text.format"),
         }
 
@@ -3465,8 +3464,7 @@ class Responses(ChatCompletions):
         return self.response
 
     def begin(self, requests: Sequence[Request]) -> bytes:
-        kinds = ("response.created", "response.in_progress")
-        return b"".join(self._event(kind, response=self.response) for kind in kinds)
+        return self._event("created", response=self.response) + self._event("in_progress", response=self.response)
 
     def piece(self, request: Request, piece: Piece) -> bytes:
         data = self._say("reasoning", piece.thinking) + self._say("message", piece.text)
@@ -3486,15 +3484,12 @@ class Responses(ChatCompletions):
             "output_tokens_details": {"reasoning_tokens": thinking},
             "total_tokens": prompt + count,
         }
-        return data + self._event(f"response.{status}", response=self.response)
-
-    def close(self, requests: Sequence[Request]) -> bytes:
-        return b""
+        return data + self._event(status, response=self.response)
 
     def broken(self, error: ApiError) -> bytes:
         # OpenAI's own clients raise the first as an exception. codex knows only the second.
         self.response |= {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
-        return self._event("error", **self.error(error)) + self._event("response.failed", response=self.response)
+        return self._event("error", **self.error(error)) + self._event("failed", response=self.response)
 
     def _say(self, kind: str, text: str) -> bytes:
         """The events of text in the open item, if it is of this kind, or else in a new one."""
@@ -3506,15 +3501,15 @@ class Responses(ChatCompletions):
             data = self._open_item(kind, **role, **{parts: []})
             self.place[f"{parts}_index"] = 0
             self.item[parts] = [{**part, "text": ""}]
-            data += self._event(f"response.{part_event}.added", **self.place, part=self.item[parts][0])
+            data += self._event(f"{part_event}.added", **self.place, part=self.item[parts][0])
         self.item[parts][0]["text"] += text
-        return data + self._event(f"response.{text_event}.delta", **self.place, delta=text, logprobs=[])
+        return data + self._event(f"{text_event}.delta", **self.place, delta=text, logprobs=[])
 
     def _call_item(self, call: Call) -> bytes:
         """The events of a tool call."""
         data = self._open_item("function_call", call_id=call.id, name=call.name, arguments="")
         self.item["arguments"] = call.arguments
-        data += self._event("response.function_call_arguments.delta", **self.place, delta=call.arguments)
+        data += self._event("function_call_arguments.delta", **self.place, delta=call.arguments)
         return data + self._close_item()
 
     def _open_item(self, kind: str, **more: Any) -> bytes:
@@ -3522,7 +3517,7 @@ class Responses(ChatCompletions):
         self.item = {"type": kind, "id": f"{kind}_{uuid.uuid4().hex}", "status": "in_progress", **more}
         self.place = {"output_index": len(output), "item_id": self.item["id"]}
         output.append(self.item)
-        return data + self._event("response.output_item.added", output_index=len(output) - 1, item=self.item)
+        return data + self._event("output_item.added", output_index=len(output) - 1, item=self.item)
 
     def _close_item(self, status: str = "completed") -> bytes:
         item, self.item = self.item, {}
@@ -3530,15 +3525,16 @@ class Responses(ChatCompletions):
             return b""
         item["status"] = status
         if "arguments" in item:
-            data = self._event("response.function_call_arguments.done", **self.place, arguments=item["arguments"])
+            data = self._event("function_call_arguments.done", **self.place, arguments=item["arguments"])
         else:
             parts, _, part_event, text_event = TEXT_ITEMS[item["type"]]
             (part,) = item[parts]
-            data = self._event(f"response.{text_event}.done", **self.place, text=part["text"], logprobs=[])
-            data += self._event(f"response.{part_event}.done", **self.place, part=part)
-        return data + self._event("response.output_item.done", output_index=self.place["output_index"], item=item)
+            data = self._event(f"{text_event}.done", **self.place, text=part["text"], logprobs=[])
+            data += self._event(f"{part_event}.done", **self.place, part=part)
+        return data + self._event("output_item.done", output_index=self.place["output_index"], item=item)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
+        kind = kind if kind == "error" else f"response.{kind}"
         return f"event: {kind}\n".encode() + self.line({"type": kind, "sequence_number": next(self.numbers), **fields})
 
 
