@@ -994,7 +994,7 @@ def compile_grammar(tokenizer: Tokenizer, grammar: str) -> Any:
 
 
 def answer_rule(outputs: dict[str, Any]) -> str:
-    """Lark for an answer by vLLM's structured_outputs; "" for any text."""
+    """Lark for an answer by STRUCTURED_OUTPUTS; "" for any text."""
     if outputs["json"] is not None:
         return json_rule(outputs["json"])
     if outputs["choice"]:
@@ -3060,7 +3060,7 @@ class ChatCompletions(Dialect):
         "model": (None, TEXT),
         "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
         **sampling_fields(temperature=1.0, top_p=1.0),
-        "stream_options": ({}, ("an object", lambda v: isinstance(v, dict))),
+        "stream_options": ({}, OBJECT),
         "n": (1, between(1, 16, "a whole number from 1 to 16")),
         "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
         "stop_token_ids": ([], IDS),
@@ -3150,13 +3150,13 @@ class ChatCompletions(Dialect):
         if thinking == "start" and not fields["chat_template_kwargs"].get("enable_thinking"):
             thinking = "answer"
         forced = bool(functions) and choice != "auto"
-        made = constrain(self.server.tokenizer, functions, self.answer_rule(fields), forced, several, thinking)
+        made = constrain(self.server.tokenizer, functions, answer_rule(self.outputs(fields)), forced, several, thinking)
         if made and fields["min_tokens"]:
             raise ApiError(400, "min_tokens does not go with tools or a response format: leave it out", "min_tokens")
         return made
 
-    def answer_rule(self, fields: dict[str, Any]) -> str:
-        """Lark for the answer, by response_format or structured_outputs; "" for any text. Raises ApiError."""
+    def outputs(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """What the answer must be, by response_format or structured_outputs, as STRUCTURED_OUTPUTS. Raises ApiError."""
         asked = self.check(fields["response_format"], RESPONSE_FORMAT, "response_format")
         outputs = self.check(fields["structured_outputs"], STRUCTURED_OUTPUTS, "structured_outputs")
         if asked["type"] == "json_object":
@@ -3164,7 +3164,7 @@ class ChatCompletions(Dialect):
         if asked["type"] == "json_schema":
             where = "response_format.json_schema"
             outputs["json"] = self.check(asked["json_schema"], {"schema": (..., OBJECT)}, where)["schema"]
-        return answer_rule(outputs)
+        return outputs
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
         choices = []
