@@ -3705,6 +3705,13 @@ class ToolTest(unittest.TestCase):
                 with_one = self.post(api, **asked, **more, tool_choice="required")
                 self.assertEqual([call["function"]["name"] for call in with_one["tool_calls"]], ["f"])
 
+        tokens = family_tools("qwen3", "<tool_call>", "{% if enable_thinking %}{% endif %}")
+        with serving(Rambler("<think>a<tool_call>b</think><tool_call>", tokens)) as api:  # a thought of a call is none
+            api.tokenizer = tokens
+            thought = self.post(api, tools=tools, chat_template_kwargs={"enable_thinking": True})
+            self.assertEqual(thought["reasoning_content"], "a<tool_call>b")
+            self.assertEqual({call["function"]["name"] for call in thought["tool_calls"]}, {"f"})
+
     def test_what_is_refused(self) -> None:
         port, named = shared_server("random").port, {"type": "function", "function": {"name": "rm"}}
         call = called("now", {})

@@ -1007,14 +1007,15 @@ def answer_rule(outputs: dict[str, Any]) -> str:
 class Constraint:
     """A grammar in Lark for an answer's tokens, from the start or from a tool call on."""
 
-    def __init__(self, tokenizer: Tokenizer, grammar: str, opening: str = "") -> None:
+    def __init__(self, tokenizer: Tokenizer, grammar: str, opening: str = "", after: int | None = None) -> None:
         """`opening` is the text with which a tool call begins; "" if the grammar holds from the start.
 
-        Raises ApiError if the grammar is not supported.
+        It is looked for after the token `after`, if that is given. Raises ApiError if the grammar is not supported.
         """
         self._matcher = compile_grammar(tokenizer, grammar)
         self._decode, self._opening = tokenizer.decode_bytes, opening.encode()
         self._anywhere = opening in CALL_MARKS  # else only at the start of the answer
+        self._after = after
         self._tokens: list[int] = []  # may be the start of a tool call
         self.active = not opening
 
@@ -1022,6 +1023,8 @@ class Constraint:
         """Follow the answer's next token."""
         if self.active:
             self._matcher.consume_token(token)
+        elif self._after is not None:
+            self._after = None if token == self._after else self._after
         elif self._opening:
             self._tokens.append(token)
             text = self._decode(self._tokens).removeprefix(b"" if self._anywhere else LLAMA_CALLS.mark.encode())
@@ -1054,7 +1057,8 @@ def constrain(
         return None
     rules = call_rules(tokenizer, functions, several, marked=bool(answer) and not forced) if functions else ""
     if free:
-        return Constraint(tokenizer, f"start: calls\n{rules}", call_form(tokenizer).opening)
+        over = None if thinking == "answer" else tokenizer.token_id("</think>")
+        return Constraint(tokenizer, f"start: calls\n{rules}", call_form(tokenizer).opening, over)
     start = "calls" if forced else "answer | calls" if functions else "answer"
     think = {"thinking": 'text over "\\n\\n"?', "start": 'begin text over "\\n\\n"?'}.get(thinking, "")
     rules += f"\nbegin: {token_rule(tokenizer, '<think>')}\nover: {token_rule(tokenizer, '</think>')}"
