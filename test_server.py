@@ -514,7 +514,7 @@ class Speaker(FakeEngine):
 def request(prompt: list[int], max_tokens: int = 8, stop_tokens: frozenset[int] = frozenset()) -> server.Request:
     """A greedy request for the scheduler alone."""
     text = server.TextStream(tokenizer())
-    thoughts, finder = server.Thoughts("answer"), server.CallFinder(())
+    thoughts, finder = server.Thoughts("answer"), server.CallFinder((), False)
     return server.Request(prompt, max_tokens, GREEDY, stop_tokens, text, thoughts, finder, {"stream": True, "stop": []})
 
 
@@ -3535,7 +3535,7 @@ class ToolTest(unittest.TestCase):
             (LLAMA_CALL, None, one),
             (f"<|python_tag|>{LLAMA_CALL}", None, one),
             (LLAMA_CALL.replace("parameters", "arguments"), None, one),
-            (f'{LLAMA_CALL}; {{"name": "now"}}', None, [*one, ("now", {})]),
+            (f'{LLAMA_CALL}; {{"name": "now", "parameters": {{}}}}', None, [*one, ("now", {})]),
             (f"[{LLAMA_CALL}, {LLAMA_CALL}]", None, one * 2),
             (json.dumps({"type": "function", "function": {"name": "now", "arguments": "{}"}}), None, [("now", {})]),
             (json.dumps({"type": "function", "function": "get_weather", "parameters": PARIS}), None, one),
@@ -3549,6 +3549,7 @@ class ToolTest(unittest.TestCase):
                 for text in (
                     '{"name": "rm", "parameters": {}}',
                     '{"name": "now", "parameters": 5}',
+                    '{"name": "now", "age": 5}',
                     '{"city": "Paris"}',
                     "[1, 2]",
                     '{"name": "now", "parameters": {',
@@ -3705,6 +3706,11 @@ class ToolTest(unittest.TestCase):
                 with_one = self.post(api, **asked, **more, tool_choice="required")
                 self.assertEqual([call["function"]["name"] for call in with_one["tool_calls"]], ["f"])
 
+        alike = {"type": "object", "properties": {"name": {"const": "f"}}, "required": ["name"]}
+        asked["response_format"] = {"type": "json_schema", "json_schema": {"schema": alike}}
+        with serving(Rambler("")) as api:  # Llama's call is JSON, too: without its mark it is the answer
+            messages = [self.post(api, **asked, seed=i) for i in range(30)]
+            self.assertEqual({message["content"] for message in messages}, {'{"name": "f"}', None})
         tokens = family_tools("qwen3", "<tool_call>", "{% if enable_thinking %}{% endif %}")
         with serving(Rambler("<think>a<tool_call>b</think><tool_call>", tokens)) as api:  # a thought of a call is none
             api.tokenizer = tokens

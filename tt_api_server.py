@@ -843,11 +843,11 @@ class CallFinder:
     # The start of what is no call: neither an object nor a list of them, or an object with another first name.
     OTHER = re.compile(r'\[?\s*(?:[^\[{\s]|\{\s*(?:[^"\s]|"(?!(?:name|type|id|function|parameters|arguments)")[^"]*"))')
 
-    def __init__(self, functions: Iterable[str]) -> None:
-        """`functions` are the names that may be called. If there are none, all is text."""
+    def __init__(self, functions: Iterable[str], marked: bool) -> None:
+        """`functions` are the names that may be called: if there are none, all is text. `marked`: only after a mark."""
         self._functions = list(functions)
         self._held = ""  # may be the start of a call
-        self._at_start = True
+        self._at_start = not marked  # so a call may begin without a mark
 
     def split(self, text: str, final: bool) -> tuple[str, list[Call]]:
         """The text and the calls that are certain after this text; with `final`, all that is left."""
@@ -896,7 +896,7 @@ class CallFinder:
         value = value if isinstance(value, dict) else {}
         inner = value.get("function")  # some models write OpenAI's form, or this for the name
         value = inner if isinstance(inner, dict) else {"name": inner, **value}
-        arguments = value.get("arguments", value.get("parameters", {}))
+        arguments = value.get("arguments", value.get("parameters"))
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         if value.get("name") not in self._functions or not isinstance(arguments, dict):
             raise ValueError("no call")
@@ -1007,6 +1007,8 @@ def answer_rule(outputs: dict[str, Any]) -> str:
 class Constraint:
     """A grammar in Lark for an answer's tokens, from the start or from a tool call on."""
 
+    marked = False  # a tool call begins with its mark; other JSON is the answer
+
     def __init__(self, tokenizer: Tokenizer, grammar: str, opening: str = "", after: int | None = None) -> None:
         """`opening` is the text with which a tool call begins; "" if the grammar holds from the start.
 
@@ -1055,14 +1057,17 @@ def constrain(
     free = not answer and not forced  # text that may become a call
     if free and not (functions and importlib.util.find_spec("llguidance")):
         return None
-    rules = call_rules(tokenizer, functions, several, marked=bool(answer) and not forced) if functions else ""
+    marked = bool(answer) and not forced
+    rules = call_rules(tokenizer, functions, several, marked) if functions else ""
     if free:
         over = None if thinking == "answer" else tokenizer.token_id("</think>")
         return Constraint(tokenizer, f"start: calls\n{rules}", call_form(tokenizer).opening, over)
     start = "calls" if forced else "answer | calls" if functions else "answer"
     think = {"thinking": 'text over "\\n\\n"?', "start": 'begin text over "\\n\\n"?'}.get(thinking, "")
     rules += f"\nbegin: {token_rule(tokenizer, '<think>')}\nover: {token_rule(tokenizer, '</think>')}"
-    return Constraint(tokenizer, f"start: {think} ({start})\ntext: /(?s:.*)/\nanswer: {answer or chr(34) * 2}\n{rules}")
+    made = Constraint(tokenizer, f"start: {think} ({start})\ntext: /(?s:.*)/\nanswer: {answer or chr(34) * 2}\n{rules}")
+    made.marked = marked
+    return made
 
 
 # ======================================================================================================================
@@ -2927,6 +2932,7 @@ class Dialect:
         self.check_tokens(stop_tokens, "stop_token_ids")
         stop_tokens |= frozenset() if fields.get("ignore_eos") else self.server.tokenizer.stop_tokens
         host = self.host_sampling(fields, prompt, stop_tokens)
+        marked = bool(host and host.constraint and host.constraint.marked)
         return Request(
             prompt=prompt,
             max_tokens=min(default, room) if limit is None else limit,
@@ -2934,7 +2940,7 @@ class Dialect:
             stop_tokens=stop_tokens,
             text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
             thoughts=self.thoughts(fields, prompt),
-            finder=CallFinder(function["name"] for function in fields.get("functions", ())),
+            finder=CallFinder((function["name"] for function in fields.get("functions", ())), marked),
             fields=fields,
             index=index,
         )
