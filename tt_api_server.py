@@ -1038,8 +1038,8 @@ class Constraint:
     def apply(self, logits: torch.Tensor) -> None:
         """Set the logits [vocabulary] of the tokens that may not come next to minus infinity."""
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
-        logits[: len(allowed)].masked_fill_(allowed == 0, -math.inf)
-        logits[len(allowed) :] = -math.inf  # a model's vocabulary may be padded
+        allowed = F.pad(allowed, (0, len(logits) - len(allowed)))  # a model's vocabulary may be padded
+        logits.masked_fill_(allowed == 0, -math.inf)
 
 
 def constrain(
