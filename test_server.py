@@ -3569,6 +3569,8 @@ class ToolTest(unittest.TestCase):
                     "",
                     "[now(",
                     "[now(*a)]",
+                    '[now(**{"a": 1})]',
+                    "[now(a=1e999)]",
                     " [\n",
                     "f()",
                     '{"name": ["now"]}',
@@ -3669,6 +3671,7 @@ class ToolTest(unittest.TestCase):
         for outputs, expected in (
             ({"choice": ["yes", "日本 no"]}, "yes|日本 no"),
             ({"regex": "[a-c]{3}/[0-9]{2}"}, "[a-c]{3}/[0-9]{2}"),
+            ({"regex": r"x\/[0-9]"}, "x/[0-9]"),
             ({"json": {"const": "a/b"}}, '"a/b"'),
             ({"grammar": 'start: "x" y\ny: /[0-9]/'}, "x[0-9]"),
         ):
@@ -3748,6 +3751,14 @@ class ToolTest(unittest.TestCase):
                 check_error(
                     ask(port, "/v1/chat/completions", {"messages": QUESTION, "max_tokens": 3, **body}), 400, expected
                 )
+        extreme = {"stop_token_ids": list(range(server.LLAMA3_VOCABULARY)), "min_tokens": 1, "messages": QUESTION}
+        self.assertEqual(ask(port, "/v1/chat/completions", extreme).status, 200)
+        # What llguidance cannot follow within its limits ends early, and says so; the step does not take minutes.
+        beyond = {"messages": QUESTION, "structured_outputs": {"regex": "(((a{100}){100}){100}){100}"}}
+        (choice,) = ask(port, "/v1/chat/completions", beyond).json["choices"]
+        self.assertEqual(choice["finish_reason"], "length")
+        many = ask(port, "/v1/completions", {"prompt": ["Hi"] * 64, "n": 16})
+        check_error(many, 400, "1024 answers are more than the queue can hold")
         with mock.patch.dict(sys.modules, {"llguidance": None}), serving(Rambler("Hi")) as api:
             for body in ({"tools": TOOLS, "tool_choice": "required"}, {"response_format": {"type": "json_object"}}):
                 reply = ask(api.server_port, "/v1/chat/completions", {"messages": QUESTION, **body})

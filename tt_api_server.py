@@ -901,7 +901,7 @@ class CallFinder:
         if value.get("name") not in self._functions or not isinstance(arguments, dict):
             raise ValueError("no call")
         # An id of nine characters, as Mistral's templates want it.
-        return Call(uuid.uuid4().hex[:9], value["name"], json.dumps(arguments, ensure_ascii=False))
+        return Call(uuid.uuid4().hex[:9], value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
 
     def _pythonic(self, text: str) -> list[Call]:
         """The calls of [name(argument=value), ...]."""
@@ -911,7 +911,12 @@ class CallFinder:
             for call in statement.value.elts:  # type: ignore[attr-defined]
                 arguments = {argument.arg: ast.literal_eval(argument.value) for argument in call.keywords}
                 calls.append(
-                    self._call({"name": ast.unparse(call.func), "arguments": None if call.args else arguments})
+                    self._call(
+                        {
+                            "name": ast.unparse(call.func),
+                            "arguments": None if call.args or None in arguments else arguments,
+                        }
+                    )
                 )
         except Exception:  # other text can fail here in any way
             return []
@@ -946,7 +951,8 @@ def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
 
     An object has no properties beyond those listed, unless the schema allows them: weak models would invent some.
     """
-    closed = {"additionalProperties": False} if "properties" in schema else {}
+    plain = "properties" in schema and not schema.keys() & {"allOf", "anyOf", "oneOf", "$ref"}  # these may add some
+    closed = {"additionalProperties": False} if plain else {}
     return "%json " + json.dumps({**closed, **schema, "x-guidance": {**JSON_STYLE, "lenient": lenient}})
 
 
@@ -980,14 +986,18 @@ def call_rules(tokenizer: Tokenizer, functions: Sequence[dict[str, Any]], severa
     return "\n".join(rules)
 
 
+@functools.lru_cache(32)
 def compile_grammar(tokenizer: Tokenizer, grammar: str) -> Any:
-    """llguidance's LLMatcher for a grammar in Lark. Raises ApiError if it does not support the grammar."""
+    """llguidance's LLMatcher for a grammar in Lark, to be copied. Raises ApiError if it is not supported."""
     try:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
     except ImportError as error:
         raise ApiError(400, "the server needs a package for this: pip install llguidance") from error
-    matcher = LLMatcher(tokenizer.guide, grammar, log_level=0)
-    places = r"at \d+\(\d+\): |failed to compile JSON schema: |\n *\d+ \|.*|\^"
+    # With llguidance's own limits one step of /a{1000000}/ takes minutes; with these, 2 s at most.
+    limits = LLParserLimits(initial_lexer_fuel=100_000, step_lexer_fuel=20_000)
+    matcher = LLMatcher(tokenizer.guide, encodable(grammar), log_level=0, limits=limits)
+    matcher.compute_logit_bias()  # the first takes longest, and may fail: here, and not in a step
+    places = r"(at )?\d+\(\d+\): |failed to compile JSON schema: |\n *\d+ \|.*|\^"
     if problem := " ".join(re.sub(places, "", matcher.get_error()).split()):
         raise ApiError(400, f"the schema or grammar is not supported ({printable(problem)}): change it")
     return matcher
@@ -1000,7 +1010,8 @@ def answer_rule(outputs: dict[str, Any]) -> str:
     if outputs["choice"]:
         return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in outputs["choice"])
     if outputs["regex"]:
-        return f"/{outputs['regex'].replace('/', chr(92) + '/')}/"
+        escaped = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", outputs["regex"])  # \/ stays as it is
+        return f"/{escaped}/"
     return f"%lark {{\n{outputs['grammar']}\n}}" if outputs["grammar"] else ""
 
 
@@ -1014,12 +1025,13 @@ class Constraint:
 
         It is looked for after the token `after`, if that is given. Raises ApiError if the grammar is not supported.
         """
-        self._matcher = compile_grammar(tokenizer, grammar)
+        self._matcher = compile_grammar(tokenizer, grammar).deep_copy()
         self._decode, self._opening = tokenizer.decode_bytes, opening.encode()
         self._anywhere = opening in CALL_MARKS  # else only at the start of the answer
         self._after = after
         self._tokens: list[int] = []  # may be the start of a tool call
         self.active = not opening
+        self.failed = False  # llguidance has reached a limit, and allows only the end
 
     def push(self, token: int) -> None:
         """Follow the answer's next token."""
@@ -1040,6 +1052,7 @@ class Constraint:
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         allowed = F.pad(allowed, (0, len(logits) - len(allowed)))  # a model's vocabulary may be padded
         logits.masked_fill_(allowed == 0, -math.inf)
+        self.failed = self._matcher.is_error()
 
 
 def constrain(
@@ -1174,7 +1187,7 @@ class HostSampling:
             self._seen[self.prompt] = True
         changed = logits + self._bias
         if position < len(self.prompt) + self.min_tokens:
-            changed[list(self.stop_tokens)] = -math.inf
+            changed[list(self.stop_tokens)] = -1e30  # not minus infinity: they may be all tokens
         if self.repetition_penalty != 1:
             repeated = changed.clamp(min=0) / self.repetition_penalty + changed.clamp(max=0) * self.repetition_penalty
             changed = torch.where(self._seen, repeated, changed)
@@ -2492,6 +2505,8 @@ class Scheduler:
         """Queue the requests of one body. Raises ApiError if none is accepted now."""
         with self._wake:
             self.check_available()
+            if len(requests) > self.max_queue + len(self.slots):
+                raise ApiError(400, f"{len(requests)} answers are more than the queue can hold: ask for fewer")
             if len(self.queue) + len(requests) > self.max_queue + len(self.slots) - self.busy:
                 raise ApiError(503, f"the queue is full ({self.max_queue} requests wait): try again in a moment")
             for request in requests:
@@ -2629,7 +2644,7 @@ class Scheduler:
         begun: list[list[int]] = []
         for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
             if copy := self._engine.copy:
-                if request.prompt in begun:
+                if request.prompt in begun and not request.scored:
                     continue  # until the other prefill of this prompt is done, and can be copied
                 common, source = max((other.common(request), other.index) for other in self.slots)
                 if common > slot.held:
@@ -2675,7 +2690,9 @@ class Scheduler:
                 self.statistics.observe("inter_token_latency_seconds", now - request.last_token)
             request.first_token, request.last_token = request.first_token or now, now
             if token in request.stop_tokens or not request.max_tokens:
-                self._leave(slot, "stop" if request.max_tokens else "length")
+                constraint = request.sampling.host and request.sampling.host.constraint
+                cut = not request.max_tokens or (constraint and constraint.failed)
+                self._leave(slot, "length" if cut else "stop")
                 continue
             slot.tokens.append(token)
             request.generated += 1
