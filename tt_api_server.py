@@ -21,6 +21,7 @@ The rooms of this file, top to bottom; each uses only those above it:
     Errors         one exception for the user at the terminal, one for the HTTP client
     Checkpoint     find the model's files and read its configuration
     Text           messages to token ids, token ids to text
+    Tools          tool calls in an answer, and grammars for calls and structured output
     Sampling       logits to the next token
     Engine         the contract of every engine: tokens in, tokens out
     CPU engine     the model in PyTorch
