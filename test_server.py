@@ -3736,6 +3736,8 @@ class ToolTest(unittest.TestCase):
             ({"response_format": {"type": "json_schema"}}, "json_schema must be a JSON object"),
             ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "Invalid type: x"),
             ({"structured_outputs": {"regex": "("}}, "unclosed group"),
+            ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "ask for several forms"),
+            ({"structured_outputs": {"choice": []}}, "choice must be a list of strings"),
             ({"structured_outputs": {"grammar": "("}}, "grammar is not supported"),
             ({"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id is missing"),
             (

@@ -841,7 +841,7 @@ class CallFinder:
 
     MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
     BETWEEN = re.compile(rf"(?:[\s;,]|{MARK.pattern})*")  # calls
-    # The start of what is no call: neither an object nor a list of them, or an object with another first name.
+    # Text that cannot become a call: no object and no list of objects, or an object whose first key no call has.
     OTHER = re.compile(r'\[?\s*(?:[^\[{\s]|\{\s*(?:[^"\s]|"(?!(?:name|type|id|function|parameters|arguments)")[^"]*"))')
 
     def __init__(self, functions: Iterable[str], marked: bool) -> None:
@@ -886,7 +886,7 @@ class CallFinder:
             try:
                 value, end = json.JSONDecoder().raw_decode(text)
                 calls += [self._call(entry) for entry in (value if isinstance(value, list) else [value])]
-            except json.JSONDecodeError as error:  # the end is missing if the error is there, or in a string
+            except json.JSONDecodeError as error:  # at the end, or in an open string: the rest may come
                 return calls, text, error.pos > len(text) - 7 or error.msg.startswith("Unterminated")
             except (ValueError, RecursionError):  # _call's, or nested too deeply
                 return calls, text, False
@@ -950,7 +950,7 @@ def call_form(tokenizer: Tokenizer) -> CallForm:
 def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
     """A JSON schema in Lark; `lenient` ignores keywords that llguidance does not support.
 
-    An object has no properties beyond those listed, unless the schema allows them: weak models would invent some.
+    The outermost object has only the properties listed, unless the schema says otherwise: weak models invent some.
     """
     plain = "properties" in schema and not schema.keys() & {"allOf", "anyOf", "oneOf", "$ref"}  # these may add some
     closed = {"additionalProperties": False} if plain else {}
@@ -966,7 +966,7 @@ def token_rule(tokenizer: Tokenizer, text: str) -> str:
 def call_rules(tokenizer: Tokenizer, functions: Sequence[dict[str, Any]], several: bool, marked: bool) -> str:
     """Lark's rule `calls` for calls of these functions, by their names and their parameters' schemas.
 
-    `several` may come at once, and if `marked`, the first token tells them from other text.
+    With `several`, an answer may hold more than one. With `marked`, it starts with the mark, which no other text does.
     """
     form = call_form(tokenizer)
     more = f"({form.separator} one)*" if several and form.separator else ""
@@ -1064,7 +1064,7 @@ def constrain(
     several: bool,
     thinking: str,
 ) -> Constraint | None:
-    """The constraint for tool calls of the functions, if `forced` nothing else, and for an answer in Lark.
+    """The constraint on an answer: with `forced` calls; else calls, or what the rule `answer` in Lark says.
 
     `answer` is "" for any text. `thinking` is Thoughts' state at the start. Raises ApiError.
     """
@@ -1252,7 +1252,7 @@ class Engine(Protocol):
 
     @property
     def copy(self) -> Callable[[int, int, int, int], None] | None:
-        """copy(source, slot, begin, end): copy the KV cache of these tokens to another slot. None: not supported."""
+        """copy(source, slot, begin, end): copy the KV cache of these positions to a slot. None: not supported."""
 
     def step(self, batch: Sequence[Work]) -> list[int]:
         """Read each item's tokens into its slot; return the next token of each, -1 where none is wanted."""
@@ -2334,7 +2334,7 @@ class Request:
     thinking: str = ""
     answer: str = ""
     calls: list[Call] = field(default_factory=list)
-    count: int = 0  # tokens of both
+    count: int = 0  # tokens of all three
     seconds: float = 0.0  # from submission to the last of them
     told: int = 0  # tokens whose log-probabilities the dialect has written
     offset: int = 0  # characters of these tokens, which the decoder counts
@@ -2816,7 +2816,7 @@ RESPONSE_FORMAT: Table = {
 STRUCTURED_OUTPUTS: Table = {
     "json": (None, OBJECT),
     "regex": (None, NONEMPTY),
-    "choice": (None, ("a list of strings", lambda v: isinstance(v, list) and all(isinstance(s, str) for s in v))),
+    "choice": (None, ("a list of strings", lambda v: isinstance(v, list) and v != [] and all(map(TEXT[1], v)))),
     "grammar": (None, NONEMPTY),
 }
 TEMPLATE_OPTIONS: Check = (
@@ -3186,12 +3186,16 @@ class ChatCompletions(Dialect):
     def outputs(self, fields: dict[str, Any]) -> dict[str, Any]:
         """What the answer must be, by response_format or structured_outputs, as STRUCTURED_OUTPUTS. Raises ApiError."""
         asked = self.check(fields["response_format"], RESPONSE_FORMAT, "response_format")
-        outputs = self.check(fields["structured_outputs"], STRUCTURED_OUTPUTS, "structured_outputs")
+        where = "structured_outputs"
+        outputs = self.check(fields[where], STRUCTURED_OUTPUTS, where)
+        forms = sum(value is not None for value in outputs.values()) + (asked["type"] != "text")
+        if forms > 1:
+            raise ApiError(400, "structured_outputs and response_format ask for several forms: send one", where)
         if asked["type"] == "json_object":
             outputs["json"] = asked["schema"]
         if asked["type"] == "json_schema":
-            where = "response_format.json_schema"
-            outputs["json"] = self.check(asked["json_schema"], {"schema": (..., OBJECT)}, where)["schema"]
+            inner = self.check(asked["json_schema"], {"schema": (..., OBJECT)}, "response_format.json_schema")
+            outputs["json"] = inner["schema"]
         return outputs
 
     def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
@@ -3517,7 +3521,8 @@ class Responses(ChatCompletions):
     def broken(self, error: ApiError) -> bytes:
         # OpenAI's own clients raise the first as an exception. codex knows only the second.
         self.response |= {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
-        return self._event("error", **self.error(error)) + self._event("failed", response=self.response)
+        top = {"code": error.code or "server_error", "message": str(error), "param": error.param}
+        return self._event("error", **self.error(error), **top) + self._event("failed", response=self.response)
 
     def _say(self, kind: str, text: str) -> bytes:
         """The events of text in the open item, if it is of this kind, or else in a new one."""
