@@ -2925,10 +2925,7 @@ class OpenAITest(unittest.TestCase):
     def test_tokens(self) -> None:
         """The ids of a text and of a chat, as the engine gets them, and back; in vLLM's JSON."""
         text = "Once upon a time, 日本 🙂"
-        plain, chat = (
-            tokenizer().encode_text(text),
-            tokenizer().encode_chat([{"role": "user", "content": QUESTION[0]["content"]}]),
-        )
+        plain, chat = tokenizer().encode_text(text), tokenizer().encode_chat(QUESTION)
         document = tokenizer().encode_document(text)
         for body, tokens in (
             ({"prompt": text, "model": self.model}, document),
@@ -2998,7 +2995,7 @@ class OpenAITest(unittest.TestCase):
         self.assertEqual(self.post("completions", prompt="Hi", **nothing).json["choices"], plain)
 
     def test_sampling_on_the_host(self) -> None:
-        """Each field has its effect, and a card that samples by itself refuses them by name."""
+        """Each field has its effect."""
         prompt = "Once upon a time"
         plain = self.post("completions", prompt=prompt, max_tokens=40).json["choices"][0]["text"]
         token = next(token for token in range(1000, 2000) if tokenizer().decode_bytes([token]).isalpha())
@@ -3092,7 +3089,7 @@ class OpenAITest(unittest.TestCase):
 
         model: Any = transformers.AutoModelForCausalLM
         model = model.from_pretrained(random_checkpoint("hf", Shape()), dtype=torch.float32)
-        prompt = tokenizer().encode_chat([{"role": "user", "content": QUESTION[0]["content"]}])
+        prompt = tokenizer().encode_chat(QUESTION)
         answer = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
         logits = model(torch.tensor([prompt + answer])).logits.detach()[0, len(prompt) - 1 : -1]
         top = logits.log_softmax(-1).topk(20)

@@ -136,6 +136,11 @@ def shown(value: Any) -> str:
     return printable(json.dumps(value, ensure_ascii=False))
 
 
+def as_list(value: Any) -> list[Any]:
+    """A list as it is, and anything else as the one item of a list."""
+    return value if isinstance(value, list) else [value]
+
+
 def import_torch() -> None:
     """Import `torch` and `F` late: it takes seconds, and most user errors can be reported before."""
     global torch, F
@@ -456,7 +461,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:  # no such name, null, 0
         raise UserError(f"{folder}: the model's configuration is damaged ({error!r}): download it again") from error
     ends = [source.get("eos_token_id") for source in (settings, generation)]
-    ends = [token for end in ends for token in (end if isinstance(end, list) else [end])]
+    ends = [token for end in ends for token in as_list(end)]
     return Checkpoint(files, hf, config, name, frozenset(end for end in ends if end is not None))
 
 
@@ -885,7 +890,7 @@ class CallFinder:
                 return calls, text, any(mark.startswith(text) for mark in CALL_MARKS)
             try:
                 value, end = json.JSONDecoder().raw_decode(text)
-                calls += [self._call(entry) for entry in (value if isinstance(value, list) else [value])]
+                calls += [self._call(entry) for entry in as_list(value)]
             except json.JSONDecodeError as error:  # at the end, or in an open string: the rest may come
                 return calls, text, error.pos > len(text) - 7 or error.msg.startswith("Unterminated")
             except (ValueError, RecursionError):  # _call's, or nested too deeply
@@ -911,14 +916,8 @@ class CallFinder:
             (statement,) = ast.parse(text.strip()).body
             for call in statement.value.elts:  # type: ignore[attr-defined]
                 arguments = {argument.arg: ast.literal_eval(argument.value) for argument in call.keywords}
-                calls.append(
-                    self._call(
-                        {
-                            "name": ast.unparse(call.func),
-                            "arguments": None if call.args or None in arguments else arguments,
-                        }
-                    )
-                )
+                named = None not in arguments and not call.args
+                calls.append(self._call({"name": ast.unparse(call.func), "arguments": arguments if named else None}))
         except Exception:  # other text can fail here in any way
             return []
         return calls
@@ -987,7 +986,7 @@ def call_rules(tokenizer: Tokenizer, functions: Sequence[dict[str, Any]], severa
     return "\n".join(rules)
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(128)  # some agents send 40 functions with every request
 def compile_grammar(tokenizer: Tokenizer, grammar: str) -> Any:
     """llguidance's LLMatcher for a grammar in Lark, to be copied. Raises ApiError if it is not supported."""
     try:
@@ -1019,13 +1018,15 @@ def answer_rule(outputs: dict[str, Any]) -> str:
 class Constraint:
     """A grammar in Lark for an answer's tokens, from the start or from a tool call on."""
 
-    marked = False  # a tool call begins with its mark; other JSON is the answer
-
-    def __init__(self, tokenizer: Tokenizer, grammar: str, opening: str = "", after: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, grammar: str, opening: str = "", after: int | None = None, marked: bool = False
+    ) -> None:
         """`opening` is the text with which a tool call begins; "" if the grammar holds from the start.
 
-        It is looked for after the token `after`, if that is given. Raises ApiError if the grammar is not supported.
+        It is looked for after the token `after`, if that is given. If `marked`, a call begins with its mark, and other
+        JSON is the answer. Raises ApiError if the grammar is not supported.
         """
+        self.marked = marked
         self._matcher = compile_grammar(tokenizer, grammar).deep_copy()
         self._decode, self._opening = tokenizer.decode_bytes, opening.encode()
         self._anywhere = opening in CALL_MARKS  # else only at the start of the answer
@@ -1078,10 +1079,9 @@ def constrain(
         return Constraint(tokenizer, f"start: calls\n{rules}", call_form(tokenizer).opening, over)
     start = "calls" if forced else "answer | calls" if functions else "answer"
     think = {"thinking": 'text over "\\n\\n"?', "start": 'begin text over "\\n\\n"?'}.get(thinking, "")
-    rules += f"\nbegin: {token_rule(tokenizer, '<think>')}\nover: {token_rule(tokenizer, '</think>')}"
-    made = Constraint(tokenizer, f"start: {think} ({start})\ntext: /(?s:.*)/\nanswer: {answer or chr(34) * 2}\n{rules}")
-    made.marked = marked
-    return made
+    rules += f"\nanswer: {answer}" if answer else ""
+    rules += f"\nbegin: {token_rule(tokenizer, '<think>')}\nover: {token_rule(tokenizer, '</think>')}\ntext: /(?s:.*)/"
+    return Constraint(tokenizer, f"start: {think} ({start})\n{rules}", marked=marked)
 
 
 # ======================================================================================================================
@@ -1104,11 +1104,6 @@ class SamplingParams:
         """Whether only the most likely token can come. A temperature near 0 counts as 0: dividing by it overflows."""
         return self.temperature < 1e-5 or self.top_k == 1 or self.top_p == 0
 
-    @property
-    def on_host(self) -> bool:
-        """Whether the next token must be drawn on the host."""
-        return self.host is not None and self.host.needed
-
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
     """The next token of each row of logits [rows, vocabulary], any float type.
@@ -1116,7 +1111,7 @@ def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Se
     A row's draw depends on its seed and position alone, not on the other rows. Raises ArithmeticError for a NaN.
     """
     return [
-        (p.host.draw if p.host and p.on_host else draw)(row, p, position)
+        (p.host.draw if p.host and p.host.needed else draw)(row, p, position)
         for row, p, position in zip(logits, params, positions)
     ]
 
@@ -1170,7 +1165,7 @@ class HostSampling:
 
     @property
     def needed(self) -> bool:
-        """Whether the next token must be drawn here."""
+        """Whether the next token must be drawn on the host."""
         return self.always or (self.constraint is not None and self.constraint.active)
 
     def push(self, token: int) -> None:
@@ -1747,8 +1742,8 @@ class TTEngine:
     Decode: a traced step that samples on the card takes tokens and positions from its own last step. It takes the
     host's only at a reset: after a prefill, after a change of the page table, and when a request joins or leaves.
 
-    Sampling: if the card can sample, it does, except for requests whose next token the host must draw (on_host). These
-    have calls of their own, which bring logits to the host, so the others get the same tokens as without them. A decode
+    Sampling: if the card can sample, it does, except for requests whose next token HostSampling must draw. These have
+    calls of their own, which bring logits to the host, so the others get the same tokens as without them. A decode
     step with both kinds is two calls, each with the slots of the other kind idle, and the card's call is a reset.
     """
 
@@ -1984,7 +1979,8 @@ class TTEngine:
 
     def _on_card(self, work: Work) -> bool:
         """Whether the card draws the next token. It does too if none is wanted, because logits take longer."""
-        return self._card_samples and not (work.sampling and work.sampling.on_host)
+        host = work.sampling and work.sampling.host
+        return self._card_samples and not (host and host.needed)
 
     def _pieces(self, work: Work) -> list[Work]:
         """Cut a prompt into one piece for each prefill call."""
@@ -2690,15 +2686,15 @@ class Scheduler:
             if request.generated:
                 self.statistics.observe("inter_token_latency_seconds", now - request.last_token)
             request.first_token, request.last_token = request.first_token or now, now
+            host = request.sampling.host
             if token in request.stop_tokens or not request.max_tokens:
-                constraint = request.sampling.host and request.sampling.host.constraint
-                cut = not request.max_tokens or (constraint and constraint.failed)
+                cut = not request.max_tokens or (host and host.constraint and host.constraint.failed)
                 self._leave(slot, "length" if cut else "stop")
                 continue
             slot.tokens.append(token)
             request.generated += 1
-            if request.sampling.host:
-                request.sampling.host.push(token)
+            if host:
+                host.push(token)
             request.tokens.put(token)
             if request.generated >= request.max_tokens:
                 self._leave(slot, "length")
@@ -2749,11 +2745,6 @@ def number(low: float, high: float) -> Check:
     return between(low, high, f"a number from {low} to {high}", (int, float))
 
 
-def as_list(value: Any) -> list[Any]:
-    """A list as it is, and anything else as the one item of a list."""
-    return value if isinstance(value, list) else [value]
-
-
 def are_ids(value: Any) -> bool:
     """Whether the value is a list of token ids."""
     return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
@@ -2776,7 +2767,7 @@ FLAG: Check = "true or false", lambda v: type(v) is bool
 TEXT: Check = "a string", lambda v: isinstance(v, str)
 NONEMPTY: Check = "a string that is not empty", lambda v: isinstance(v, str) and v != ""
 LIMIT: Check = "a whole number from 1, or -1 for no limit", lambda v: type(v) is int and (v == -1 or v >= 1)
-LIMIT_OR_0: Check = "a whole number from -1, which is no limit", lambda v: type(v) is int and v >= -1
+LIMIT_OR_0: Check = between(-1, math.inf, "a whole number from -1, which is no limit")
 MESSAGES: Check = 'a list of at least one {"role": ..., "content": ...}', lambda v: isinstance(v, list) and bool(v)
 STOP: Check = (
     "a string or a list of up to 16 strings, none of them empty",
@@ -2949,7 +2940,8 @@ class Dialect:
         stop_tokens = frozenset(fields.get("stop_token_ids", ()))
         self.check_tokens(stop_tokens, "stop_token_ids")
         stop_tokens |= frozenset() if fields.get("ignore_eos") else self.server.tokenizer.stop_tokens
-        host = self.host_sampling(fields, prompt, stop_tokens)
+        thoughts = self.thoughts(fields, prompt)
+        host = self.host_sampling(fields, prompt, stop_tokens, thoughts)
         marked = bool(host and host.constraint and host.constraint.marked)
         return Request(
             prompt=prompt,
@@ -2957,24 +2949,24 @@ class Dialect:
             sampling=SamplingParams(fields["temperature"], fields["top_p"], max(0, fields["top_k"]), seed, host),
             stop_tokens=stop_tokens,
             text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
-            thoughts=self.thoughts(fields, prompt),
+            thoughts=thoughts,
             finder=CallFinder((function["name"] for function in fields.get("functions", ())), marked),
             fields=fields,
             index=index,
         )
 
     def host_sampling(
-        self, fields: dict[str, Any], prompt: list[int], stop_tokens: frozenset[int]
+        self, fields: dict[str, Any], prompt: list[int], stop_tokens: frozenset[int], thoughts: Thoughts
     ) -> HostSampling | None:
         """What the fields ask of the host's sampler; None if nothing. Raises ApiError."""
         asked = {name: fields[name] for name, (none, _) in HOST_SAMPLING.items() if fields.get(name, none) != none}
-        constraint = self.constraint(fields, prompt)
+        constraint = self.constraint(fields, thoughts)
         if not asked and not constraint:
             return None
         self.check_tokens(map(int, fields["logit_bias"]), "logit_bias")
         return HostSampling(prompt, stop_tokens, constraint=constraint, always=bool(asked), **asked)
 
-    def constraint(self, fields: dict[str, Any], prompt: list[int]) -> Constraint | None:
+    def constraint(self, fields: dict[str, Any], thoughts: Thoughts) -> Constraint | None:
         """The grammar that the answer has to follow, if any. Raises ApiError."""
         return None
 
@@ -3171,10 +3163,10 @@ class ChatCompletions(Dialect):
             raise ApiError(400, "tool_choice asks for a function that is not in tools: add it there", "tool_choice")
         return functions
 
-    def constraint(self, fields: dict[str, Any], prompt: list[int]) -> Constraint | None:
+    def constraint(self, fields: dict[str, Any], thoughts: Thoughts) -> Constraint | None:
         functions, choice = fields.get("functions", []), fields.get("tool_choice", "auto")
         several = fields.get("parallel_tool_calls", False) and not isinstance(choice, dict)
-        thinking = self.thoughts(fields, prompt).state
+        thinking = thoughts.state
         if thinking == "start" and not fields["chat_template_kwargs"].get("enable_thinking"):
             thinking = "answer"
         forced = bool(functions) and choice != "auto"
