@@ -778,6 +778,150 @@ class CheckpointErrorTest(unittest.TestCase):
         self.check((training, "holds more than tensors.*download"), (other, "is not a Llama 3 tokenizer.*download"))
 
 
+class SettingsTest(unittest.TestCase):
+    """What config.json and generation_config.json say, and what is meant where they say nothing."""
+
+    @unittest.skipUnless(has("transformers"), "transformers is not installed")
+    def test_what_a_configuration_leaves_out(self) -> None:
+        """It is what transformers takes."""
+        import transformers
+
+        for family, (name, *_) in FAMILIES.items():
+            theirs = getattr(transformers, f"{name}Config")()
+            width = theirs.hidden_size // theirs.num_attention_heads
+            expected = server.ModelConfig(
+                family=family,
+                vocab_size=theirs.vocab_size,
+                dim=theirs.hidden_size,
+                n_layers=theirs.num_hidden_layers,
+                n_heads=theirs.num_attention_heads,
+                n_kv_heads=theirs.num_key_value_heads,
+                head_dim=getattr(theirs, "head_dim", width),
+                ffn_dim=theirs.intermediate_size,
+                norm_eps=theirs.rms_norm_eps,
+                rope_theta=10000.0,
+                max_position=4096 if family == "mistral" else theirs.max_position_embeddings,
+                rope_scaling=None,
+                tied=theirs.tie_word_embeddings,
+            )
+            with self.subTest(family):
+                files = {**HF, "config.json": {"model_type": family}}
+                self.assertEqual(server.read_checkpoint(folder_of(files)).config, expected)
+
+    @unittest.skipUnless(has("transformers"), "transformers is not installed")
+    def test_a_short_configuration(self) -> None:
+        """A real checkpoint without the settings that are the same in most gives the same text."""
+        for family in FAMILIES:
+            whole, folder = family_checkpoint(family), Path(tempfile.mkdtemp(dir=SCRATCH)) / "short"
+            shutil.copytree(whole, folder)
+            config = json.loads((folder / "config.json").read_text())
+            for name in ("rope_parameters", "rope_theta", "rms_norm_eps", "max_position_embeddings"):
+                config.pop(name, None)
+            (folder / "config.json").write_text(json.dumps(config))
+            work = [server.Work(0, list(range(5, 65)), 0, GREEDY)]
+            expected = float32_engine(whole, 1, 128).logits(work)[0]
+            self.assertTrue(torch.equal(float32_engine(folder, 1, 128).logits(work)[0], expected))
+
+    def test_the_defaults_of_a_request(self) -> None:
+        """Of generation_config.json what is a number that a request may have, and nothing else."""
+        good = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0, "repetition_penalty": 1.05}
+        bad: dict[str, list[Any]] = {
+            "temperature": [None, "0.6", -1, 3, math.nan, math.inf],
+            "top_p": [None, 1.5, [1]],
+            "top_k": [None, 20.5, -1],
+            "min_p": [2],
+            "repetition_penalty": [0, -1, {}],
+        }
+        other = {"max_new_tokens": 100, "do_sample": True, "bos_token_id": 1}
+        ruled: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            ({}, {}),
+            ({**good, **other}, good),
+            ({**good, "do_sample": None}, good),
+            ({**good, "do_sample": False}, {**good, "temperature": 0}),
+            ({"do_sample": False}, {"temperature": 0}),
+        ]
+        ignored: list[dict[str, Any]] = [{name: v} for name, values in bad.items() for v in values]
+        for generation, expected in [*ruled, *((generation, {}) for generation in ignored)]:
+            with self.subTest(generation):
+                for files in (HF, META):
+                    folder = folder_of({**files, "generation_config.json": generation})
+                    self.assertEqual(server.read_checkpoint(folder).defaults, expected)
+
+
+class OtherFormsTest(unittest.TestCase):
+    """Checkpoints that other programs wrote: they load, or one line says what to name instead."""
+
+    def check(self, folder: Path | str, pattern: str) -> None:
+        """The line has this in it, and does not blame the download."""
+        with self.assertRaises(server.UserError) as caught:
+            found = server.find_checkpoint(str(folder))
+            assert found
+            float32_engine(found.folder)
+        self.assertRegex(str(caught.exception), pattern)
+        self.assertNotRegex(str(caught.exception), "\n|download|damaged")
+
+    @unittest.skipUnless(WRITES_SAFETENSORS, "safetensors or numpy is not installed")
+    def test_names_without_a_prefix(self) -> None:
+        """As AutoModel saves a model."""
+
+        def strip(weights: dict[str, Any]) -> None:
+            for name in list(weights):
+                weights[name.removeprefix("model.")] = weights.pop(name)
+
+        work = [server.Work(0, list(range(100, 140)), 0, GREEDY)]
+        for shape in (TINY, Shape(dim=16, n_layers=1, n_heads=2, n_kv_heads=1)):
+            logits = []
+            for change in (None, strip):
+                folder = write_checkpoint(Path(tempfile.mkdtemp(dir=SCRATCH)), "hf", shape, change)
+                logits.append(float32_engine(folder).logits(work)[0])
+            self.assertTrue(torch.equal(*logits))
+
+        def behead(weights: dict[str, Any]) -> None:
+            strip(weights)
+            del weights["lm_head.weight"]
+
+        folder = write_checkpoint(Path(tempfile.mkdtemp(dir=SCRATCH)), "hf", shape, behead)
+        missing = "lm_head.weight is missing.*AutoModelForCausalLM"
+        with self.assertRaisesRegex(server.UserError, missing):
+            float32_engine(folder)
+
+    @unittest.skipUnless(WRITES_SAFETENSORS, "safetensors or numpy is not installed")
+    def test_quantized_tensors(self) -> None:
+        """Also where config.json says nothing of it, as in GPTQ's first years."""
+        projection = "model.layers.0.self_attn.q_proj"
+
+        def gptq(weights: dict[str, Any]) -> None:
+            del weights[f"{projection}.weight"]
+            for kind, shape in (("qweight", (2, 16)), ("qzeros", (1, 2)), ("scales", (1, 16))):
+                weights[f"{projection}.{kind}"] = torch.zeros(shape, dtype=torch.int32)
+
+        def mlx(weights: dict[str, Any]) -> None:
+            weights[f"{projection}.weight"] = torch.zeros((16, 2), dtype=torch.int32)
+            for kind in ("scales", "biases"):
+                weights[f"{projection}.{kind}"] = torch.zeros((16, 1))
+
+        for change in (gptq, mlx):
+            folder = write_checkpoint(Path(tempfile.mkdtemp(dir=SCRATCH)), "hf", TINY, change)
+            self.check(folder, "bfloat16, not a quantized copy")
+        for name, value in (
+            ("quantization_config", {"quant_method": "awq", "bits": 4}),
+            ("quantization", {"group_size": 64, "bits": 4}),
+        ):
+            files = {**HF, "config.json": {**Shape().config, name: value}}
+            self.check(folder_of(files), f"{name} is .*bfloat16, not a quantized copy")
+
+    def test_other_formats(self) -> None:
+        cure = "name a folder with config.json, model.safetensors or its index, and tokenizer.json"
+        tekken = {"tekken.json": {}, "params.json": {"dim": 64}, "consolidated.safetensors": None}
+        for files in (tekken, {**HF, "tekken.json": {}}):
+            self.check(folder_of(files), f"tekken.json is Mistral's own format: {cure}")
+        gguf = folder_of({"model-Q4_K_M.gguf": "GGUF", "config.json": Shape().config})
+        self.check(gguf, f"GGUF is not supported: {cure}")
+        self.check(gguf / "model-Q4_K_M.gguf", f"is not a folder here: {cure}")
+        both = {"tokenizer.json": {}, "tekken.json": {}, "model.gguf": "GGUF"}
+        self.assertTrue(server.read_checkpoint(folder_of({**HF, **both})))
+
+
 # ======================================================================================================================
 # Text
 # ======================================================================================================================

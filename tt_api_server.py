@@ -176,7 +176,9 @@ FAMILIES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("layers.{}.attention.k_norm.weight", "model.layers.{}.self_attn.k_norm.weight", "head"),
     ),
 }
+NAME_FOLDER = "name a folder with config.json, model.safetensors or its index, and tokenizer.json"
 NAME_ANOTHER = f"name a text model of the family {', '.join(FAMILIES)} in bfloat16"
+NAME_ANOTHER += ", not a quantized copy (GPTQ, AWQ, FP8, MLX)"
 
 # The settings of config.json that change what transformers computes, and the values that are supported. If a
 # setting is absent, the first value is meant, as in transformers.
@@ -186,8 +188,38 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "quantization_config": (None,),
+    "quantization": (None,),  # MLX's name
     "rope_type": ("default", "llama3"),
     "partial_rotary_factor": (1.0, None),
+}
+# transformers' defaults for what config.json leaves out: of all families, and of each.
+DEFAULTS = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+FAMILY_SETTINGS = (
+    "vocab_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_key_value_heads",
+    "head_dim",
+)
+FAMILY_DEFAULTS = {  # None: it follows from the others
+    "llama": (32000, 11008, 2048, None, None),
+    "mistral": (32000, 14336, 131072, 8, None),
+    "qwen2": (151936, 22016, 32768, 32, None),
+    "qwen3": (151936, 22016, 32768, 32, 128),
+}
+# The settings of generation_config.json that are a request's defaults: lowest and highest value.
+GENERATION = {
+    "temperature": (0.0, 2),
+    "top_p": (0.0, 1),
+    "top_k": (0, math.inf),  # a whole number
+    "min_p": (0.0, 1),
+    "repetition_penalty": (0.01, 100),
 }
 # Llama 3.1's stretching of the rotary wavelengths
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -234,7 +266,9 @@ class ModelConfig:
             if (value := settings.get(name, values[0])) not in values:
                 wanted = " or ".join(map(shown, values))
                 raise UserError(f"{name} is {shown(value)}, and only {wanted} is supported: {NAME_ANOTHER}")
-        family, dim, heads = settings["model_type"], settings["hidden_size"], settings["num_attention_heads"]
+        family = settings["model_type"]
+        settings = DEFAULTS | dict(zip(FAMILY_SETTINGS, FAMILY_DEFAULTS[family])) | settings
+        dim, heads = settings["hidden_size"], settings["num_attention_heads"]
         # Attention has no sliding window here, so the context ends where a window would begin to slide.
         slides = settings.get("use_sliding_window", family == "mistral")
         window = settings.get("sliding_window", 4096) if slides else None
@@ -243,8 +277,8 @@ class ModelConfig:
             "dim": dim,
             "n_layers": settings["num_hidden_layers"],
             "n_heads": heads,
-            "n_kv_heads": settings.get("num_key_value_heads") or heads,
-            "head_dim": settings.get("head_dim") or dim // heads,
+            "n_kv_heads": settings["num_key_value_heads"] or heads,
+            "head_dim": settings["head_dim"] or dim // heads,
             "ffn_dim": settings["intermediate_size"],
             "norm_eps": settings["rms_norm_eps"],
             "rope_theta": settings["rope_theta"],
@@ -306,6 +340,7 @@ class Checkpoint:
     config: ModelConfig
     name: str
     stop_tokens: frozenset[int]  # that end an answer, by the model's configuration
+    defaults: Mapping[str, float]  # of a request, by generation_config.json: see GENERATION
 
     @property
     def folder(self) -> Path:
@@ -329,16 +364,20 @@ class Checkpoint:
         stored = {name: tensor for path in self.files for name, tensor in open_file(path).items()}
         weights = self.config.weights()
         own_names = {name: name if meta else hf for name, (hf, _) in weights.items()}
+        if "norm.weight" in stored:  # Meta's layout, or a model saved without its head
+            own_names = {name: own.removeprefix("model.") for name, own in own_names.items()}
         if self.config.tied and own_names["output.weight"] not in stored:
             own_names["output.weight"] = own_names["tok_embeddings.weight"]
+        # What is too much comes first: a quantized model has it in place of what is missing.
+        for own_name in sorted(stored.keys() - own_names.values()):
+            if not own_name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # tables, which are computed here
+                raise UserError(f"{self.folder}: the tensor {own_name} is not supported: {NAME_ANOTHER}")
         for name, (_, shape) in weights.items():
             tensor = stored.get(own_names[name])
             if tensor is None or tensor.shape != shape:
                 problem = "is missing" if tensor is None else f"has the shape {list(tensor.shape)}, not {list(shape)}"
-                raise UserError(f"{self.folder}: the tensor {own_names[name]} {problem}: download the checkpoint again")
-        for own_name in stored.keys() - own_names.values():
-            if not own_name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # tables, which are computed here
-                raise UserError(f"{self.folder}: the tensor {own_name} is not supported: {NAME_ANOTHER}")
+                cure = "download the checkpoint again, or save it as an AutoModelForCausalLM"
+                raise UserError(f"{self.folder}: the tensor {own_names[name]} {problem}: {cure}")
 
         def read(name: str) -> torch.Tensor:
             tensor = stored[own_names[name]]
@@ -425,13 +464,13 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
             "pip install huggingface_hub; for a gated model, first accept its licence at "
             f"https://huggingface.co/{name} and run hf auth login)"
         )
-    raise UserError(f"{source} is {name}, which is not a folder here: name the folder that holds the model's files")
+    raise UserError(f"{source} is {name}, which is not a folder here: {NAME_FOLDER}")
 
 
 def safetensors_files(folder: Path) -> list[Path]:
     """The files that transformers would read: model.safetensors if there is one, or else the files of the index."""
     whole = folder / "model.safetensors"
-    if whole.exists() or whole.is_symlink():
+    if os.path.lexists(whole):
         return [whole]
     index = read_json(folder / "model.safetensors.index.json").get("weight_map") or {}
     return [folder / name for name in sorted(set(index.values()))]
@@ -444,10 +483,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     hf = next((path for path in (folder, home) if (path / "config.json").is_file()), None)
     parts = sorted(meta.glob("consolidated.*.pth")) if meta else []
     files = parts if len(parts) == 1 else safetensors_files(hf) if hf else []  # .pth needs no further package
-    if not files:
+    mistral = (home / "tekken.json").is_file() and not (home / "tokenizer.json").is_file()
+    if mistral or not files:
         needs = "it needs params.json and consolidated.00.pth, or config.json and model.safetensors or its index"
         if parts:
             needs = f"{len(parts)} parts (consolidated.*.pth) are not supported: name the folder with its *.safetensors"
+        elif mistral:
+            needs = f"tekken.json is Mistral's own format: {NAME_FOLDER}, as other copies have"
+        elif any(folder.glob("*.gguf")):
+            needs = f"GGUF is not supported: {NAME_FOLDER}, as the original model has"
         raise UserError(f"{folder} holds no checkpoint: {needs}")
     # In Hugging Face's cache the folder is models--OWNER--NAME/snapshots/COMMIT.
     cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
@@ -460,9 +504,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{folder}: {error}") from error
     except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:  # no such name, null, 0
         raise UserError(f"{folder}: the model's configuration is damaged ({error!r}): download it again") from error
-    ends = [source.get("eos_token_id") for source in (settings, generation)]
-    ends = [token for end in ends for token in as_list(end)]
-    return Checkpoint(files, hf, config, name, frozenset(end for end in ends if end is not None))
+    ends = {end for source in (settings, generation) for end in as_list(source.get("eos_token_id"))}
+    return Checkpoint(files, hf, config, name, frozenset(ends - {None}), read_defaults(generation))
+
+
+def read_defaults(generation: dict[str, Any]) -> dict[str, float]:
+    """A request's defaults in generation_config.json, without those that are not in range."""
+    defaults = {
+        name: value
+        for name, (low, high) in GENERATION.items()
+        if isinstance(value := generation.get(name), (int, type(low))) and low <= value <= high
+    }
+    return defaults | {"temperature": 0} if generation.get("do_sample") is False else defaults
 
 
 # ======================================================================================================================
