@@ -2604,7 +2604,123 @@ class DemoTest(unittest.TestCase):
             process.wait_for(said)
             process.process.terminate()
             self.assertEqual((process.wait(), "Traceback" in process.output), (status, False), process.output)
-            self.assertEqual([path for path in cache.rglob("*") if path.is_file()], [])
+            self.assertEqual([path.name for path in cache.rglob("*") if path.is_file()], ["lock"])
+
+
+def zero_middle(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(4096))
+
+
+def other_shapes(path: Path) -> None:
+    torch.save({"norm.weight": torch.ones(7)}, path)
+
+
+def replaced(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("")
+
+
+def emptied(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+class DemoCacheTest(unittest.TestCase):
+    """The demo's own files are never the user's to repair."""
+
+    def start(self, cache: Path, steps: int = 3) -> ServerProcess:
+        """A start with this cache, and with so many steps of training."""
+        program = f"import os, sys, tt_api_server as s; s.DEMO_STEPS = {steps}; "
+        program += "os._exit(s.main(sys.argv[1:]))"
+        variables = {"PYTHONPATH": str(SERVER.parent), "XDG_CACHE_HOME": str(cache)}
+        process = ServerProcess(program=("-c", program), **ONE_THREAD, **variables)
+        self.addCleanup(process.close)
+        return process
+
+    def test_damage(self) -> None:
+        """Whatever it is, the demo is made again, once. A whole one is left alone and may be read-only."""
+        cache = Path(tempfile.mkdtemp(dir=SCRATCH)) / "tt-api-server"
+        trained, vocabulary = [], Path(tokenizer().path).read_bytes()
+
+        def train(*_: object) -> dict[str, torch.Tensor]:
+            trained.append(1)
+            shapes = {name: shape for name, (_, shape) in server.DEMO_CONFIG.weights().items()}
+            return {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+
+        def start() -> int:
+            """Starts in a row, until one trains nothing; returns how many trained."""
+            trained.clear()
+            for _ in range(2):
+                found = server.demo_checkpoint(no_progress)
+                self.assertEqual(found.open_weights()("norm.weight").sum(), server.DEMO_CONFIG.dim)
+                self.assertEqual((found.folder / "tokenizer.model").read_bytes(), vocabulary)
+            left = {path.name for path in cache.iterdir()} - {found.folder.parent.name, "lock"}
+            self.assertEqual(left, set())
+            return len(trained)
+
+        environ = mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(cache.parent)})
+        with environ, mock.patch.object(server, "train_demo", train):
+            self.assertEqual(start(), 1)
+            folder = server.demo_checkpoint(no_progress).folder
+            weights, params, model = (
+                folder / name for name in ("consolidated.00.pth", "params.json", "tokenizer.model")
+            )
+            damages: list[tuple[Callable[[Path], object], Path]] = [
+                (lambda path: os.truncate(path, path.stat().st_size - 1), weights),
+                (lambda path: os.truncate(path, path.stat().st_size // 2), weights),
+                (lambda path: os.truncate(path, 0), weights),
+                (zero_middle, weights),
+                (other_shapes, weights),
+                (Path.unlink, weights),
+                (lambda path: path.write_text("{"), params),
+                (lambda path: path.write_text('{"dim": 64}'), params),
+                (Path.unlink, params),
+                (lambda path: os.truncate(path, 1000), model),
+                (lambda path: path.write_bytes(b""), model),
+                (emptied, folder),
+                (replaced, folder),
+                (emptied, folder.parent),
+                (replaced, folder.parent),
+                (lambda path: shutil.move(folder, path / "tmpabc" / folder.name), cache),
+            ]
+            for damage, path in damages:
+                with self.subTest(path.name):
+                    damage(path)
+                    self.assertEqual(start(), 1)
+            server.demo_checkpoint(no_progress)
+            with mock.patch.object(Path, "mkdir", side_effect=OSError("read-only")):
+                self.assertEqual(server.demo_checkpoint(no_progress).name, server.DEMO_NAME)
+
+    def test_a_user_sees_no_damage(self) -> None:
+        """A cache that is cut short, and one where a training was killed while another start waited."""
+        cache = Path(tempfile.mkdtemp(dir=SCRATCH))
+        killed = self.start(cache, steps=9999)
+        killed.wait_for("training")
+        wait_until(lambda: list(cache.glob("*/tmp*")))
+        waiting = self.start(cache)
+        waiting.wait_for("waiting for a server that trains")
+        self.assertEqual(len(list(cache.glob("*/tmp*"))), 1)
+        killed.close()
+        chat(waiting.ready().port, max_tokens=1)
+        (folder,) = cache.glob("*/*/*")
+        self.assertEqual(list(cache.glob("*/tmp*")), [])
+        waiting.close()
+        os.truncate(folder / "consolidated.00.pth", 1000)
+        again = self.start(cache)
+        chat(again.ready().port, max_tokens=1)
+        self.assertIn("training", again.output)
+        (folder,) = cache.glob("*/*/*")
+        self.assertGreater((folder / "consolidated.00.pth").stat().st_size, 10**7)
+
+    def test_a_stop_while_another_trains(self) -> None:
+        cache = Path(tempfile.mkdtemp(dir=SCRATCH))
+        self.start(cache, steps=9999).wait_for("training")
+        waiting = self.start(cache)
+        waiting.wait_for("waiting for a server that trains")
+        waiting.process.terminate()
+        self.assertEqual(waiting.wait(), 0, waiting.output)
 
 
 # ======================================================================================================================

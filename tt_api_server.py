@@ -53,6 +53,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import difflib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -2203,26 +2204,63 @@ DEMO_SHARPNESS = 4.0  # multiplies the trained logits, so that sampling at 0.7 g
 
 
 def demo_checkpoint(progress: Progress) -> Checkpoint:
-    """Return the demo's checkpoint from the user's cache; train it first if this recipe is not there."""
+    """Return the demo's checkpoint from the user's cache; train it first if it is not whole."""
     recipe = [DEMO_ANSWERS, DEMO_UNKNOWN, DEMO_PARAMS, DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_LENGTH, DEMO_SHARPNESS]
     version = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
     cache = home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tt-api-server"
     folder = cache / version / DEMO_NAME
     try:
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:  # renamed when complete: no start finds half of it
-                tokenizer, made = ChatTokenizer(), Path(scratch) / "demo"
-                made.mkdir()
-                torch.save(train_demo(tokenizer, progress), made / "consolidated.00.pth")
-                (made / "params.json").write_text(json.dumps(DEMO_PARAMS))
-                shutil.copy(tokenizer.path, made / "tokenizer.model")
-                with contextlib.suppress(OSError):  # another server was faster
-                    made.rename(folder)
+        if not is_whole(folder):
+            cache.mkdir(parents=True, exist_ok=True)
+            with open(cache / "lock", "w") as lock:  # closed even if this process is killed
+                while not locked(lock.fileno()):
+                    progress("waiting for a server that trains the demo model")
+                    time.sleep(0.1)
+                if not is_whole(folder):
+                    make_demo(folder.parent, progress)
         return read_checkpoint(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's if the disk is full
         cure = "set XDG_CACHE_HOME to a folder that can be written"
         raise UserError(f"cannot write the demo model to {cache} ({error}): {cure}") from error
+
+
+def make_demo(home: Path, progress: Progress) -> None:
+    """Train the demo and put it in the place of what is at `home`; the cache is locked."""
+    for left in home.parent.glob("tmp*"):  # by a training that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
+        tokenizer, made = ChatTokenizer(), Path(scratch, "made")
+        (folder := made / DEMO_NAME).mkdir(parents=True)
+        torch.save(train_demo(tokenizer, progress), folder / "consolidated.00.pth")
+        (folder / "params.json").write_text(json.dumps(DEMO_PARAMS))
+        shutil.copy(tokenizer.path, folder / "tokenizer.model")
+        (folder / checksum(folder)).touch()
+        with contextlib.suppress(FileNotFoundError):
+            home.rename(Path(scratch, "damaged"))
+        made.rename(home)  # complete: no start finds half of it
+
+
+def checksum(folder: Path) -> str:
+    """The checksum of the demo's files, 66 MB; "none" if one of them cannot be read."""
+    total = hashlib.sha256()
+    with contextlib.suppress(OSError):
+        for name in ("consolidated.00.pth", "params.json", "tokenizer.model"):
+            total.update((folder / name).read_bytes())
+        return total.hexdigest()
+    return "none"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the demo is as it was made: an empty file has its checksum for a name."""
+    return os.path.exists(folder / checksum(folder))
+
+
+def locked(file: int) -> bool:
+    """Try to lock a file, until it is closed; False if another process has locked it."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], list[bool]]]:
