@@ -3057,6 +3057,63 @@ class HttpErrorTest(unittest.TestCase):
             self.assertEqual([reply.count(b"HTTP/1.1") for reply in silent], [0, 1])
 
 
+class NoThreadTest(unittest.TestCase):
+    """The system gives no more threads, as in a container with a limit of them."""
+
+    def test_503_at_once_and_service_afterwards(self) -> None:
+        with serving(FakeEngine()) as api, self.assertLogs(server.logger, "ERROR") as logs:
+            small = threading.stack_size()
+            threading.stack_size(1 << 46)  # no system has so much: pthread_create fails
+            try:
+                for body in (None, ASKED, {"prompt": "x" * 2_000_000}) * 20:
+                    reply = ask(api.server_port, "/chat" if body else "/health", body)
+                    check_error(reply, 503, "try again")
+                    self.assertEqual(reply.headers["Retry-After"], "1")
+                with dial(api.server_port, b""):  # a client that sends nothing holds up nobody
+                    check_error(ask(api.server_port, "/health"), 503)
+            finally:
+                threading.stack_size(small)
+            self.assertEqual(chat(api.server_port, max_tokens=2)["tokens_generated"], 2)
+            metrics = ask(api.server_port, "/metrics").body.decode()
+            self.assertTrue('path="other",status="503"} 62' in metrics)
+            wait_until(lambda: not api.leaving and not api.left)
+        self.assertEqual(len(logs.output), 1, logs.output)
+        self.assertIn("no more threads", logs.output[0])
+
+    def test_nobody_reads_standard_error(self) -> None:
+        """Tracebacks would fill the pipe, and the thread that accepts would wait for ever."""
+        program = (
+            "import os, sys, threading, tt_api_server as s\n"
+            "s.ApiServer.process_request = lambda *_: 1 / 0\n"
+            "os._exit(s.main(sys.argv[1:]))"
+        )
+        folder = random_checkpoint("meta", TINY)
+        read, write = os.pipe()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-c", program, "--model", str(folder), "--port", str(port)]
+        variables = environment(**ONE_THREAD, PYTHONPATH=str(SERVER.parent))
+        process = subprocess.Popen(command, env=variables, stderr=write)
+        self.addCleanup(os.close, read)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        os.close(write)
+
+        def accepted() -> bool:
+            with contextlib.suppress(OSError), dial(port, b"") as connection:
+                return connection.recv(1) == b""
+            return False
+
+        wait_until(accepted)
+        for _ in range(300):
+            self.assertTrue(accepted())
+        process.kill()
+        output = os.read(read, 65536).decode()
+        self.assertNotIn("Traceback", output)
+        self.assertEqual(output.count("division by zero"), 1)
+
+
 class StateTest(unittest.TestCase):
     def test_a_full_queue(self) -> None:
         """A stream that waits has its header, so that its client knows; what fails then is told in the stream."""

@@ -4274,6 +4274,15 @@ def hung_up(connection: socket.socket) -> bool:
         return True
 
 
+NO_THREAD = b"""HTTP/1.1 503 Service Unavailable\r
+Content-Type: application/json\r
+Retry-After: 1\r
+Connection: close\r
+\r
+{"error": "the server can take no more connections: try again in a moment"}
+"""
+
+
 class ApiServer(ThreadingHTTPServer):
     """The listening socket, and the state that its handlers share."""
 
@@ -4299,13 +4308,44 @@ class ApiServer(ThreadingHTTPServer):
         self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
         self.parsing = threading.Semaphore(2)  # more threads that parse JSON and text at once would delay /health
         self.handlers: set[ApiHandler] = set()  # one for each open connection
-        self._next_sweep = 0.0
+        # Answered without a thread, since the last sweep and before it. They stay open for a while:
+        # closing a connection whose client still sends would reset it before the answer is read.
+        self.leaving: list[socket.socket] = []
+        self.left: list[socket.socket] = []
+        self._next_sweep = self._next_line = 0.0
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread. If the system gives none, answer here, without waiting."""
+        try:
+            super().process_request(request, client_address)
+        except (RuntimeError, MemoryError):  # can't start new thread
+            self.responses["other", 503] += 1
+            cure = "raise its limit (ulimit -u, or a container's pids)"
+            self.log_rarely(f"connections get 503, as the system gives no more threads: {cure}")
+            with contextlib.suppress(OSError):
+                request.setblocking(False)
+                request.send(NO_THREAD)
+                request.shutdown(socket.SHUT_WR)
+            self.leaving.append(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log it. socketserver's own prints a traceback, and waits where nobody reads it."""
+        self.log_rarely(f"a connection failed: {sys.exc_info()[1]!r}")
+
+    def log_rarely(self, problem: str) -> None:
+        """Log what could happen with each connection, once a minute at most."""
+        if time.monotonic() > self._next_line:
+            self._next_line = time.monotonic() + 60
+            logger.error(problem)
 
     def service_actions(self) -> None:
         """Sweep twice a second: end waits that are over their deadline, and answers whose client has left."""
         now = time.monotonic()
         if now < self._next_sweep:
             return
+        for connection in self.left:
+            connection.close()
+        self.leaving, self.left = [], self.leaving
         for handler in list(self.handlers):
             if handler.deadline < now:
                 handler.late, handler.deadline = True, math.inf
