@@ -5,9 +5,10 @@
     python3 test_server.py ChatTest.test_stream -v    # one of them, or one class
     python3 test_server.py --soak 3600                # the soaks alone, each for so many seconds
 
-They need what requirements.txt has. A test that can use more (safetensors, openai, chromium, nginx ...) is skipped
-where that is absent. What a socket cannot show is tested below it: the checkpoint, the text stream, the sampler, the
-logits, and the scheduler over an engine that checks the engine's contract. No test depends on the machine's speed.
+They need what requirements.txt has. A test that needs more (transformers, openai, chromium, nginx ...) says so with
+`needs`, and is skipped where that is absent. What a socket cannot show is tested below it: the checkpoint, the text
+stream, the sampler, the logits, and the scheduler over an engine that checks the engine's contract. No test depends on
+the machine's speed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import faulthandler
 import fcntl
 import functools
@@ -48,7 +50,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import tt_api_server as server
@@ -68,12 +70,33 @@ scratch = tempfile.TemporaryDirectory(prefix="tt-api-server-test-")
 SCRATCH = Path(scratch.name)
 
 
-def has(package: str) -> bool:
-    """Whether the package can be imported here."""
-    return importlib.util.find_spec(package) is not None
+PROGRAMS = ("chromium", "chromedriver", "curl", "jq", "nginx", "node", "promtool")
+Test = TypeVar("Test", bound=Callable[..., Any])
 
 
-WRITES_SAFETENSORS = has("safetensors") and has("numpy")  # reading them needs no numpy
+def absent(name: str) -> bool:
+    """Whether a Python package, one of PROGRAMS, or a VARIABLE of the environment is not here."""
+    if name.isupper():
+        return not os.environ.get(name)
+    return (shutil.which(name) if name in PROGRAMS else importlib.util.find_spec(name)) is None
+
+
+def needs(*names: str) -> Callable[[Test], Test]:
+    """Skip a test, or a whole class as one, if one of these is absent."""
+    missing = [name for name in names if absent(name)]
+
+    def skip(cls: type[unittest.TestCase]) -> None:
+        raise unittest.SkipTest(f"needs {', '.join(missing)}")
+
+    def mark(test: Test) -> Test:
+        if not missing:
+            return test
+        if isinstance(test, type):
+            test.setUpClass = classmethod(skip)  # type: ignore[attr-defined]
+            return test
+        return unittest.skip(f"needs {', '.join(missing)}")(test)
+
+    return mark
 
 
 def wait_until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
@@ -179,6 +202,19 @@ TINY = Shape(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, tied=True)  # 4 MB, fo
 Change = Callable[[dict[str, Any]], object]
 
 
+def write_safetensors(weights: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write the file byte by byte: the package needs NumPy for it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    types, parts, end = {torch.bfloat16: "BF16", torch.float32: "F32"}, list[bytes](), 0
+    for name, weight in weights.items():
+        parts.append(ctypes.string_at(weight.contiguous().data_ptr(), weight.nbytes))
+        start, end = end, end + weight.nbytes
+        header[name] = {"dtype": types[weight.dtype], "shape": list(weight.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(b"".join([struct.pack("<Q", len(text)), text, *parts]))
+
+
 def write_checkpoint(folder: Path, layout: str, shape: Shape = TINY, change: Change | None = None) -> Path:
     """Write a random checkpoint in the layout "meta" or "hf" and return its folder; `change` may damage its weights."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,10 +225,8 @@ def write_checkpoint(folder: Path, layout: str, shape: Shape = TINY, change: Cha
         (folder / "params.json").write_text(json.dumps(shape.params))
         torch.save(weights, folder / "consolidated.00.pth")
     else:
-        from safetensors.torch import save_file
-
         (folder / "config.json").write_text(json.dumps(shape.config))
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        write_safetensors(weights, folder / "model.safetensors")
     return folder
 
 
@@ -770,12 +804,14 @@ class CheckpointErrorTest(unittest.TestCase):
 
     def test_what_is_wrong_with_the_weights(self) -> None:
         self.check_weights("meta", "consolidated.00.pth", "layers.0.attention.wq", "tok_embeddings.weight")
-        if WRITES_SAFETENSORS:
-            self.check_weights("hf", "model.safetensors", "model.layers.0.self_attn.q_proj", "lm_head.weight")
         training = write_checkpoint(SCRATCH / "training", "meta", TINY, lambda w: w.update(model={}))
         other = write_checkpoint(SCRATCH / "other", "meta")
         (other / "tokenizer.model").write_text("not a tokenizer")
         self.check((training, "holds more than tensors.*download"), (other, "is not a Llama 3 tokenizer.*download"))
+
+    @needs("safetensors")
+    def test_what_is_wrong_with_safetensors(self) -> None:
+        self.check_weights("hf", "model.safetensors", "model.layers.0.self_attn.q_proj", "lm_head.weight")
 
 
 class SettingsTest(unittest.TestCase):
@@ -943,7 +979,7 @@ class ChatTokenizerTest(unittest.TestCase):
         self.assertEqual(tokens, [begin, *message("system", "Be brief."), *message("user", "Hello!"), *answer])
         self.assertIn(end, tokenizer().stop_tokens)
 
-    @unittest.skipUnless(os.environ.get("TT_TEST_LLAMA_MODELS"), "TT_TEST_LLAMA_MODELS names no later llama-models")
+    @needs("TT_TEST_LLAMA_MODELS")  # a folder with a later llama-models
     def test_the_layout_of_later_llama_models(self) -> None:
         """The same tokens from llama-models 0.1 or later, in a folder of its own (pip install --target)."""
         program = """if True:
@@ -1105,20 +1141,24 @@ def logits_of(engine: server.TorchEngine, *batch: server.Work) -> torch.Tensor:
         return engine.logits(batch)
 
 
+def logits_after_each(tokens: list[int]) -> torch.Tensor:
+    """The logits [tokens, vocabulary] of the model of shared_server("random"), which reads the tokens one by one."""
+    engine = float32_engine(random_checkpoint("meta", Shape()), 1, len(tokens))
+    return torch.cat([logits_of(engine, server.Work(0, [token], i, GREEDY)) for i, token in enumerate(tokens)])
+
+
 class TorchEngineTest(unittest.TestCase):
     def assert_close(self, found: torch.Tensor, expected: torch.Tensor | list[float], tolerance: float = 1e-4) -> None:
         self.assertLess((found - torch.as_tensor(expected)).abs().max().item(), tolerance)
 
-    @unittest.skipUnless(WRITES_SAFETENSORS, "safetensors and numpy are not installed")
+    @needs("safetensors")
     def test_logits(self) -> None:
         """Of Meta's layout, and of Hugging Face's in one file and in two."""
-        from safetensors.torch import save_file
-
         for shape, expected in REFERENCE.items():
             parts = folder_of({"config.json": shape.config})
             weights = [*shape.weights("hf").items(), ("model.layers.0.rotary_emb.inv_freq", torch.zeros(8))]
-            save_file(dict(weights[:5]), parts / "1.safetensors")
-            save_file(dict(weights[5:]), parts / "2.safetensors")
+            write_safetensors(dict(weights[:5]), parts / "1.safetensors")
+            write_safetensors(dict(weights[5:]), parts / "2.safetensors")
             index = {name: f"{1 + (i >= 5)}.safetensors" for i, (name, _) in enumerate(weights)}
             (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
             for folder in (random_checkpoint("meta", shape), random_checkpoint("hf", shape), parts):
@@ -1191,23 +1231,17 @@ INST = """{{ bos_token }}{% for message in messages %}
 {%- endif %}{% endfor %}"""
 MARKS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]")  # all of them special
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {  # transformers' class, its settings, the chat template
-    "llama": ("Llama", {"tie_word_embeddings": False}, CHATML),  # a fine-tune, in a format of its own
+    "llama": ("Llama", {}, CHATML),  # a fine-tune, in a format of its own
     "mistral": ("Mistral", {"sliding_window": 200, "head_dim": 24}, INST),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}, CHATML),
     "qwen3": ("Qwen3", {"head_dim": 32}, THINKING),
 }
 
 
-@functools.cache
-def family_checkpoint(family: str) -> Path:
-    """A random checkpoint that transformers wrote, and a tokenizer of that family's kind, trained on this file."""
+def family_tokenizer(family: str) -> Any:
+    """A tokenizer of that family's kind, trained on the server's file."""
     import tokenizers
-    import transformers
 
-    log: Any = transformers.utils.logging
-    log.disable_progress_bar()
-    folder = SCRATCH / "families" / f"tiny-{family}"
-    name, settings, template = FAMILIES[family]
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
     special, decoders = ["<unk>", *MARKS], tokenizers.decoders
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -1227,28 +1261,61 @@ def family_checkpoint(family: str) -> Path:
         content["model"]["vocab"] |= {f"<0x{byte:02X}>": made.get_vocab_size() + byte for byte in range(256)}
         made = tokenizers.Tokenizer.from_str(json.dumps(content))
     made.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])  # not special: they are text
-    fast: Any = transformers.PreTrainedTokenizerFast
-    wrapped = fast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", chat_template=template)
-    wrapped.save_pretrained(folder)
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=made.get_vocab_size() + 9,  # padded, as many are
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-6,
-        bos_token_id=None,
-        eos_token_id=made.token_to_id("</s>"),
+    return made
+
+
+def family_weights(family: str, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Random ones, large enough that the text wanders about; biases and norms too."""
+    dim, ffn = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim", dim // config["num_attention_heads"])
+    query, kv = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (query, dim),
+        "self_attn.o_proj.weight": (dim, query),
+    }
+    layer |= {f"self_attn.{name}_proj.weight": (kv, dim) for name in "kv"}
+    layer |= {f"mlp.{name}_proj.weight": (ffn, dim) for name in ("gate", "up")}
+    layer |= {"mlp.down_proj.weight": (dim, ffn), "input_layernorm.weight": (dim,)}
+    layer |= {"post_attention_layernorm.weight": (dim,)}
+    if family == "qwen2":
+        layer |= {f"self_attn.{name}_proj.bias": (size,) for name, size in zip("qkv", (query, kv, kv))}
+    if family == "qwen3":
+        layer |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], dim), "model.norm.weight": (dim,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    for i, (name, shape) in itertools.product(range(config["num_hidden_layers"]), layer.items()):
+        shapes[f"model.layers.{i}.{name}"] = shape
+    generator = torch.Generator().manual_seed(7)
+    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+
+
+@functools.cache
+def family_checkpoint(family: str) -> Path:
+    """A random checkpoint in the files that transformers writes."""
+    name, settings, template = FAMILIES[family]
+    tokens = family_tokenizer(family)
+    ends = [tokens.token_to_id(mark) for mark in ("</s>", "<|im_end|>")]
+    config = {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": family,
+        "vocab_size": tokens.get_vocab_size() + 9,  # padded, as many are
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "eos_token_id": ends[0],
         **settings,
-    )
-    torch.manual_seed(7)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    for parameter in model.parameters():  # large enough that the text wanders about; biases and norms too
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.generation_config.eos_token_id = [made.token_to_id("</s>"), made.token_to_id("<|im_end|>")]
-    model.save_pretrained(folder)
+    }
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    files = {"config.json": config, "generation_config.json": {"eos_token_id": ends}, "tokenizer_config.json": marks}
+    folder = folder_of({**files, "tokenizer.json": tokens.to_str(), "chat_template.jinja": template}, f"tiny-{family}")
+    write_safetensors(family_weights(family, config), folder / "model.safetensors")
     return folder
 
 
@@ -1261,14 +1328,17 @@ def family_server(family: str) -> Iterator[server.ApiServer]:
         yield api
 
 
-@unittest.skipUnless(has("transformers"), "transformers is not installed")
+@needs("safetensors", "tokenizers")
 class FamilyTest(unittest.TestCase):
     """Qwen, Mistral, and a Llama with a chat format of its own, against transformers."""
 
+    @needs("transformers")
     def test_the_text_is_transformers(self) -> None:
         """Logits, and greedy answers to chats that run together."""
         import transformers
 
+        log: Any = transformers.utils.logging
+        log.disable_progress_bar()
         for family in FAMILIES:
             with self.subTest(family), family_server(family) as api, torch.inference_mode():
                 folder = family_checkpoint(family)
@@ -1295,6 +1365,7 @@ class FamilyTest(unittest.TestCase):
                     text = api.tokenizer.decode_bytes(made.tolist()).decode(errors="replace")
                     self.assertEqual(answer["response"], text.lstrip())
 
+    @needs("transformers")
     def test_the_prompt_is_transformers(self) -> None:
         """Token for token; special tokens that a message spells are text, and every text comes back."""
         import transformers
@@ -2351,7 +2422,7 @@ class TTServerTest(unittest.TestCase):
 
 def real_card_is_missing() -> str:
     """Why the test on the real tt-metal cannot run here; empty where it can."""
-    if not has("ttnn"):
+    if absent("ttnn"):
         return "ttnn is not installed"
     if not (Path(os.environ.get("TT_METAL_HOME", "")) / "models" / "tt_transformers").is_dir():
         return "TT_METAL_HOME names no tt-metal checkout"
@@ -3399,16 +3470,14 @@ class OpenAITest(unittest.TestCase):
                 check_error(ask(api.server_port, "/chat", ASKED), 503, "queue is full")
             wait_until(lambda: api.scheduler.statistics.finished["cancelled"] == 5)
 
-    @unittest.skipUnless(has("transformers") and WRITES_SAFETENSORS, "transformers or safetensors is not installed")
     def test_log_probabilities(self) -> None:
-        """They are transformers', whatever bias chose the tokens; each is told once, streamed too."""
-        import transformers
-
-        model: Any = transformers.AutoModelForCausalLM
-        model = model.from_pretrained(random_checkpoint("hf", Shape()), dtype=torch.float32)
+        """They are the model's, whatever bias chose the tokens; each is told once, streamed too."""
         prompt = tokenizer().encode_chat(QUESTION)
-        answer = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
-        logits = model(torch.tensor([prompt + answer])).logits.detach()[0, len(prompt) - 1 : -1]
+        engine = float32_engine(random_checkpoint("meta", Shape()), 1)
+        answer = engine.step([server.Work(0, prompt, 0, GREEDY)])
+        while len(answer) < 6:
+            answer += engine.step([server.Work(0, answer[-1:], len(prompt) + len(answer) - 1, GREEDY)])
+        logits = logits_after_each(prompt + answer)[len(prompt) - 1 : -1]
         top = logits.log_softmax(-1).topk(20)
 
         def check(tokens: list[bytes], chosen: list[float], likely: list[list[float]], k: int) -> None:
@@ -3438,16 +3507,11 @@ class OpenAITest(unittest.TestCase):
         plain = self.post("completions", prompt=prompt, logit_bias={"1000": 1}).json["choices"][0]
         self.assertIsNone(plain["logprobs"])
 
-    @unittest.skipUnless(has("transformers") and WRITES_SAFETENSORS, "transformers or safetensors is not installed")
     def test_echo(self) -> None:
-        """The prompt comes before the answer, with transformers' log-probabilities, though the slots hold it already.
+        """The prompt comes before the answer, with the model's log-probabilities, though the slots hold it already.
 
         A long prompt takes two steps. One has a character of several tokens, after which offsets must be right.
         """
-        import transformers
-
-        model: Any = transformers.AutoModelForCausalLM
-        model = model.from_pretrained(random_checkpoint("hf", Shape()), dtype=torch.float32)
         texts = ["Once upon", "🦙 and " + "so on and " * 175, "🦙"]
         ids = [tokenizer().encode_document(text) for text in texts]
         self.assertGreater(len(ids[1]), server.TorchEngine.prompt_chunk)
@@ -3455,7 +3519,7 @@ class OpenAITest(unittest.TestCase):
         word, cases = tokenizer().decode_bytes([1000]).decode(), list[tuple[Any, ...]]()
         cases += [(texts, None, False, 2), (ids, None, True, 0), (ids, 0, True, 2), (texts, 0, False, 0)]
         cases += [(texts, 5, False, 2), (ids, 5, True, 2), (ids, 5, False, 0), (texts, 5, True, 0)]
-        expected = [model(torch.tensor([[*tokens, 1000]])).logits.detach()[0].log_softmax(-1) for tokens in ids]
+        expected = [logits_after_each([*tokens, 1000]).log_softmax(-1) for tokens in ids]
         for prompt, k, stream, limit in cases:
             body = {"prompt": prompt, "logprobs": k, "stream": stream, "max_tokens": limit, **forced}
             reply = self.post("completions", **body)
@@ -3548,7 +3612,7 @@ class OpenAITest(unittest.TestCase):
                     self.assertEqual(reply.json["error"], {"message": said(reply), **expected})
 
 
-@unittest.skipUnless(has("openai"), "openai is not installed")
+@needs("openai")
 class OpenAIClientTest(unittest.TestCase):
     """The official Python client, unchanged but for its base_url; LangChain's; and the one for JavaScript."""
 
@@ -3581,12 +3645,16 @@ class OpenAIClientTest(unittest.TestCase):
     def test_an_error_in_a_stream_reaches_the_client(self) -> None:
         import openai
 
-        with serving(FakeEngine(before_step=Failing(1, after=5))) as api, self.assertLogs(server.logger, "ERROR"):
+        engine = FakeEngine(before_step=Failing(1, after=5))
+        with serving(engine) as api, self.assertLogs(server.logger, "ERROR"):
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{api.server_port}/v1", api_key="none", max_retries=0)
-            with client, self.assertRaisesRegex(openai.APIError, "the engine failed"):
+            with self.assertRaisesRegex(openai.APIError, "the engine failed"):
                 list(client.completions.create(model=api.model, prompt="Hi", stream=True))
+            engine.before_step = Failing(1, after=5)
+            with client, self.assertRaisesRegex(openai.APIError, "the engine failed"):
+                list(client.responses.create(model=api.model, input="Hi", stream=True))
 
-    @unittest.skipUnless(has("langchain_openai"), "langchain-openai is not installed")
+    @needs("langchain_openai")
     def test_langchain(self) -> None:
         from langchain_openai import ChatOpenAI
 
@@ -3597,7 +3665,7 @@ class OpenAIClientTest(unittest.TestCase):
         self.assertIn("learns from examples", "".join(str(piece.content) for piece in pieces))
         self.assertGreater(sum(piece.usage_metadata["output_tokens"] for piece in pieces if piece.usage_metadata), 10)
 
-    @unittest.skipUnless(os.environ.get("TT_TEST_NODE_MODULES"), "TT_TEST_NODE_MODULES: a folder with npm's openai")
+    @needs("node", "TT_TEST_NODE_MODULES")  # a folder with npm's openai
     def test_the_javascript_client(self) -> None:
         script = """
             const {OpenAI} = require("openai"), [url, settings] = process.argv.slice(1)
@@ -3797,9 +3865,7 @@ class ToolTest(unittest.TestCase):
         choices = [event["choices"][0] for event in events(reply.body)]
         return [*(choice["delta"] for choice in choices), {"finish_reason": choices[-1]["finish_reason"]}]
 
-    @unittest.skipUnless(
-        has("trl") and has("transformers"), "trl, which has the models' templates, or transformers is not installed"
-    )
+    @needs("safetensors", "tokenizers", "transformers", "trl")  # trl has the models' templates
     def test_the_prompt_is_the_templates(self) -> None:
         """Token for token, with tools and without, for Meta's layout and for checkpoints with a template."""
         import jinja2
@@ -3914,7 +3980,7 @@ class ToolTest(unittest.TestCase):
         with serving(Speaker('{"answer": "' + "x " * 50)) as api:
             self.assertGreater(sum("content" in delta for delta in self.stream(api, tools=TOOLS)), 1)
 
-    @unittest.skipUnless(has("llguidance") and has("jsonschema"), "llguidance or jsonschema is not installed")
+    @needs("tokenizers", "llguidance", "jsonschema")
     def test_every_call_is_valid(self) -> None:
         """Of a model of random weights, for random schemas: forced, or begun by the model."""
         import jsonschema
@@ -3952,7 +4018,7 @@ class ToolTest(unittest.TestCase):
                         )
         self.assertGreater(ended, 2 * SCHEMAS)
 
-    @unittest.skipUnless(has("llguidance") and has("jsonschema"), "llguidance or jsonschema is not installed")
+    @needs("llguidance", "jsonschema")
     def test_structured_output(self) -> None:
         """A random model keeps to it, streamed or not; what runs beside it does not change."""
         import jsonschema
@@ -3994,7 +4060,7 @@ class ToolTest(unittest.TestCase):
             (choice,) = ask(port, "/v1/completions", body).json["choices"]
             self.assertRegex(choice["text"], f"^({expected})$")
 
-    @unittest.skipUnless(has("llguidance"), "llguidance is not installed")
+    @needs("tokenizers", "llguidance")
     def test_together(self) -> None:
         """Tools beside a response format, and thinking before either."""
         answer = {"type": "json_schema", "json_schema": {"schema": {"enum": ["yes", "no"]}}}
@@ -4035,6 +4101,7 @@ class ToolTest(unittest.TestCase):
             self.assertEqual(thought["reasoning_content"], "a<tool_call>b")
             self.assertEqual({call["function"]["name"] for call in thought["tool_calls"]}, {"f"})
 
+    @needs("tokenizers", "llguidance")
     def test_what_is_refused(self) -> None:
         port, named = shared_server("random").port, {"type": "function", "function": {"name": "rm"}}
         call = called("now", {})
@@ -4138,6 +4205,7 @@ class ResponsesTest(unittest.TestCase):
     def post(self, api: server.ApiServer, **body: object) -> Reply:
         return ask(api.server_port, "/v1/responses", {"input": "Hi", "tools": RESPONSE_TOOLS, **body})
 
+    @needs("tokenizers")
     def test_the_items_of_an_answer(self) -> None:
         """Streamed or not: thinking, text and calls, and how they ended."""
         call, more = HERMES_CALL, {"max_output_tokens": 1000}
@@ -4193,6 +4261,7 @@ class ResponsesTest(unittest.TestCase):
                 cached = streamed["usage"].pop("input_tokens_details")["cached_tokens"]
                 self.assertEqual((cached > 0, {**usage, **streamed["usage"]}), (True, usage))
 
+    @needs("tokenizers")
     def test_the_conversation(self) -> None:
         """It reaches the template as messages: one for the items of a role in a row."""
         tokens = server.TemplateTokenizer(
@@ -4238,7 +4307,7 @@ class ResponsesTest(unittest.TestCase):
                 tools = [{"type": "function", "function": function} for function in (weather, now)]
                 self.assertEqual(json.loads(prompt), [expected, tools])
 
-    @unittest.skipUnless(has("llguidance"), "llguidance is not installed")
+    @needs("llguidance")
     def test_forms_of_an_answer(self) -> None:
         """The text's format and the choice of a tool hold for a model of random weights."""
         form = {"type": "json_schema", "name": "x", "schema": {"enum": ["yes", "日本"]}, "strict": True}
@@ -4253,7 +4322,7 @@ class ResponsesTest(unittest.TestCase):
                 self.assertEqual([json.loads(item["arguments"]) for item in reply["output"]], [{"city": "X"}])
                 self.assertEqual((reply["tool_choice"], reply["tools"]), (choice, tools))
 
-    @unittest.skipUnless(has("openai"), "openai is not installed")
+    @needs("openai")
     def test_the_python_client(self) -> None:
         import openai
         import pydantic
@@ -4300,13 +4369,6 @@ class ResponsesTest(unittest.TestCase):
             self.assertIn("the engine failed", message)
             expected = ("failed", {"code": "server_error", "message": message})
             self.assertEqual((failed["response"]["status"], failed["response"]["error"]), expected)
-            if has("openai"):
-                import openai
-
-                engine.before_step = Failing(1, after=5)
-                client = openai.OpenAI(base_url=f"http://127.0.0.1:{api.server_port}/v1", api_key="none", max_retries=0)
-                with client, self.assertRaisesRegex(openai.APIError, "the engine failed"):
-                    list(client.responses.create(model="fake-llama", input="Hi", stream=True))
 
     def test_what_is_refused(self) -> None:
         port, tool = shared_server("random").port, {"type": "function", "name": "f"}
@@ -4431,7 +4493,7 @@ class MetricsTest(unittest.TestCase):
             counts = [value for key, value in after.items() if key.startswith(f"tt_{name}_bucket")]
             self.assertEqual([*counts, after[f"tt_{name}_count"]], [*sorted(counts), counts[-1]])
 
-    @unittest.skipUnless(has("prometheus_client"), "prometheus_client is not installed")
+    @needs("prometheus_client")
     def test_the_clients_parser(self) -> None:
         """Every sample has model_name, and the names are those that vLLM's dashboard asks for."""
         from prometheus_client.parser import text_string_to_metric_families
@@ -4448,7 +4510,7 @@ class MetricsTest(unittest.TestCase):
         for name, family in families.items():
             self.assertEqual({sample.labels["model_name"] for sample in family.samples}, {"Llama-random"}, name)
 
-    @unittest.skipUnless(shutil.which("promtool"), "promtool is not installed")
+    @needs("promtool")
     def test_promtool(self) -> None:
         text = ask(shared_server("random").port, "/metrics").body
         done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, timeout=PATIENCE)
@@ -4475,7 +4537,7 @@ class OperationTest(unittest.TestCase):
                     self.assertEqual(systemd.recv(100), b"STOPPING=1")
                 self.assertEqual(process.wait(), 0 if number == signal.SIGTERM else -number)
 
-    @unittest.skipUnless(shutil.which("nginx"), "nginx is not installed")
+    @needs("nginx")
     def test_nginx_over_two_servers_of_which_one_is_killed(self) -> None:
         """With the README's configuration: nothing is lost but answers that had begun on the one that is killed."""
         servers = [random_server(self, "--max-batch-size", "4") for _ in range(2)]
@@ -4810,8 +4872,7 @@ class Browser:
         return self.texts(".assistant")[-1], self.texts("article small")[-1]
 
 
-@unittest.skipUnless(shutil.which("chromium") and shutil.which("chromedriver"), "chromium or its driver is not here")
-@unittest.skipUnless(has("selenium"), "selenium is not installed")
+@needs("chromium", "chromedriver", "selenium")
 class PageTest(unittest.TestCase):
     """The page in a browser: over the fake engine where a state is hard to come by, else over a real one."""
 
@@ -5065,9 +5126,6 @@ class CliTest(unittest.TestCase):
         url, folder = f"http://127.0.0.1:{process.port}", str(random_checkpoint("meta", Shape()))
         for part in (folder, "loading the weights", f"{url}/health", f"POST {url}/chat\n", f"curl -s {url}/chat "):
             self.assertIn(part, process.output)
-        if shutil.which("curl") and shutil.which("jq"):
-            curl = process.wait_for(r"\n  (curl .*)")[1]
-            self.assertEqual(subprocess.check_output(f"{curl} | jq .success", shell=True), b"true\n")
         with streamed(process.port, max_tokens=200, temperature=0) as lines:
             next(lines)
             self.assertGreater(count("task", process.process.pid), 8)  # with one for PyTorch it has five
@@ -5075,6 +5133,11 @@ class CliTest(unittest.TestCase):
             self.assertEqual(list(lines)[-1]["tokens_generated"], 200)
         self.assertEqual(process.wait(), 0, process.output)
         self.assertNotIn("Traceback", process.output)
+
+    @needs("curl", "jq")
+    def test_the_banners_command(self) -> None:
+        curl = shared_server("random").wait_for(r"\n  (curl .*)")[1]
+        self.assertEqual(subprocess.check_output(f"{curl} | jq .success", shell=True), b"true\n")
 
     def test_a_second_signal_cuts_streams_short(self) -> None:
         process = random_server(self).ready()
