@@ -22,6 +22,7 @@ import ctypes
 import faulthandler
 import fcntl
 import functools
+import gc
 import gzip
 import http.client
 import http.server
@@ -44,13 +45,14 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import unittest
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 from unittest import mock
 
 import tt_api_server as server
@@ -258,24 +260,154 @@ def environment(**variables: str) -> dict[str, str]:
     return {**clean, **variables}
 
 
-class ServerProcess:
-    """A server started as a user starts it. Its output is collected, and it does not outlive the tests."""
+def fork_servers(orders: socket.socket) -> None:
+    """Fork a server for each order, from a process with one thread that has imported all that a server imports.
 
-    def __init__(self, *options: str, program: Sequence[str] = (str(SERVER),), **variables: str) -> None:
-        command = [sys.executable, *program, "--port", "0", *options]
-        self.process = subprocess.Popen(
-            command, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    An order is four files: the arguments of `become` as JSON, the server's standard output and error, and where its
+    process id goes and, at its end, its exit status.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the tests, which end the servers
+    server.ChatTokenizer()
+    gc.freeze()
+    while files := socket.recv_fds(orders, 1, 4)[1]:
+        assert count("task", os.getpid()) == 1
+        if os.fork() == 0:
+            orders.close()
+            keep(*files)
+        for file in files:
+            os.close(file)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def keep(order: int, output: int, errors: int, report: int) -> NoReturn:
+    """Fork the server, and wait for it."""
+    if (pid := os.fork()) == 0:
+        arguments = json.loads(os.pread(order, 1 << 20, 0))
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        os.closerange(3, max(order, output, errors, report) + 1)
+        become(**arguments)
+    with contextlib.suppress(OSError):
+        os.close(output)
+        os.close(errors)
+        os.write(report, b"%d\n" % pid)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.write(report, b"%d\n" % status)  # nobody reads it if the tests have ended
+    os._exit(0)
+
+
+def become(code: str, options: list[str], variables: dict[str, str]) -> NoReturn:
+    """Run Python code as if this process had been started for it with these variables."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(variables)
+    own = [path for path in sys.path if path not in ("", str(SERVER.parent))]
+    sys.path[:] = ["", *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep)), *own]
+    sys.argv, tempfile.tempdir, status = [str(SERVER), *options], None, 1
+    torch.set_num_threads(int(variables.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    try:
+        exec(code, {"__name__": "__main__"})
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+@functools.cache
+def fork_server() -> socket.socket:
+    """Start the process that forks the servers; returns where its orders go."""
+    orders, theirs = socket.socketpair()
+    code = f"import socket, test_server as t; t.fork_servers(socket.socket(fileno={theirs.fileno()}))"
+    folders = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")])}
+    variables = environment(**folders, TMPDIR=str(SCRATCH), OPENBLAS_NUM_THREADS="1")  # or NumPy starts threads
+    process = subprocess.Popen([sys.executable, "-c", code], env=variables, pass_fds=[theirs.fileno()])
+    theirs.close()
+
+    def close() -> None:
+        orders.close()
+        process.wait()
+
+    atexit.register(close)
+    return orders
+
+
+class Forked:
+    """A server that was forked, with subprocess.Popen's methods. `output` and `errors` are closed here."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, code: str, options: Sequence[str], variables: Mapping[str, str], output: int, errors: int):
+        told, report = os.pipe()
+        with tempfile.TemporaryFile("w+") as order, self._lock:
+            json.dump({"code": code, "options": list(options), "variables": dict(variables)}, order)
+            order.flush()
+            socket.send_fds(fork_server(), [b"!"], [order.fileno(), output, errors, report])
+        for file in {output, errors, report}:
+            os.close(file)
+        self._told = open(told)  # noqa: SIM115
+        self.pid = int(self._told.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._told], [], [], 0)[0]:
+            with self._told:
+                self.returncode = int(self._told.readline())
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        wait_until(lambda: self.poll() is not None, timeout)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+FORKED = "import os, tt_api_server as s; os._exit(s.main())"  # what the end of the file does
+
+
+class ServerProcess:
+    """A server as a user starts it. Its output is collected, and it does not outlive the tests.
+
+    `program` is Python code for a fork of a process that has imported PyTorch, or ("FILE",) to start the real program.
+    """
+
+    def __init__(self, *options: str, program: Sequence[str] = ("-c", FORKED), **variables: str) -> None:
+        options, (reading, output) = ("--port", "0", *options), os.pipe()
+        self.process: subprocess.Popen[bytes] | Forked
+        if program[0] == "-c":
+            self.process = Forked(program[1], options, environment(**variables), output, output)
+        else:
+            command = [sys.executable, *program, *options]
+            self.process = subprocess.Popen(command, env=environment(**variables), stdout=output, stderr=output)
+            os.close(output)
         atexit.register(self.close)
         self.output = ""
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(reading,), daemon=True)
         self._reader.start()
         self.port = int(self.wait_for(r"http://[\w.]+:(\d+)/health")[1])
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
+    def _read(self, reading: int) -> None:
+        with open(reading) as lines:
+            for line in lines:
+                self.output += line
 
     def wait_for(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
         """Wait until the pattern stands in the output."""
@@ -299,15 +431,15 @@ class ServerProcess:
         """End it if it has not ended."""
         self.process.kill()
         self.wait()
-        if self.process.stdout:
-            self.process.stdout.close()
         atexit.unregister(self.close)
 
 
-def random_server(test: unittest.TestCase, *options: str, **variables: str) -> ServerProcess:
+def random_server(
+    test: unittest.TestCase, *options: str, program: Sequence[str] = ("-c", FORKED), **variables: str
+) -> ServerProcess:
     """A server for this test alone, of a random checkpoint whose answers end only at max_tokens."""
-    folder = random_checkpoint("meta", Shape())
-    process = ServerProcess("--model", str(folder), "--dtype", "float32", *options, **{**ONE_THREAD, **variables})
+    options = ("--model", str(random_checkpoint("meta", Shape())), "--dtype", "float32", *options)
+    process = ServerProcess(*options, program=program, **{**ONE_THREAD, **variables})
     test.addCleanup(process.close)
     return process
 
@@ -329,8 +461,11 @@ def shared_server(kind: str) -> ServerProcess:
 
 def run_to_end(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a server that is to end by itself."""
-    command = [sys.executable, str(SERVER), *options]
-    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=PATIENCE)
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        files = os.dup(output.fileno()), os.dup(errors.fileno())
+        status = Forked(FORKED, options, environment(**variables), *files).wait(PATIENCE)
+        texts = [os.pread(file.fileno(), 1 << 20, 0).decode() for file in (output, errors)]
+    return subprocess.CompletedProcess(options, status, *texts)
 
 
 class Reply(NamedTuple):
@@ -5120,7 +5255,7 @@ class CliTest(unittest.TestCase):
 
     def test_a_start_and_ctrl_c(self) -> None:
         """/health answers while it loads, and the banner says what is served, and where; a stream may finish."""
-        process = random_server(self, "--dtype", "bfloat16", "--threads", "4")
+        process = random_server(self, "--dtype", "bfloat16", "--threads", "4", program=[str(SERVER)])
         check_unavailable(process.port, "loading")
         process.ready()
         url, folder = f"http://127.0.0.1:{process.port}", str(random_checkpoint("meta", Shape()))
