@@ -358,9 +358,10 @@ class Forked:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._told], [], [], 0)[0]:
-            with self._told:
-                self.returncode = int(self._told.readline())
+        with self._lock:
+            if self.returncode is None and select.select([self._told], [], [], 0)[0]:
+                with self._told:
+                    self.returncode = int(self._told.readline())
         return self.returncode
 
     def wait(self, timeout: float) -> int:
