@@ -1487,7 +1487,7 @@ class FamilyTest(unittest.TestCase):
                 logits = engine.logits([server.Work(1, ids[59:], 59, GREEDY)])[0]
                 self.assertLess(float((logits - theirs(torch.tensor([ids])).logits[0, -1]).abs().max()), 1e-4)
                 chats = [
-                    [{"role": "user", "content": f"What is {word}, 日本?"}] for word in SERVER.read_text().split()[:40]
+                    [{"role": "user", "content": f"What is {word}, 日本?"}] for word in SERVER.read_text().split()[:16]
                 ]
                 with concurrent.futures.ThreadPoolExecutor(8) as pool:
                     asked = [{"messages": chat, "temperature": 0, "max_tokens": 12} for chat in chats]
@@ -1818,8 +1818,9 @@ class GeneratorBase:
         whole = (self.card.new and not start) or (traced and not start)
         table = call.page_table[row : row + 1, : math.ceil((start + padded if whole else end) / 32)]
         logits.append(model.read([call.tokens[row, start:end].tolist()], [start], table))
-        if padding := min(start + padded, 32 * table.shape[1]) - end:
-            model.read([[0] * padding], [end], table)
+        padding = torch.arange(end, max(end, min(start + padded, 32 * table.shape[1])))
+        for blocks in model.cache:
+            blocks[table[0, padding // 32].long(), padding % 32] = 100.0
 
     def align(self, starts: list[int], ends: list[int], kv_cache: object = None) -> list[int]:
         """_align_resume_offsets: down to where the blocks and the attention of the padded rest may begin."""
@@ -2104,7 +2105,7 @@ class TTEngineTest(unittest.TestCase):
     HOST_SAMPLES = (("2026-06", False), ("2026-09 contract", False))
     CARDS = (*((release, True) for release in RELEASES), *HOST_SAMPLES)  # and whether the card samples, or the host
 
-    def test_a_thousand_requests_get_the_cpus_text_and_leave_nothing_behind(self) -> None:
+    def test_requests_get_the_cpus_text_and_leave_nothing_behind(self) -> None:
         """Random ones, some cancelled, some for the host's sampler, which wait for blocks beside free slots."""
 
         def client(scheduler: server.Scheduler, luck: float, asked: server.Request, expected: list[int]) -> None:
@@ -2127,7 +2128,7 @@ class TTEngineTest(unittest.TestCase):
                 with scheduling(engine) as scheduler, concurrent.futures.ThreadPoolExecutor(40) as pool:
                     client(scheduler, 1.0, *reserving(9, 300, 30))
                     jobs = []
-                    for length in chance.choices((300, 1000, 4000, 20000), k=125):
+                    for length in chance.choices((300, 1000, 4000, 20000), k=45):
                         count, hosted = chance.choice((1, 2, 5, 10, 39)), chance.random() < 0.2
                         job = reserving(chance.randrange(15), length, count, hosted)
                         jobs.append(pool.submit(client, scheduler, chance.random(), *job))
@@ -3656,6 +3657,7 @@ class OpenAITest(unittest.TestCase):
         cases += [(texts, None, False, 2), (ids, None, True, 0), (ids, 0, True, 2), (texts, 0, False, 0)]
         cases += [(texts, 5, False, 2), (ids, 5, True, 2), (ids, 5, False, 0), (texts, 5, True, 0)]
         expected = [logits_after_each([*tokens, 1000]).log_softmax(-1) for tokens in ids]
+        likely = [after.topk(5).values for after in expected]
         for prompt, k, stream, limit in cases:
             body = {"prompt": prompt, "logprobs": k, "stream": stream, "max_tokens": limit, **forced}
             reply = self.post("completions", **body)
@@ -3669,17 +3671,17 @@ class OpenAITest(unittest.TestCase):
                 if told:
                     table = {name: list(itertools.chain(*(part[name] for part in told))) for name in told[0]}
                     tokens = ids[i] + [1000] * limit
-                    self.check_table(tokens, table, expected[i][: len(tokens) - 1], k)
+                    self.check_table(tokens, table, expected[i][: len(tokens) - 1], likely[i][: len(tokens) - 1, :k])
                     self.check_offsets(text + word * limit, tokens, table)
 
-    def check_table(self, tokens: list[int], table: Body, expected: torch.Tensor, k: int) -> None:
-        """Compare with the model's log-probabilities [tokens - 1, vocabulary]."""
+    def check_table(self, tokens: list[int], table: Body, expected: torch.Tensor, best: torch.Tensor) -> None:
+        """Compare with the model's log-probabilities [tokens - 1, vocabulary], and with the k highest of each."""
         (first_chosen, *chosen), (first_top, *top) = table["token_logprobs"], table["top_logprobs"]
         self.assertEqual((first_chosen, first_top), (None, None))
         own = expected.gather(1, torch.tensor([tokens[1:]]).T)[:, 0]
         torch.testing.assert_close(torch.tensor(chosen), own, atol=1e-3, rtol=0)
-        likely = [sorted(chances.values(), reverse=True)[:k] for chances in top]
-        torch.testing.assert_close(torch.tensor(likely), expected.topk(k).values, atol=1e-3, rtol=0)
+        likely = [sorted(chances.values(), reverse=True)[: best.shape[1]] for chances in top]
+        torch.testing.assert_close(torch.tensor(likely), best, atol=1e-3, rtol=0)
         self.assertTrue(all(chances[name] == p for chances, name, p in zip(top, table["tokens"][1:], chosen)))
 
     def check_offsets(self, text: str, tokens: list[int], table: Body) -> None:
@@ -5354,6 +5356,8 @@ class CountingResult(unittest.TextTestResult):
 
     def startTest(self, test: unittest.TestCase) -> None:
         super().startTest(test)
+        gc.collect()
+        gc.freeze()  # or each collection, and an engine's close makes one, goes through all modules of PyTorch and others
         faulthandler.dump_traceback_later(10 * PATIENCE + 2 * SOAK_SECONDS, exit=True)  # one that hangs ends them all
         self.began = time.monotonic()
 
@@ -5383,6 +5387,9 @@ def main(arguments: Sequence[str]) -> int:
     for name in sorted(result.seconds, key=result.seconds.__getitem__)[:-11:-1]:
         print(f"{result.seconds[name]:6.1f} s  {name}")
     failed = {getattr(test, "test_case", test) for test, _ in [*result.failures, *result.errors]}
+    for test, reason in result.skipped:
+        name = test.id().removeprefix("setUpClass (").removesuffix(")")  # a class that is skipped has no test
+        print(f"skipped: {name.partition('.')[2]} {reason}")
     skipped = f", {len(result.skipped)} skipped" if result.skipped else ""
     print(f"{result.passed} passed, {len(failed)} failed{skipped}", flush=True)
     return 0 if result.passed and result.wasSuccessful() else 1
