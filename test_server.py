@@ -5357,7 +5357,7 @@ class CountingResult(unittest.TextTestResult):
     def startTest(self, test: unittest.TestCase) -> None:
         super().startTest(test)
         gc.collect()
-        gc.freeze()  # or each collection, and an engine's close makes one, goes through all modules of PyTorch and others
+        gc.freeze()  # or each collection, as an engine's close makes one, goes through all imported modules
         faulthandler.dump_traceback_later(10 * PATIENCE + 2 * SOAK_SECONDS, exit=True)  # one that hangs ends them all
         self.began = time.monotonic()
 
