@@ -2017,7 +2017,8 @@ def stand_in(release: str, chips: int = 1, samples: bool = True) -> Iterator[Car
     card, ModelArgs.salt_duplicate_seeds = Card(release, chips, samples), True
     folder = write_stand_in(SCRATCH / "tt-metal" / release, release, chips)
     modules: dict[str, Any] = {"ttnn": card, "test_server": sys.modules[__name__]}
-    with mock.patch.dict(sys.modules, modules), mock.patch.dict(os.environ, {"TT_METAL_HOME": str(folder)}):
+    frozen = mock.patch("gc.unfreeze")  # an engine's close looks through what is new, not through all that is imported
+    with frozen, mock.patch.dict(sys.modules, modules), mock.patch.dict(os.environ, {"TT_METAL_HOME": str(folder)}):
         for name in ("MESH_DEVICE", "TT_METAL_SLOW_DISPATCH_MODE", "HF_MODEL", "LLAMA_DIR", "TT_CACHE_PATH"):
             os.environ.pop(name, None)
         yield card
