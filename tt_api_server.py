@@ -21,23 +21,26 @@ The rooms of this file, top to bottom; each uses only those above it:
     Errors         one exception for the user at the terminal, one for the HTTP client
     Checkpoint     find the model's files and read its configuration
     Text           messages to token ids, token ids to text
-    Tools          tool calls in an answer, and grammars for calls and structured output
+    Answers        an answer's tokens to pieces: text, thinking, tool calls
+    Grammars       what an answer must be: calls and schemas, in llguidance's processes
     Sampling       logits to the next token
     Engine         the contract of every engine: tokens in, tokens out
     CPU engine     the model in PyTorch
     Card engine    the model on Tenstorrent cards, through tt-metal's Generator
     Demo model     a tiny Llama for a start without a model
     Scheduler      the one thread that runs the engine: continuous batching, prefix reuse, statistics
-    Dialects       JSON to a Request, a Request to JSON
+    Fields         the fields of every body, and what each may be
+    Requests       a reader for each dialect: JSON to Asked; and Asked to Requests
+    Writers        a writer for each dialect: pieces to JSON
     Page           the chat page
     HTTP           sockets, routes, errors, metrics
     CLI            options, banner, signals, start and stop
 
-One object, Request, goes down through them and comes back up:
+The way of a request:
 
-    socket - ApiHandler - Dialect.read - Tokenizer - Scheduler.submit - queue
-                                                                          |
-    socket - ApiHandler - Dialect.whole - TextStream - Request - Scheduler loop - Engine
+    socket - ApiHandler - a reader of one dialect - Asked - Tokenizer, Grammars - Request - Scheduler - Engine
+                                                                                               |
+    socket - ApiHandler - a writer of one dialect - Piece - Reader - a queue of Events --------+
 
 A handler's thread owns its socket and its text; the scheduler's thread owns the engine and the token ids.
 """
@@ -45,13 +48,13 @@ A handler's thread owns its socket and its text; the scheduler's thread owns the
 from __future__ import annotations
 
 import argparse
-import ast
 import base64
 import bisect
 import codecs
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import fcntl
 import functools
@@ -66,11 +69,15 @@ import inspect
 import ipaddress
 import itertools
 import json
+import json.scanner
 import logging
 import logging.handlers
 import math
 import mmap
+import multiprocessing
+import operator
 import os
+import pickle
 import queue
 import random
 import re
@@ -85,15 +92,18 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 import uuid
 import warnings
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, TypeGuard
 
 if TYPE_CHECKING:
     import torch
@@ -102,13 +112,18 @@ if TYPE_CHECKING:
 if sys.version_info < (3, 10):  # noqa: UP036
     raise SystemExit(f"error: this is Python {sys.version.split()[0]}: use Python 3.10 or later")
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
 
 logger = logging.getLogger("tt_api_server")
 
-# ======================================================================================================================
+# bytes of JSON: a larger body is read without haste, after others that are as large
+LARGE = 1 << 16
+MAX_DEPTH = 64  # of lists and objects in a client's JSON: more than any real schema has
+
+
+# ==================================================================================================
 # Errors
-# ======================================================================================================================
+# ==================================================================================================
 
 
 class UserError(Exception):
@@ -116,9 +131,18 @@ class UserError(Exception):
 
 
 class ApiError(Exception):
-    """For the HTTP client: a status, one plain sentence, and OpenAI's `param` and `code` if the error has them."""
+    """For the HTTP client: a status, one plain sentence, and OpenAI's `param` and `code` if the
+    error has them.
+    """
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        **headers: str,
+    ):
         super().__init__(message)
         self.status = status
         self.param = param
@@ -129,12 +153,41 @@ class ApiError(Exception):
 def printable(text: str | None) -> str:
     """Shorten `text` and replace control characters, for logs and errors."""
     text = text or "-"
-    return "".join(c if c.isprintable() else "?" for c in (text if len(text) <= 100 else f"{text[:97]}..."))
+    return "".join(
+        c if c.isprintable() else "?" for c in (text if len(text) <= 100 else f"{text[:97]}...")
+    )
 
 
 def shown(value: Any) -> str:
     """Format a JSON value for an error message."""
-    return printable(json.dumps(value, ensure_ascii=False))
+    parts = json.JSONEncoder(ensure_ascii=False).iterencode(value)
+    return printable("".join(itertools.islice(parts, 101)))  # the rest would not be shown
+
+
+class SlowJson(json.JSONDecoder):
+    """Reads JSON in Python. The reader in C is faster, and stops all threads until it is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+
+def from_json(text: str | bytes) -> Any:
+    """The value of a client's JSON. Raises ValueError, also if it is nested too deeply."""
+    with contextlib.suppress(RecursionError):
+        value = json.loads(text, cls=SlowJson if len(text) > LARGE else None)
+        if fits_depth(value, MAX_DEPTH):
+            return value
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def fits_depth(value: Any, most: int) -> bool:
+    """Whether lists and objects in a JSON value are nested `most` deep at most."""
+    if isinstance(value, dict):
+        return most > 0 and all(fits_depth(entry, most - 1) for entry in value.values())
+    if isinstance(value, list):
+        return most > 0 and all(fits_depth(entry, most - 1) for entry in value)
+    return True
 
 
 def as_list(value: Any) -> list[Any]:
@@ -143,13 +196,19 @@ def as_list(value: Any) -> list[Any]:
 
 
 def import_torch() -> None:
-    """Import `torch` and `F` late: it takes seconds, and most user errors can be reported before."""
+    """Import `torch` and `F` late: it takes seconds, and most user errors can be reported
+    before.
+    """
     global torch, F
-    # A waiting OpenMP thread spins, which makes a step up to ten times slower if another program needs the core. Spin
-    # only for a short time, then sleep.
+    # A waiting OpenMP thread spins, which makes a step up to ten times slower if another program
+    # needs the core. Spin only for a short time, then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # oneDNN keeps the code that it compiles for each shape, up to 0.3 MB, 1,024 times.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "400")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "400")  # PyTorch's own, on top of it
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # NumPy is not used here
+        # NumPy is not used here
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         try:
             import torch
             import torch.nn.functional as F
@@ -158,9 +217,9 @@ def import_torch() -> None:
             raise UserError(f"PyTorch cannot be imported ({error}): {cure}") from error
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Checkpoint
-# ======================================================================================================================
+# ==================================================================================================
 
 LLAMA3_VOCABULARY = 128256  # tokens of every Llama 3 text model
 # A layer's weights that only some families have: Meta's name, Hugging Face's, and the shape.
@@ -181,8 +240,8 @@ NAME_FOLDER = "name a folder with config.json, model.safetensors or its index, a
 NAME_ANOTHER = f"name a text model of the family {', '.join(FAMILIES)} in bfloat16"
 NAME_ANOTHER += ", not a quantized copy (GPTQ, AWQ, FP8, MLX)"
 
-# The settings of config.json that change what transformers computes, and the values that are supported. If a
-# setting is absent, the first value is meant, as in transformers.
+# The settings of config.json that change what transformers computes, and the values that are
+# supported. If a setting is absent, the first value is meant, as in transformers.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(FAMILIES),
     "hidden_act": ("silu",),
@@ -260,17 +319,24 @@ class ModelConfig:
 
     @staticmethod
     def read(config: dict[str, Any]) -> ModelConfig:
-        """Read the content of a config.json. Raises UserError, and KeyError or ValueError if it is damaged."""
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5; 4
+        """Read the content of a config.json.
+
+        Raises UserError, and KeyError or ValueError if it is damaged.
+        """
+        # transformers 5; 4
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         settings = {"rope_type": rope.get("type", "default"), **config, **rope}
         for name, values in SUPPORTED.items():
             if (value := settings.get(name, values[0])) not in values:
                 wanted = " or ".join(map(shown, values))
-                raise UserError(f"{name} is {shown(value)}, and only {wanted} is supported: {NAME_ANOTHER}")
+                raise UserError(
+                    f"{name} is {shown(value)}, and only {wanted} is supported: {NAME_ANOTHER}"
+                )
         family = settings["model_type"]
         settings = DEFAULTS | dict(zip(FAMILY_SETTINGS, FAMILY_DEFAULTS[family])) | settings
         dim, heads = settings["hidden_size"], settings["num_attention_heads"]
-        # Attention has no sliding window here, so the context ends where a window would begin to slide.
+        # Attention has no sliding window here, so the context ends where a window would begin to
+        # slide.
         slides = settings.get("use_sliding_window", family == "mistral")
         window = settings.get("sliding_window", 4096) if slides else None
         numbers = {
@@ -285,7 +351,9 @@ class ModelConfig:
             "rope_theta": settings["rope_theta"],
             "max_position": min(settings["max_position_embeddings"], window or math.inf),
         }
-        scaling = {name: rope[name] for name in ROPE_SCALING} if settings["rope_type"] == "llama3" else {}
+        scaling = (
+            {name: rope[name] for name in ROPE_SCALING} if settings["rope_type"] == "llama3" else {}
+        )
         for name, value in {**numbers, **scaling}.items():
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f"{name} is {shown(value)}")
@@ -294,7 +362,12 @@ class ModelConfig:
 
     def weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Meta's name of every weight, with Hugging Face's name and the shape."""
-        sizes = {"vocabulary": self.vocab_size, "dim": self.dim, "ffn": self.ffn_dim, "head": self.head_dim}
+        sizes = {
+            "vocabulary": self.vocab_size,
+            "dim": self.dim,
+            "ffn": self.ffn_dim,
+            "head": self.head_dim,
+        }
         sizes |= {"q": self.n_heads * self.head_dim, "kv": self.n_kv_heads * self.head_dim}
         return {
             meta.format(i): (hf.format(i), tuple(sizes[size] for size in shape.split()))
@@ -304,14 +377,19 @@ class ModelConfig:
 
 
 def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Meta's params.json as the config.json of the same model. Raises UserError for a setting that is unknown."""
+    """Meta's params.json as the config.json of the same model.
+
+    Raises UserError for a setting that is unknown.
+    """
     dim, heads, layers = params.pop("dim"), params.pop("n_heads"), params.pop("n_layers")
     ffn_dim = int(params.pop("ffn_dim_multiplier", 1.0) * int(8 * dim / 3))
     multiple, scaled = params.pop("multiple_of", 256), params.pop("use_scaled_rope", False)
     if (vocabulary := params.pop("vocab_size", LLAMA3_VOCABULARY)) != LLAMA3_VOCABULARY:
-        raise UserError(f"vocab_size is {shown(vocabulary)}, and only Llama 3 is supported in Meta's layout")
-    # params.json does not tell Llama 3.2's scaling factor from 3.1's and 3.3's. The width does: the text models of 3.2
-    # are 2048 and 3072 wide, all others 4096 or more.
+        raise UserError(
+            f"vocab_size is {shown(vocabulary)}, and only Llama 3 is supported in Meta's layout"
+        )
+    # params.json does not tell Llama 3.2's scaling factor from 3.1's and 3.3's. The width does: the
+    # text models of 3.2 are 2048 and 3072 wide, all others 4096 or more.
     factors = (32.0 if dim <= 3072 else 8.0, 1.0, 4.0, 8192)
     config = {
         "model_type": "llama",
@@ -323,7 +401,9 @@ def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
         "intermediate_size": -(-ffn_dim // multiple) * multiple,
         "rms_norm_eps": params.pop("norm_eps", 1e-5),
         "rope_theta": params.pop("rope_theta", 500000.0),
-        "rope_scaling": {"rope_type": "llama3", **dict(zip(ROPE_SCALING, factors))} if scaled else None,
+        "rope_scaling": {"rope_type": "llama3", **dict(zip(ROPE_SCALING, factors))}
+        if scaled
+        else None,
         "max_position_embeddings": 131072 if scaled else 8192,
         "tie_word_embeddings": True,
     }
@@ -336,7 +416,8 @@ def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
 class Checkpoint:
     """A folder with a model; `open_weights` reads its weights."""
 
-    files: Sequence[Path]  # with the weights: one .pth in Meta's layout, or .safetensors in Hugging Face's
+    # with the weights: one .pth in Meta's layout, or .safetensors in Hugging Face's
+    files: Sequence[Path]
     hf_folder: Path | None  # with config.json
     config: ModelConfig
     name: str
@@ -350,16 +431,19 @@ class Checkpoint:
 
     @property
     def tokenizer_model(self) -> Path | None:
-        """The checkpoint's own tokenizer.model; None if it has none, and llama-models' copy is to be used."""
+        """The checkpoint's own tokenizer.model; None if it has none, and llama-models' copy is to
+        be used.
+        """
         paths = (self.folder / "tokenizer.model", self.folder / "original" / "tokenizer.model")
         return next((path for path in paths if path.is_file()), None)
 
     def open_weights(self) -> Callable[[str], torch.Tensor]:
-        """Map the files and return a reader, which takes Meta's name of a weight and gives the tensor, still on disk.
+        """Map the files and return a reader, which takes Meta's name of a weight and gives the
+        tensor, still on disk.
 
-        Checks the presence and shape of every tensor first. The reader gives the embedding for a tied model's
-        output.weight. Rotary pairs are half a head apart in wq and wk, as in Hugging Face's files; Meta's files have
-        them side by side, and are reordered.
+        Checks the presence and shape of every tensor first. The reader gives the embedding for a
+        tied model's output.weight. Rotary pairs are half a head apart in wq and wk, as in Hugging
+        Face's files; Meta's files have them side by side, and are reordered.
         """
         meta = self.files[0].suffix == ".pth"
         stored = {name: tensor for path in self.files for name, tensor in open_file(path).items()}
@@ -371,18 +455,26 @@ class Checkpoint:
             own_names["output.weight"] = own_names["tok_embeddings.weight"]
         # What is too much comes first: a quantized model has it in place of what is missing.
         for own_name in sorted(stored.keys() - own_names.values()):
-            if not own_name.endswith(("rope.freqs", "rotary_emb.inv_freq")):  # tables, which are computed here
-                raise UserError(f"{self.folder}: the tensor {own_name} is not supported: {NAME_ANOTHER}")
+            # tables, which are computed here
+            if not own_name.endswith(("rope.freqs", "rotary_emb.inv_freq")):
+                raise UserError(
+                    f"{self.folder}: the tensor {own_name} is not supported: {NAME_ANOTHER}"
+                )
         for name, (_, shape) in weights.items():
             tensor = stored.get(own_names[name])
             if tensor is None or tensor.shape != shape:
-                problem = "is missing" if tensor is None else f"has the shape {list(tensor.shape)}, not {list(shape)}"
+                problem = (
+                    "is missing"
+                    if tensor is None
+                    else f"has the shape {list(tensor.shape)}, not {list(shape)}"
+                )
                 cure = "download the checkpoint again, or save it as an AutoModelForCausalLM"
                 raise UserError(f"{self.folder}: the tensor {own_names[name]} {problem}: {cure}")
 
         def read(name: str) -> torch.Tensor:
             tensor = stored[own_names[name]]
-            if meta and name.endswith(("wq.weight", "wk.weight")):  # pairs i, i + 1 to i, i + head_dim / 2
+            # pairs i, i + 1 to i, i + head_dim / 2
+            if meta and name.endswith(("wq.weight", "wk.weight")):
                 pairs = tensor.view(-1, self.config.head_dim // 2, 2, self.config.dim)
                 return pairs.transpose(1, 2).reshape(tensor.shape)
             return tensor
@@ -417,11 +509,16 @@ def read_json(path: Path) -> dict[str, Any]:
             return content
         raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): download the checkpoint again") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): download the checkpoint again"
+        ) from error
 
 
 def home_path(path: str) -> Path:
-    """`path` with ~ and variables filled in. Raises UserError if the home directory is not known."""
+    """`path` with ~ and variables filled in.
+
+    Raises UserError if the home directory is not known.
+    """
     if (expanded := os.path.expanduser(os.path.expandvars(path))).startswith("~"):
         raise UserError(
             f"{path} does not exist: no such home directory is known; set HOME, or XDG_CACHE_HOME for caches"
@@ -430,7 +527,9 @@ def home_path(path: str) -> Path:
 
 
 def cached_model(name: str) -> Path:
-    """The folder of OWNER/NAME in Hugging Face's cache, by huggingface_hub's variables in its own order."""
+    """The folder of OWNER/NAME in Hugging Face's cache, by huggingface_hub's variables in its own
+    order.
+    """
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     hub = os.path.join(os.environ.get("HF_HOME", cache), "hub")
     hub = os.environ.get("HF_HUB_CACHE", os.environ.get("HUGGINGFACE_HUB_CACHE", hub))
@@ -440,13 +539,18 @@ def cached_model(name: str) -> Path:
 
 
 def find_checkpoint(model: str | None) -> Checkpoint | None:
-    """The checkpoint that --model (`model`), HF_MODEL or LLAMA_DIR names, in this order; None if none is set.
+    """The checkpoint that --model (`model`), HF_MODEL or LLAMA_DIR names, in this order; None if
+    none is set.
 
     Raises UserError if one is set and leads to no model that can be served.
     """
     if model == "":
         raise UserError("--model is empty: name the model's folder, or leave it out")
-    named = {"--model": model, "HF_MODEL": os.environ.get("HF_MODEL"), "LLAMA_DIR": os.environ.get("LLAMA_DIR")}
+    named = {
+        "--model": model,
+        "HF_MODEL": os.environ.get("HF_MODEL"),
+        "LLAMA_DIR": os.environ.get("LLAMA_DIR"),
+    }
     source, name = next(((source, name) for source, name in named.items() if name), ("", ""))
     if not name:
         return None
@@ -458,7 +562,9 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
         if os.path.isdir(folder):  # Path.is_dir raises an error for a name that is too long
             return read_checkpoint(folder)
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}): let this user read it") from error
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}): let this user read it"
+        ) from error
     if is_name:
         raise UserError(
             f"{source} is {name}, which is neither a folder here nor in Hugging Face's cache: hf download {name} (from "
@@ -469,7 +575,9 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The files that transformers would read: model.safetensors if there is one, or else the files of the index."""
+    """The files that transformers would read: model.safetensors if there is one, or else the files
+    of the index.
+    """
     whole = folder / "model.safetensors"
     if os.path.lexists(whole):
         return [whole]
@@ -478,12 +586,17 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Choose between the layouts in `folder` and its subfolder `original`, and read the configuration."""
+    """Choose between the layouts in `folder` and its subfolder `original`, and read the
+    configuration.
+    """
     home = folder.parent if folder.name == "original" else folder
-    meta = next((path for path in (folder, home / "original") if (path / "params.json").is_file()), None)
+    meta = next(
+        (path for path in (folder, home / "original") if (path / "params.json").is_file()), None
+    )
     hf = next((path for path in (folder, home) if (path / "config.json").is_file()), None)
     parts = sorted(meta.glob("consolidated.*.pth")) if meta else []
-    files = parts if len(parts) == 1 else safetensors_files(hf) if hf else []  # .pth needs no further package
+    # .pth needs no further package
+    files = parts if len(parts) == 1 else safetensors_files(hf) if hf else []
     mistral = (home / "tekken.json").is_file() and not (home / "tokenizer.json").is_file()
     if mistral or not files:
         needs = "it needs params.json and consolidated.00.pth, or config.json and model.safetensors or its index"
@@ -503,8 +616,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         config = ModelConfig.read(settings if hf else config_of_params(settings))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:  # no such name, null, 0
-        raise UserError(f"{folder}: the model's configuration is damaged ({error!r}): download it again") from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        # no such name, null, 0
+        raise UserError(
+            f"{folder}: the model's configuration is damaged ({error!r}): download it again"
+        ) from error
     ends = {end for source in (settings, generation) for end in as_list(source.get("eos_token_id"))}
     return Checkpoint(files, hf, config, name, frozenset(ends - {None}), read_defaults(generation))
 
@@ -519,36 +635,32 @@ def read_defaults(generation: dict[str, Any]) -> dict[str, float]:
     return defaults | {"temperature": 0} if generation.get("do_sample") is False else defaults
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Text
-# ======================================================================================================================
+# ==================================================================================================
 
+# of a chat template: role and content; tool_calls, tool_call_id or reasoning_content
+Message = dict[str, Any]
+THINK_TAGS = (("[THINK]", "[/THINK]"), ("<think>", "</think>"))  # Magistral's; everyone else's
+CALL_MARKS = (
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "[CALL_ID]",
+    "<|python_tag|>",
+)
+# an answer shows these special tokens: they mean something
+SHOWN = {*CALL_MARKS, *itertools.chain(*THINK_TAGS)}
+PROMPT_CHARACTERS = 8 << 20  # of a rendered prompt: a template may indent each line of a tool
 
-def import_llama_models(name: str) -> Any:
-    """Import module `name` of llama-models: from llama3.api up to 0.0.61, from llama3 since 0.1."""
-    try:
-        api = ".api" if importlib.util.find_spec("llama_models.llama3.api") else ""
-        return importlib.import_module(f"llama_models.llama3{api}.{name}")
-    except ImportError as error:
-        raise UserError(f"llama-models cannot be imported ({error}): pip install -r requirements.txt") from error
-
-
-def encodable(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which JSON can spell and UTF-8 cannot."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-Message = dict[str, Any]  # of a chat template: role and content; tool_calls, tool_call_id or reasoning_content
-CALL_MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")  # special tokens that answers show
-
-# The prompt of Llama 3.1's own template, for Meta's layout, which has no template.
+# Llama 3's chat format and Llama 3.1's tools, for Meta's layout, which has no template.
 LLAMA_TEMPLATE = """\
-{%- macro turn(role, text) %}<|start_header_id|>{{ role }}<|end_header_id|>{{ "\\n\\n" + text }}<|eot_id|>{% endmacro %}
-{%- set system = messages[0].content | trim if messages[0].role == "system" else "" %}
-{%- set messages = messages[1:] if messages[0].role == "system" else messages %}
-{%- set environment = "Environment: ipython\\n" if tools else "" %}
-{%- set dates = "Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n" %}
-{{- "<|begin_of_text|>" + turn("system", environment + dates + system) }}
+{%- macro turn(role, text) %}
+    {{- "<|start_header_id|>" + role + "<|end_header_id|>\\n\\n" + text + "<|eot_id|>" }}
+{%- endmacro %}
+{%- set given = messages[0].role == "system" %}
+{%- set system = messages[0].content | trim if given else "" %}
 {%- set functions %}
     {{- "Given the following functions, please respond with a JSON for a function call with its proper arguments " }}
     {{- "that best answers the given prompt.\\n\\nRespond in the format " }}
@@ -556,7 +668,14 @@ LLAMA_TEMPLATE = """\
     {{- "Do not use variables.\\n\\n" }}
     {%- for tool in tools or [] %}{{ tool | tojson(indent=4) + "\\n\\n" }}{% endfor %}
 {%- endset %}
-{%- for message in messages %}
+{{- "<|begin_of_text|>" }}
+{%- if tools or messages | selectattr("tool_calls") | list %}
+    {%- set dates = "Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n" %}
+    {{- turn("system", "Environment: ipython\\n" + dates + system) }}
+{%- elif given %}
+    {{- turn("system", system) }}
+{%- endif %}
+{%- for message in (messages[1:] if given else messages) %}
     {%- if message.tool_calls %}
         {%- set call = message.tool_calls[0].function %}
         {%- set arguments = call.arguments | tojson %}
@@ -569,390 +688,637 @@ LLAMA_TEMPLATE = """\
         {{- turn(message.role, message.content | trim) }}
     {%- endif %}
 {%- endfor %}
-{{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}"""
+{%- if add_generation_prompt %}
+    {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
+{%- endif %}"""
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+class Vocabulary(Protocol):
+    """Token ids, and the bytes that they stand for."""
+
+    size: int  # of the ids; a model may have more, or fewer
+    added: dict[str, int]  # tokens beside the learned ones, by their text
+    special: frozenset[str]  # those of them that only a chat template may write
+    start: list[int]  # token ids before a plain text
+    adds_space: bool  # before each text, as SentencePiece does: an answer begins with it, too
+
+    def encode(self, parts: Sequence[str]) -> list[int]:
+        """Token ids of a text that comes in parts, each encoded alone."""
+
+    def spell(self, token: int) -> bytes:
+        """The UTF-8 of a token, which may be half a character."""
+
+
+class Llama3Vocabulary:
+    """Llama 3's tokenizer.model, through llama-models."""
+
+    size = LLAMA3_VOCABULARY
+    adds_space = False
+
+    def __init__(self, tokenizer_model: Path | None = None) -> None:
+        """Without a file, llama-models' own copy. Raises UserError."""
+        module = import_llama_models("tokenizer")
+        self.path = tokenizer_model or Path(module.__file__).parent / "tokenizer.model"
+        path_type = str if ".api." in module.__name__ else Path
+        try:
+            self._tokenizer = module.Tokenizer(path_type(self.path))
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"{self.path} is not a Llama 3 tokenizer: download it again") from error
+        if (size := self._tokenizer.n_words) != LLAMA3_VOCABULARY:
+            raise UserError(f"{self.path} is not a Llama 3 tokenizer: it has {size} tokens")
+        self.added: dict[str, int] = self._tokenizer.special_tokens
+        self.special = frozenset(self.added)
+        self.start: list[int] = [self._tokenizer.bos_id]
+
+    def encode(self, parts: Sequence[str]) -> list[int]:
+        encode = functools.partial(self._tokenizer.encode, bos=False, eos=False)
+        return [token for part in parts for token in encode(part, allowed_special="all")]
+
+    def spell(self, token: int) -> bytes:
+        spelled: bytes = self._tokenizer.model.decode_single_token_bytes(token)
+        return spelled
+
+
+class FileVocabulary:
+    """A checkpoint's tokenizer.json, through tokenizers."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError."""
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError(
+                f"this model's tokenizer needs a package ({error}): pip install tokenizers"
+            ) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing more precise
+            raise UserError(f"{path} cannot be read ({error}): download it again") from error
+        self.size: int = self._tokenizer.get_vocab_size()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.added = {token.content: number for number, token in added.items()}
+        self.special = frozenset(token.content for token in added.values() if token.special)
+        self._contents = {number: token.content for number, token in added.items()}
+        probe = self._tokenizer.encode("a")  # its special tokens are those around every text
+        self.start: list[int] = probe.ids[: probe.special_tokens_mask.index(0)]
+        decoder = json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        self._byte_level = "ByteLevel" in decoder
+        self.adds_space = '"Strip"' in decoder or '"Metaspace"' in decoder
+        # GPT-2's alphabet: a printable byte is its Latin-1 character, the others are the characters
+        # from 256 on.
+        printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printed]
+        self._bytes = {chr(byte): byte for byte in printed}
+        self._bytes |= {chr(256 + i): byte for i, byte in enumerate(others)}
+
+    @functools.cached_property
+    def _continuing(self) -> Any:
+        """The tokenizer without the space that some put before each text: for what follows a
+        cut.
+        """
+        settings = self._tokenizer.to_str().replace(
+            '"add_prefix_space":true', '"add_prefix_space":false'
+        )
+        settings = re.sub('"prepend_scheme":"[a-z]+"', '"prepend_scheme":"never"', settings)
+        return type(self._tokenizer).from_str(
+            settings.replace('"prepend":"\u2581"', '"prepend":""')
+        )
+
+    def encode(self, parts: Sequence[str]) -> list[int]:
+        # In batches: encode() would stop all other threads until it is done.
+        encoded = self._tokenizer.encode_batch_fast([*parts[:1]], add_special_tokens=False)
+        if len(parts) > 1:
+            encoded += self._continuing.encode_batch_fast([*parts[1:]], add_special_tokens=False)
+        return [token for encoding in encoded for token in encoding.ids]
+
+    def spell(self, token: int) -> bytes:
+        if content := self._contents.get(token):
+            return content.encode()
+        text = self._tokenizer.id_to_token(token) or ""  # a model's vocabulary may be padded
+        if self._byte_level and self._bytes.keys() >= set(text):
+            return bytes(self._bytes[character] for character in text)
+        byte = re.fullmatch("<0x(..)>", text)  # SentencePiece's
+        return bytes.fromhex(byte[1]) if byte else text.replace("\u2581", " ").encode()
 
 
 class ChatTemplate:
     """A chat template in Jinja, rendered as transformers does, in a sandbox.
 
-    If a message spells a special token, the token is cut in two before the template is rendered, and so stays text.
+    If a message spells a special token, the token is cut in two before the template is rendered,
+    and so stays text.
     """
 
     CUT = "\ud800"  # a lone surrogate, which `encodable` removes from every text
 
-    def __init__(self, source: str, folder: Path | None, special: Iterable[str]) -> None:
-        """`folder` has a tokenizer_config.json, `special` are the special tokens. Raises UserError."""
+    def __init__(self, source: str, special: Iterable[str], **tokens: str) -> None:
+        """`tokens` are bos_token and its like. Raises UserError."""
+        import jinja2.ext
         import jinja2.sandbox
+
+        class Generation(jinja2.ext.Extension):
+            """{% generation %}, which marks what a model is trained on, and changes nothing
+            here.
+            """
+
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        @jinja2.pass_context
+        def tojson(context: Any, value: Any, **options: Any) -> str:
+            encoder = json.JSONEncoder(**{"ensure_ascii": False, **options})
+            text: str = context["limited"](encoder.iterencode(value))
+            return text
 
         def refuse(reason: str) -> NoReturn:
             raise jinja2.TemplateError(reason)
 
         self.source = source
-        self.environment = environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        self._special = special_starts(special)
+        self._one_call = "tool_calls[0]" in source  # Llama 3's templates take one call a message
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-        settings = read_json(folder / "tokenizer_config.json") if folder else {}
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = settings.get(name)
-            environment.globals[name] = token["content"] if isinstance(token, dict) else token
-        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        environment.filters["tojson"] = tojson
+        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, **tokens}
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise UserError(f"{folder} has a chat template that cannot be read ({error}): download it again") from error
+            raise UserError(
+                f"the model's chat template cannot be read ({error}): download it again"
+            ) from error
 
-    def render(self, messages: Iterable[Message], tools: Sequence[Message], thinking: bool) -> list[str]:
-        """The prompt in parts, which are encoded one by one. Raises ApiError if the template refuses the messages."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] = (),
+        thinking: bool = False,
+        generation_prompt: bool = True,
+    ) -> list[str]:
+        """The prompt in parts, which are encoded one by one.
+
+        Raises ApiError if the template refuses the messages.
+        """
         if not self.source:
             raise ApiError(400, "this model has no chat template: send a prompt to /v1/completions")
-        options = {"tools": self.inert(tools) or None, "enable_thinking": thinking, "add_generation_prompt": True}
+        if self._one_call:
+            messages = [single for message in messages for single in single_calls(message)]
         try:
-            return self._template.render(messages=self.inert(list(messages)), **options).split(self.CUT)
+            prompt = self._template.render(
+                messages=self.inert(list(messages)),
+                tools=self.inert(list(tools)) or None,
+                enable_thinking=thinking,
+                add_generation_prompt=generation_prompt,
+                limited=limited_to(PROMPT_CHARACTERS),
+            )
+            return prompt.split(self.CUT)
+        except ApiError:
+            raise
         except Exception as error:  # a template can fail in any way
-            raise ApiError(400, f"the model's chat template refuses the messages: {printable(str(error))}") from error
+            raise ApiError(
+                400, f"the model's chat template refuses the messages: {printable(str(error))}"
+            ) from error
 
     def inert(self, value: Any) -> Any:
         """A JSON value with the special tokens in its texts cut in two."""
         if isinstance(value, dict):
             return {self.inert(name): self.inert(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [self.inert(entry) for entry in value]
         if isinstance(value, str):
-            return self._special.sub(lambda found: found[0][0] + self.CUT + found[0][1:], encodable(value))
-        return [self.inert(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+            return self._special.sub(lambda start: start[0] + self.CUT, encodable(value))
+        return value
 
 
-class ChatTokenizer:
-    """Llama 3's tokenizer and chat format, from llama-models; a chat template only for conversations with tools.
+def special_starts(special: Iterable[str]) -> re.Pattern[str]:
+    """The first character of each special token that a text spells."""
+    tails: dict[str, set[str]] = {}
+    for token in special:
+        if len(token) > 1:
+            tails.setdefault(token[0], set()).add(token[1:])
+    starts = [f"{re.escape(first)}(?={any_of(rest)})" for first, rest in tails.items()]
+    return re.compile("|".join(starts) or "(?!)")
 
-    Text that spells a special token is plain text; only the chat format itself writes special tokens.
+
+def any_of(texts: Iterable[str]) -> str:
+    """A regular expression for any of the texts that reads each character once.
+
+    re tries alternatives one after the other, so a thousand of them take a thousand times as long.
     """
+    tails: dict[str, set[str]] = {}
+    for text in texts:
+        if not text:
+            return ""  # whatever follows
+        tails.setdefault(text[0], set()).add(text[1:])
+    ways = [re.escape(first) + any_of(rest) for first, rest in tails.items()]
+    return ways[0] if len(ways) == 1 else f"(?:{'|'.join(ways)})"
 
-    vocab_size = LLAMA3_VOCABULARY
-    thinks = False
+
+def limited_to(characters: int) -> Callable[[Iterable[str]], str]:
+    """A function that joins texts, and raises ApiError when it has joined more characters than this
+    in all.
+    """
+    left = characters
+
+    def join(texts: Iterable[str]) -> str:
+        nonlocal left
+        joined = []
+        for text in texts:
+            left -= len(text)
+            if left < 0:
+                raise ApiError(
+                    400, f"the prompt has more than {characters} characters: send less", "messages"
+                )
+            joined.append(text)
+        return "".join(joined)
+
+    return join
+
+
+def single_calls(message: Message) -> list[Message]:
+    """A message for each of its calls; the message itself if it has none."""
+    return [{**message, "tool_calls": [call]} for call in message.get("tool_calls", ())] or [
+        message
+    ]
+
+
+class Tokenizer:
+    """Messages and text to token ids, and back, for both vocabularies."""
 
     def __init__(
         self,
-        tokenizer_model: Path | None = None,
-        stop_tokens: frozenset[int] = frozenset(),
+        vocabulary: Vocabulary,
         template: str = "",
-        folder: Path | None = None,
+        size: int = LLAMA3_VOCABULARY,
+        stop_tokens: Iterable[int] = (),
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        """`template` and `folder` are ChatTemplate's, in Hugging Face's layout. Raises UserError."""
-        module = import_llama_models("tokenizer")
-        self.path = tokenizer_model = tokenizer_model or Path(module.__file__).parent / "tokenizer.model"
-        path_type = str if ".api." in module.__name__ else Path
-        try:
-            self._tokenizer = module.Tokenizer(path_type(tokenizer_model))
-        except (ValueError, AssertionError) as error:
-            raise UserError(f"{tokenizer_model} is not a Llama 3 tokenizer: download it again") from error
-        if self._tokenizer.n_words != LLAMA3_VOCABULARY:
-            raise UserError(f"{tokenizer_model} is not a Llama 3 tokenizer: it has {self._tokenizer.n_words} tokens")
-        self._format = import_llama_models("chat_format").ChatFormat(self._tokenizer)
-        self.stop_tokens = stop_tokens | frozenset(self._tokenizer.stop_tokens)
-        self.end_of_turn: int = self._tokenizer.eot_id
-        special = self._tokenizer.special_tokens
-        self._first_special = min(special.values())
-        self._shown = {special[mark] for mark in CALL_MARKS if mark in special}
-        self.template = ChatTemplate(template or LLAMA_TEMPLATE, folder, special)
+        """`size` is how many token ids the model has, and `names` are bos_token and its like.
+
+        Raises UserError.
+        """
+        self.size = size
+        self.vocabulary = vocabulary
+        names = dict(names or {})
+        self.template = ChatTemplate(template, vocabulary.special, **names)
+        ends = vocabulary.added.get(names.get("eos_token", ""))
+        self.stop_tokens = frozenset(stop_tokens) | frozenset(() if ends is None else (ends,))
+        self.thinks = "enable_thinking" in template
+        self.think_tags = next(
+            (tags for tags in THINK_TAGS if tags[0] in vocabulary.added), THINK_TAGS[-1]
+        )
+        hidden = vocabulary.special - SHOWN
+        self._hidden = frozenset(vocabulary.added[token] for token in hidden)
 
     def encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[Message] = (), thinking: bool = False
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] = (),
+        thinking: bool = False,
+        generation_prompt: bool = True,
     ) -> list[int]:
-        """Token ids of a conversation, up to the start of the assistant's answer. Raises ApiError."""
-        if tools or any("tool_calls" in message or message["role"] == "tool" for message in messages):
-            single: list[Message] = []  # Llama 3's templates take one call a message
-            for message in messages:
-                single += [{**message, "tool_calls": [call]} for call in message.get("tool_calls", ())] or [message]
-            encode = functools.partial(self._tokenizer.encode, bos=False, eos=False, allowed_special="all")
-            return [token for part in self.template.render(single, tools, thinking) for token in encode(part)]
-        # Not with the message classes of llama-models: they differ between its layouts, and refuse some texts.
-        tokens = [self._tokenizer.bos_id]
-        for message in messages:
-            header = self._format._encode_header(message["role"])
-            tokens += header + self.encode_text(message["content"]) + [self.end_of_turn]
-        tokens += self._format._encode_header("assistant")
-        return tokens
+        """Token ids of a conversation, up to the start of the assistant's answer.
+
+        Raises ApiError.
+        """
+        return self.vocabulary.encode(
+            self.template.render(messages, tools, thinking, generation_prompt)
+        )
 
     def encode_document(self, text: str) -> list[int]:
         """Token ids of plain text at the start of a document."""
-        return [self._tokenizer.bos_id, *self.encode_text(text)]
+        return [*self.vocabulary.start, *self.encode_text(text)]
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text."""
-        tokens: list[int] = self._tokenizer.encode(encodable(text), bos=False, eos=False)
-        return tokens
+        """Token ids of plain text, whatever special tokens it spells."""
+        return self.vocabulary.encode(self.template.inert(text).split(ChatTemplate.CUT))
 
-    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The UTF-8 of the tokens, which may end inside a character. Most special tokens have no text."""
-        shown = [token for token in tokens if token < self._first_special or token in self._shown]
-        text: bytes = self._tokenizer.model.decode_bytes(shown)
-        return text
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        """The UTF-8 of the tokens, which may end inside a character.
 
-    def token_id(self, special: str) -> int | None:
-        """The id of a special token; None if there is none of this name."""
-        token: int | None = self._tokenizer.special_tokens.get(special)
-        return token
+        Most special tokens have no text.
+        """
+        return b"".join(
+            self.vocabulary.spell(token) for token in tokens if token not in self._hidden
+        )
 
-    @functools.cached_property
-    def guide(self) -> Any:
-        """The vocabulary for llguidance. Raises ImportError."""
-        import llguidance.tiktoken
+    def token_bytes(self) -> tuple[list[bytes], list[int]]:
+        """Every token's bytes, with b"\\xff" before a special one's, and the tokens that end an
+        answer: for llguidance.
+        """
+        spelled = [self.vocabulary.spell(token) for token in range(self.vocabulary.size)]
+        for text in self.vocabulary.special:
+            spelled[self.vocabulary.added[text]] = b"\xff" + text.encode()
+        return spelled, sorted(token for token in self.stop_tokens if token < len(spelled))
 
-        ends = sorted(self.stop_tokens)
-        encoding = self._tokenizer.model
-        return llguidance.tiktoken.lltokenizer_from_encoding(encoding, n_vocab=self.vocab_size, eos_token=ends)
-
-
-class TemplateTokenizer:
-    """A model's own tokenizer.json and chat template, with the methods of ChatTokenizer."""
-
-    def __init__(self, folder: Path, template: str, stop_tokens: frozenset[int]) -> None:
-        """Raises UserError. If `template` is empty, encode_chat raises ApiError."""
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise UserError(f"this model's tokenizer needs a package ({error}): pip install tokenizers") from error
-        self._file = str(folder / "tokenizer.json")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(self._file)
-        except Exception as error:  # the package raises nothing more precise
-            raise UserError(f"{self._file} cannot be read ({error}): download it again") from error
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
-        self._added = self._tokenizer.get_added_tokens_decoder()
-        special = [token.content for token in self._added.values() if token.special]
-        self._byte_level = "ByteLevel" in repr(self._tokenizer.decoder)
-        # GPT-2's alphabet: a printable byte is its Latin-1 character, the others are the characters from 256 on.
-        printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [byte for byte in range(256) if byte not in printed]
-        self._bytes = {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
-        self.thinks = "enable_thinking" in template
-        self.template = ChatTemplate(template, folder, special)
-        end: Any = self.template.environment.globals["eos_token"]
-        ends: list[Any] = [self._tokenizer.token_to_id(end)] if end else []
-        self.stop_tokens = stop_tokens or frozenset(ends)
-
-    def encode_chat(
-        self, messages: Sequence[Message], tools: Sequence[Message] = (), thinking: bool = False
-    ) -> list[int]:
-        """As ChatTokenizer's."""
-        return self._encode(self.template.render(messages, tools, thinking))
-
-    def encode_document(self, text: str) -> list[int]:
-        """As ChatTokenizer's."""
-        start: list[int] = self._tokenizer.encode("").ids
-        return start + self.encode_text(text)
-
-    def encode_text(self, text: str) -> list[int]:
-        """As ChatTokenizer's."""
-        return self._encode(self.template.inert(text).split(ChatTemplate.CUT))
-
-    def _encode(self, parts: list[str]) -> list[int]:
-        first, *others = parts
-        each = [(self._tokenizer, first), *((self._continuing, part) for part in others)]
-        return [token for how, part in each for token in how.encode(part, add_special_tokens=False).ids]
-
-    @functools.cached_property
-    def _continuing(self) -> Any:
-        """The tokenizer without the space that some put before each text: for what follows a cut."""
-        settings = self._tokenizer.to_str().replace('"add_prefix_space":true', '"add_prefix_space":false')
-        settings = re.sub('"prepend_scheme":"[a-z]+"', '"prepend_scheme":"never"', settings)
-        return type(self._tokenizer).from_str(settings.replace('"prepend":"\u2581"', '"prepend":""'))
-
-    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """As ChatTokenizer's."""
-        return b"".join(map(self._decode, tokens))
-
-    def _decode(self, token: int) -> bytes:
-        if added := self._added.get(token):
-            return b"" if added.special and added.content not in CALL_MARKS else added.content.encode()
-        text = self._tokenizer.id_to_token(token) or ""  # a model's vocabulary may be padded
-        if self._byte_level:
-            return bytes(self._bytes[character] for character in text)
-        byte = re.fullmatch("<0x(..)>", text)  # SentencePiece's
-        return bytes.fromhex(byte[1]) if byte else text.replace("\u2581", " ").encode()
-
-    def token_id(self, special: str) -> int | None:
-        """As ChatTokenizer's."""
-        return next((token for token, added in self._added.items() if added.content == special), None)
-
-    @functools.cached_property
-    def guide(self) -> Any:
-        """As ChatTokenizer's."""
-        import llguidance
-
-        return llguidance.LLTokenizer(self._file, n_vocab=self.vocab_size, eos_token=sorted(self.stop_tokens))
+    def check_tokens(self, tokens: Iterable[int], param: str) -> None:
+        """Raise ApiError for a token id that the model does not have."""
+        if (highest := max(tokens, default=0)) >= self.size:
+            raise ApiError(
+                400, f"{param} has the token id {highest}: ids end at {self.size - 1}", param
+            )
 
 
-Tokenizer = ChatTokenizer | TemplateTokenizer
-
-
-def read_template(folder: Path) -> str:
-    """A checkpoint's chat template; "" if it has none."""
-    own = folder / "chat_template.jinja"
+def import_llama_models(name: str) -> Any:
+    """Import module `name` of llama-models: from llama3.api up to 0.0.61, from llama3 since 0.1."""
     try:
-        if own.is_file():
-            return own.read_text()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{own} cannot be read ({error}): download it again") from error
-    template = read_json(folder / "tokenizer_config.json").get("chat_template") or ""
-    if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in template}
-        default = named.get("default", "")
-        template = f"{{% if tools %}}{named.get('tool_use', default)}{{% else %}}{default}{{% endif %}}"
-    return str(template)
+        api = ".api" if importlib.util.find_spec("llama_models.llama3.api") else ""
+        return importlib.import_module(f"llama_models.llama3{api}.{name}")
+    except ImportError as error:
+        raise UserError(
+            f"llama-models cannot be imported ({error}): pip install -r requirements.txt"
+        ) from error
+
+
+def read_template(folder: Path, settings: Mapping[str, Any]) -> str:
+    """A checkpoint's chat template; "" if it has none.
+
+    `settings` is the content of its tokenizer_config.json.
+    """
+    template = settings.get("chat_template") or ""
+    entries = (
+        template if isinstance(template, list) else [{"name": "default", "template": template}]
+    )
+    named = {entry["name"]: entry["template"] for entry in entries}
+    files = [
+        folder / "chat_template.jinja",
+        *sorted(folder.glob("additional_chat_templates/*.jinja")),
+    ]
+    for path in filter(Path.is_file, files):
+        try:
+            named[path.stem] = path.read_text()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}): download it again") from error
+    default = named.get("chat_template") or named.get("default") or ""
+    if "tool_use" in named:
+        return f"{{% if tools %}}{named['tool_use']}{{% else %}}{default}{{% endif %}}"
+    return str(default)
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """llama-models' tokenizer for a Llama 3 that has no other chat format, else the checkpoint's own."""
+    """The checkpoint's tokenizer.json with its chat template; or Llama 3's tokenizer.model, for
+    Meta's layout.
+    """
     folder, config = checkpoint.hf_folder, checkpoint.config
-    template = read_template(folder) if folder else ""
-    llama3 = (config.family, config.vocab_size) == ("llama", LLAMA3_VOCABULARY)
-    if not folder or (llama3 and (not template or "<|start_header_id|>" in template)):
-        return ChatTokenizer(checkpoint.tokenizer_model, checkpoint.stop_tokens, template, folder)
-    return TemplateTokenizer(folder, template, checkpoint.stop_tokens)
+    settings = read_json(folder / "tokenizer_config.json") if folder else {}
+    names = read_json(folder / "special_tokens_map.json") if folder else {}
+    names |= {name: token for name, token in settings.items() if name.endswith("_token") and token}
+    names = {
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in names.items()
+    }
+    names = {name: token for name, token in names.items() if isinstance(token, str)}
+    template = read_template(folder, settings) if folder else ""
+    ends = checkpoint.stop_tokens
+    if folder and (folder / "tokenizer.json").is_file():
+        vocabulary: Vocabulary = FileVocabulary(folder / "tokenizer.json")
+    else:
+        if config.vocab_size != LLAMA3_VOCABULARY:
+            raise UserError(
+                f"{folder} has no tokenizer.json: name the model's folder in Hugging Face's layout"
+            )
+        vocabulary = Llama3Vocabulary(checkpoint.tokenizer_model)
+        ends |= {
+            vocabulary.added[token] for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+        }
+        template = template or LLAMA_TEMPLATE
+    return Tokenizer(vocabulary, template, config.vocab_size, ends, names)
 
 
-class TextStream:
-    """Token ids to text, piece by piece: no half characters, and no text that a stop string may still take back."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._held = ""  # decoded text that may be the start of a stop string
-        self.stopped = False  # a stop string has come; the text ends before it
-
-    def push(self, tokens: Iterable[int], final: bool = False) -> str:
-        """The text that is certain after these tokens; with `final`, all that is left. Empty after a stop string."""
-        if self.stopped:
-            return ""
-        text = self._held + self._decode(self._tokenizer.decode_bytes(tokens), final)
-        ends = [index for index in (text.find(stop) for stop in self._stop) if index >= 0]
-        if ends:
-            self.stopped = True
-            return text[: min(ends)]
-        hold = 0 if final else max((overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
+# ==================================================================================================
+# Answers
+# ==================================================================================================
 
 
-class Thoughts:
-    """Splits a chat answer into the thinking, which the model puts between think tags, and the answer proper."""
+class Token(NamedTuple):
+    """A token with what belongs to it."""
 
-    def __init__(self, state: str) -> None:
-        self.state = state  # "start", "thinking", "start of answer" or "answer"
-        self._held = ""  # may be the start of a tag
-
-    @staticmethod
-    def after(tokenizer: Tokenizer, prompt: list[int]) -> Thoughts:
-        """The splitter for the answer to `prompt`. Some chat templates end the prompt with the opening tag."""
-        if isinstance(tokenizer, ChatTokenizer):
-            return Thoughts("answer")
-        return Thoughts("thinking" if tokenizer.decode_bytes(prompt[-8:]).rstrip().endswith(b"<think>") else "start")
-
-    def split(self, text: str, final: bool) -> tuple[str, str]:
-        """The thinking and the answer that are certain after this text; with `final`, all that is left."""
-        text, thought, self._held = self._held + text, "", ""
-        if self.state == "start":
-            text = text.lstrip()
-            if text.startswith("<think>"):
-                self.state, text = "thinking", text.removeprefix("<think>")
-            elif "<think>".startswith(text) and not final:
-                self._held, text = text, ""
-            else:
-                self.state = "answer"
-        if self.state == "thinking":
-            thought, tag, text = text.partition("</think>")
-            self.state = "start of answer" if tag else self.state
-            hold = 0 if tag or final else overlap(thought, "</think>")
-            thought, self._held = thought[: len(thought) - hold], thought[len(thought) - hold :]
-        if self.state == "start of answer":
-            text = text.lstrip()
-            self.state = "answer" if text else self.state
-        return thought, text
+    id: int
+    logprob: float | None = None
+    # the most likely tokens in its place, with their log-probabilities
+    likely: Sequence[tuple[int, float]] = ()
 
 
-def overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a start of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+class Piece(NamedTuple):
+    """A piece of an answer.
+
+    A call is a piece "call", its function's name, and then pieces of its arguments.
+    """
+
+    kind: Literal["thinking", "text", "call", "arguments", "end"]
+    text: str  # of "end": the finish reason
+    tokens: Sequence[Token]  # since the last piece
 
 
-# ======================================================================================================================
-# Tools
-# ======================================================================================================================
-
-
-class Call(NamedTuple):
+@dataclass
+class Call:
     """A function that the model wants called."""
 
-    id: str
     name: str
-    arguments: str  # JSON
+    arguments: str = ""  # JSON
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:9])  # as Mistral's templates want it
 
 
-class CallFinder:
-    """Splits an answer into text and tool calls, in the forms that Llama 3, Qwen, Hermes and Mistral models write.
+class Reader:
+    """Reads an answer's tokens, and tells text, thinking and tool calls apart.
 
-    A call is a JSON object, or one of a list, after a mark or at the start of the answer. Llama 3.2 also writes
-    [name(argument=value)]. A call of an unknown function is text. What may still be a call is held back.
+    It gives out what is certain, and holds back what may still change: half a character, and what
+    may be the start of a stop string, a tag or a call. Calls have the forms of Llama 3, Qwen,
+    Hermes and Mistral models: a JSON object, or one of a list, after a mark or at the start of the
+    answer; or [TOOL_CALLS]name[ARGS]{...}. A call of an unknown function is text.
     """
 
     MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
-    BETWEEN = re.compile(rf"(?:[\s;,]|{MARK.pattern})*")  # calls
-    # Text that cannot become a call: no object and no list of objects, or an object whose first key no call has.
-    OTHER = re.compile(r'\[?\s*(?:[^\[{\s]|\{\s*(?:[^"\s]|"(?!(?:name|type|id|function|parameters|arguments)")[^"]*"))')
+    BEFORE = re.compile(rf"(?:\s|{MARK.pattern})*")  # a call
+    AFTER = re.compile(r"(?:[\s;,\]]|</tool_call>)*")  # a call
+    # A call up to its arguments, as JSON and as Mistral's newer models write it; and what may
+    # become the latter.
+    JSON_CALL = re.compile(
+        r'\[?\s*\{\s*(?:"(?:type|id)"\s*:\s*"[^"]*"\s*,\s*)*"name"\s*:\s*"([^"]*)"\s*,\s*'
+        r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
+    )
+    NAMED_CALL = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w*)?\[ARGS\]\s*(?=\{)")
+    NAMED_START = re.compile(r"([\w.-]*)(?:\[[\w\]]*)*\s*\Z")
+    # JSON that cannot become a call: no object and no list of objects, or an object whose first key
+    # no call has.
+    OTHER = re.compile(
+        r'\[?\s*(?:[^\[{\s]|\{\s*(?:[^"\s]|"(?!(?:name|type|id|function|parameters|arguments)")[^"]*"))'
+    )
+    # the end of the object around the arguments
+    CLOSING = re.compile(r'(?:\s*,\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+))*\s*\}')
 
-    def __init__(self, functions: Iterable[str], marked: bool) -> None:
-        """`functions` are the names that may be called: if there are none, all is text. `marked`: only after a mark."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        state: str = "text",
+        functions: Iterable[str] = (),
+        several: bool = True,
+        marked: bool = False,
+        chat: bool = True,
+    ) -> None:
+        """`state` is "opening" if thinking may come, "thinking" if the prompt has begun it, else
+        "text".
+
+        `functions` are the names that may be called; if there are none, all is text. Without
+        `several` only the first call counts. With `marked` a call begins with a mark, and other
+        JSON is text.
+        """
+        # finish: the reason, once the answer is complete
+        self.thinking = self.text = self.finish = ""
+        self.calls: list[Call] = []
+        self.count = 0  # tokens of the answer
+        self.stopped = False  # a stop string has come; the text ends before it
+        self._tokenizer = tokenizer
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.stop = stop  # strings that end the answer before the model does
+        self._state = state
+        self._open, self._close = tokenizer.think_tags
         self._functions = list(functions)
-        self._held = ""  # may be the start of a call
-        self._at_start = not marked  # so a call may begin without a mark
+        self._several = several
+        self._bare = not marked  # so a call may begin without a mark
+        # the call is Mistral's newer form: no object stands around its arguments
+        self._named = False
+        self._ignored = False  # the call is one too many
+        self._depth = 0  # of the brackets in its arguments
+        self._quoted = self._escaped = False  # inside a string there, and after a backslash
+        self._held = ""  # text that may still change
+        # SentencePiece puts a space before a text, and so before a chat answer.
+        self._first = " " if tokenizer.vocabulary.adds_space and chat else ""
+        self._untold: list[Token] = []  # since the last piece
 
-    def split(self, text: str, final: bool) -> tuple[str, list[Call]]:
-        """The text and the calls that are certain after this text; with `final`, all that is left."""
-        said, text, self._held = "", self._held + text, ""
-        while text and self._functions:
-            begin = self._begin(text)
-            said, text = said + text[:begin], text[begin:]
-            self._at_start = self._at_start and not said.strip()
-            calls, rest, unfinished = self._read(text)
-            if calls or unfinished:
-                if final:
-                    return said + (rest if calls else text), calls
-                self._held = text
-                return said, []
-            said, text, self._at_start = said + text[:1], text[1:], False
-        return said + text, []
+    def push_prompt(self, token: Token) -> None:
+        """Tell a token of the prompt with the next piece."""
+        self._untold.append(token)
 
-    def _begin(self, text: str) -> int:
-        """Where a call may begin; the length of the text if nowhere."""
-        if self._at_start and text.lstrip()[:1] in ("", "[", "{"):
-            return 0
-        mark = self.MARK.search(text)
-        return mark.start() if mark else len(text) - max(overlap(text, mark) for mark in CALL_MARKS)
+    def push(self, token: Token) -> list[Piece]:
+        """Read the next token. After a stop string there is no more to read."""
+        if self.stopped:
+            return []
+        self.count += 1
+        self._untold.append(token)
+        return self._read(self._decode(self._tokenizer.decode([token.id])))
 
-    def _read(self, text: str) -> tuple[list[Call], str, bool]:
-        """The calls at the start of the text, the rest, and whether the text may be the start of a call."""
-        calls: list[Call] = []
+    def end(self, outcome: str, last: Token | None = None) -> list[Piece]:
+        """Give out all that is left. `last` is a stop token whose log-probability is to be told."""
+        pieces = [] if self.stopped else self._read(self._decode(b"", True), final=True)
+        if last and not self.stopped:
+            self._untold.append(last)
+        self.finish = "stop" if self.stopped else outcome
+        return [*pieces, self._piece("end", self.finish)]
+
+    def _piece(self, kind: Any, text: str) -> Piece:
+        tokens, self._untold = self._untold, []
+        return Piece(kind, text, tokens)
+
+    def _read(self, text: str, final: bool = False) -> list[Piece]:
+        """Add text to what is held, and take from it what is certain."""
+        if text and self._first:
+            text, self._first = text.removeprefix(self._first), ""
+        text = self._held + text
+        ends = [index for index in map(text.find, self.stop) if index >= 0]
+        if ends:
+            self.stopped = final = True
+            text = text[: min(ends)]
+        text, may_stop = without_start(text, self.stop, final)
+        pieces: list[Piece] = []
         while True:
-            text = self.BETWEEN.sub("", text, count=1)
-            name = re.match(r"\[\s*([\w.-]*)(\(|\Z)", text)
-            if name and any(known == name[1] if name[2] else known.startswith(name[1]) for known in self._functions):
-                return self._pythonic(text), "", True
-            if self.OTHER.match(text):
-                return calls, text, any(mark.startswith(text) for mark in CALL_MARKS)
-            try:
-                value, end = json.JSONDecoder().raw_decode(text)
-                calls += [self._call(entry) for entry in as_list(value)]
-            except json.JSONDecodeError as error:  # at the end, or in an open string: the rest may come
-                return calls, text, error.pos > len(text) - 7 or error.msg.startswith("Unterminated")
-            except (ValueError, RecursionError):  # _call's, or nested too deeply
-                return calls, text, False
-            text = text[end:]
+            before = self._state, text
+            kind, said, text = getattr(self, f"_in_{self._state}")(text, final)
+            if said and not (self._ignored and kind in ("call", "arguments")):
+                pieces.append(self._say(kind, said))
+            if before == (self._state, text):
+                break
+        self._held = text + may_stop
+        return pieces
 
-    def _call(self, value: Any) -> Call:
-        """The call that a JSON value is. Raises ValueError if it is none."""
+    def _say(self, kind: Any, text: str) -> Piece:
+        """A piece of the answer, which also becomes part of the whole."""
+        if kind == "thinking":
+            self.thinking += text
+        elif kind == "text":
+            self.text += text
+            self._bare = self._bare and not text.strip()
+        elif kind == "call":
+            self.calls.append(Call(text))
+        else:
+            self.calls[-1].arguments += text
+        return self._piece(kind, text)
+
+    # The states. Each returns what is certain, of which kind it is, and the rest of the text.
+
+    def _in_opening(self, text: str, final: bool) -> tuple[str, str, str]:
+        """Before the answer: thinking may begin."""
+        answer = text.lstrip()
+        if answer.startswith(self._open):
+            self._state = "thinking"
+            return "", "", answer[len(self._open) :]
+        if final or not self._open.startswith(answer):
+            self._state = "text"
+        return "", "", text
+
+    def _in_thinking(self, text: str, final: bool) -> tuple[str, str, str]:
+        thought, tag, rest = text.partition(self._close)
+        if tag:
+            self._state = "thought"
+            return "thinking", thought, rest
+        return "thinking", *without_start(text, [self._close], final)
+
+    def _in_thought(self, text: str, final: bool) -> tuple[str, str, str]:
+        """After the thinking come line feeds, which are not part of the answer."""
+        answer = text.lstrip("\n")
+        self._state = "text" if answer else "thought"
+        return "", "", answer
+
+    def _in_text(self, text: str, final: bool) -> tuple[str, str, str]:
+        if not self._functions:
+            return "text", text, ""
+        if self._bare and text.lstrip()[:1] in ("", "[", "{", "<"):
+            self._state = "call"
+            return "text", "", text
+        if mark := self.MARK.search(text):
+            self._state = "call"
+            return "text", text[: mark.start()], text[mark.start() :]
+        return "text", *without_start(text, CALL_MARKS, final)
+
+    def _in_call(self, text: str, final: bool) -> tuple[str, str, str]:
+        """What may be a call, from its mark on."""
+        before = self.BEFORE.match(text)
+        assert before
+        call = text[before.end() :]
+        self._named = "[TOOL_CALLS]" in before[0] and call[:1] not in ("", "[", "{")
+        if begun := (self.NAMED_CALL if self._named else self.JSON_CALL).match(call):
+            if begun[1] in self._functions:
+                self._state, self._depth = "arguments", 0
+                self._ignored = not self._several and bool(self.calls)
+                return "call", begun[1], call[begun.end() :]
+        elif unusual := self._unusual_calls(call):
+            return "", "", unusual
+        elif not final and self._may_become_call(call):
+            return "", "", text
+        self._state, self._bare = "text", False
+        return "text", text[:1], text[1:]
+
+    def _unusual_calls(self, text: str) -> str:
+        """The usual form of calls whose JSON is complete and has other keys or another order; "" if
+        there are none.
+        """
+        try:
+            value, end = json.JSONDecoder().raw_decode(text)
+            calls = "; ".join(map(self._usual_call, as_list(value)))
+        except (ValueError, RecursionError):  # no JSON, no call, or nested too deeply
+            return ""
+        return calls and calls + text[end:]
+
+    def _usual_call(self, value: Any) -> str:
+        """A call in its usual form. Raises ValueError if the JSON value is none."""
         value = value if isinstance(value, dict) else {}
         inner = value.get("function")  # some models write OpenAI's form, or this for the name
         value = inner if isinstance(inner, dict) else {"name": inner, **value}
@@ -960,222 +1326,982 @@ class CallFinder:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         if value.get("name") not in self._functions or not isinstance(arguments, dict):
             raise ValueError("no call")
-        # An id of nine characters, as Mistral's templates want it.
-        return Call(uuid.uuid4().hex[:9], value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        return json.dumps({"name": value["name"], "arguments": arguments}, ensure_ascii=False)
 
-    def _pythonic(self, text: str) -> list[Call]:
-        """The calls of [name(argument=value), ...]."""
-        calls = []
+    def _may_become_call(self, text: str) -> bool:
+        """Whether more text could make this a call."""
+        if any(mark.startswith(text) for mark in CALL_MARKS):
+            return True
+        if self._named:
+            start = self.NAMED_START.match(text)
+            return bool(start and any(name.startswith(start[1]) for name in self._functions))
+        if self.OTHER.match(text):
+            return False
         try:
-            (statement,) = ast.parse(text.strip()).body
-            for call in statement.value.elts:  # type: ignore[attr-defined]
-                arguments = {argument.arg: ast.literal_eval(argument.value) for argument in call.keywords}
-                named = None not in arguments and not call.args
-                calls.append(self._call({"name": ast.unparse(call.func), "arguments": arguments if named else None}))
-        except Exception:  # other text can fail here in any way
-            return []
-        return calls
+            json.JSONDecoder().raw_decode(text)
+            return False  # all of it is here, and it is none
+        except json.JSONDecodeError as error:
+            # in an open string, or at the end: within a word such as false
+            return error.msg.startswith("Unterminated") or error.pos > len(text) - len("false")
+        except (ValueError, RecursionError):
+            return False
+
+    def _in_arguments(self, text: str, final: bool) -> tuple[str, str, str]:
+        """A call's arguments, which end with the bracket that they begin with."""
+        for i, character in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._escaped = character == "\\"
+                self._quoted = character != '"'
+            elif character == '"':
+                self._quoted = True
+            elif character in "[{":
+                self._depth += 1
+            elif character in "]}":
+                self._depth -= 1
+                if self._depth == 0:
+                    self._state = "called" if self._named else "closing"
+                    return "arguments", text[: i + 1], text[i + 1 :]
+        return "arguments", text, ""
+
+    def _in_closing(self, text: str, final: bool) -> tuple[str, str, str]:
+        """The rest of the object around a call's arguments."""
+        end = self.CLOSING.match(text)
+        if end or text.lstrip()[:1] not in ("", ","):
+            self._state = "called"
+        return "", "", text[end.end() :] if end else text
+
+    def _in_called(self, text: str, final: bool) -> tuple[str, str, str]:
+        """Between a call and what follows it."""
+        after = self.AFTER.match(text)
+        assert after
+        rest = text[after.end() :]
+        if final or not any(mark.startswith(rest) for mark in CALL_MARKS):
+            self._state = "call" if rest[:1] in ("[", "{") else "text"
+        return "", "", rest
+
+
+def without_start(text: str, marks: Sequence[str], final: bool) -> tuple[str, str]:
+    """The text without the start of a mark at its end, and that start; if `final`, none follows."""
+    starts = (mark[:n] for mark in marks for n in range(1, min(len(mark), len(text) + 1)))
+    held = "" if final else max(filter(text.endswith, starts), key=len, default="")
+    return text.removesuffix(held), held
+
+
+def merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Neighbouring pieces of one kind as one. Two calls stay two."""
+    for _, alike in itertools.groupby(
+        enumerate(pieces), lambda item: item[0] if item[1].kind == "call" else item[1].kind
+    ):
+        run = [piece for _, piece in alike]
+        tokens = [token for piece in run for token in piece.tokens]
+        yield Piece(run[0].kind, "".join(piece.text for piece in run), tokens)
+
+
+# ==================================================================================================
+# Grammars
+# ==================================================================================================
+
+COMPILE_SECONDS = 5  # of the processor's time, for one grammar
+MASK_SECONDS = 2  # of the processor's time, for one mask
+WALL_SECONDS = 60  # for either, on a busy machine
+GRAMMAR_MEMORY = 256 << 20  # bytes, for one grammar
+# Compiles that run at once: those that have just begun, for so many seconds, and those that take
+# longer, which wait for each other.
+QUICK_COMPILES, QUICK_SECONDS, SLOW_COMPILES = 8, 0.5, 4
+MASK, REFUSAL, MISFIT = b"=", b"!", b"?"  # the kinds of a child's answers
+
+
+class Schema(NamedTuple):
+    """A JSON schema, which is the rule `name` in Lark."""
+
+    name: str
+    schema: dict[str, Any]
+    strict: bool  # refuse what is not supported, instead of leaving it out
+
+
+class Grammars:
+    """Compiles grammars with llguidance, each in a process of its own.
+
+    llguidance needs gigabytes, minutes or an endless stack for some grammars. A process can be
+    limited, and takes nothing else with it when it ends.
+
+    One process, the source, reads the vocabulary once and forks a child for each grammar.
+    """
+
+    def __init__(self, tokens: Callable[[], tuple[list[bytes], list[int]]]) -> None:
+        """`tokens` returns the bytes of every token and the tokens that end an answer.
+
+        A special token is b"\\xff" and its name; an unused one is b"". If no token ends an answer,
+        masks have one place more, which says whether the answer may end.
+        """
+        self._tokens = tokens
+        self._lock = threading.Lock()
+        self._quick = threading.Semaphore(QUICK_COMPILES)
+        self._slow = threading.Semaphore(SLOW_COMPILES)
+        self._source: socket.socket | None = None
+
+    def compile(self, rules: Sequence[str], schemas: Sequence[Schema] = ()) -> Grammar:
+        """Compile rules in Lark; each schema is one more rule.
+
+        Raises ApiError if that is not supported, or too large.
+        """
+        with self._quick:
+            grammar = Grammar(self._fork())
+            grammar.send((rules, list(map(tuple, schemas))))
+            done = grammar.receive(QUICK_SECONDS)
+        if not done:
+            grammar.pause()  # so that the grammars of others come first
+            with self._slow:
+                grammar.go_on()
+                done = grammar.receive(WALL_SECONDS)
+        if not done:
+            raise ApiError(400, "the schema or grammar takes too long: make it simpler")
+        check_answer(grammar.first)
+        return grammar
+
+    def close(self) -> None:
+        """End the source. A child ends with its grammar."""
+        if self._source:
+            self._source.close()
+            self._source = None
+
+    def _fork(self) -> Connection:
+        """A connection to a new child."""
+        ours, theirs = multiprocessing.Pipe()
+        with theirs, self._lock:
+            for _ in range(2):  # the source may have been killed
+                self._source = self._source or self._start()
+                with contextlib.suppress(OSError):
+                    socket.send_fds(self._source, [b"."], [theirs.fileno()])
+                    return ours
+                self.close()
+        raise ApiError(500, "the process for grammars does not start")
+
+    def _start(self) -> socket.socket:
+        """Start the source; returns the connection to it."""
+        if not importlib.util.find_spec("llguidance"):
+            raise ApiError(400, "the server needs a package for this: pip install llguidance")
+        ours, theirs = socket.socketpair()
+        # With -c, Python would import from the current folder before all others.
+        run = "import sys; file, number, *sys.path = sys.argv[1:]; import runpy; "
+        run += "runpy.run_path(file)['run_grammars'](int(number))"
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", run, __file__, str(theirs.fileno()), *sys.path],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # CTRL+C is for the server
+            )
+        threading.Thread(target=process.wait, name="grammars", daemon=True).start()
+        with contextlib.suppress(OSError), process.stdin:  # type: ignore[union-attr]
+            pickle.dump(self._tokens(), process.stdin)  # type: ignore[arg-type]
+        ours.settimeout(WALL_SECONDS)
+        with contextlib.suppress(OSError):
+            if ours.recv(1):
+                return ours
+        process.kill()
+        raise ApiError(500, "the process for grammars does not start")
+
+
+class Grammar:
+    """A compiled grammar in its process, which ends with this object."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        try:
+            self._process = int.from_bytes(connection.recv_bytes(), "little")  # the child's id
+        except (EOFError, OSError) as error:
+            raise ApiError(500, "the process for grammars has ended: send it again") from error
+        self._constraints: weakref.WeakValueDictionary[int, Constraint] = (
+            weakref.WeakValueDictionary()
+        )
+        self._numbers = itertools.count(1)
+        self.first = b""  # answer, the mask at the start
+
+    def add(self, constraint: Constraint) -> int:
+        """A number for an answer, by which the child knows it."""
+        number = next(self._numbers)
+        self._constraints[number] = constraint
+        return number
+
+    def pause(self) -> None:
+        """Stop the child's work, and let all other processes come before it from now on."""
+        with contextlib.suppress(ProcessLookupError):  # `receive` says that it has ended
+            os.setpriority(os.PRIO_PROCESS, self._process, 19)
+            os.kill(self._process, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let the child work again."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process, signal.SIGCONT)
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        """Tell the child."""
+        with contextlib.suppress(OSError):  # `receive` says that it has ended
+            self._connection.send(message)
+
+    def receive(self, seconds: float) -> bool:
+        """Wait for an answer of the child and pass it on. Raises ApiError if the child ended."""
+        try:
+            if not self._connection.poll(seconds):
+                return False
+            answer = self._connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            problem = "takes too long, or too much memory: make it simpler"
+            raise ApiError(400, f"the schema or grammar {problem}") from error
+        number, answer = int.from_bytes(answer[:4], "little"), answer[4:]
+        if number == 0:
+            self.first = answer
+        elif constraint := self._constraints.get(number):
+            constraint.take(answer)
+        return True
+
+
+def check_answer(answer: bytes) -> None:
+    """Raise ApiError if a child's answer is a refusal."""
+    if answer.startswith(REFUSAL):
+        reason = printable(answer[1:].decode(errors="replace"))
+        raise ApiError(400, f"the schema or grammar is not supported ({reason}): change it")
+
+
+@functools.cache
+def bit_table() -> torch.Tensor:
+    """For each byte its bits, lowest first, as eight booleans in one int64."""
+    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    return (torch.arange(256, dtype=torch.uint8)[:, None] & bits).ne(0).view(torch.int64).flatten()
+
+
+def unpack_bits(data: bytes) -> torch.Tensor:
+    """Eight booleans for each byte, the lowest bit first."""
+    octets = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return bit_table().index_select(0, octets.int()).view(torch.bool)
+
+
+# What follows runs in the source and in its children.
+
+
+def run_grammars(descriptor: int) -> None:
+    """The source: build the vocabulary, and fork a child for each connection that comes."""
+    from llguidance import LLTokenizer
+
+    server = socket.socket(fileno=descriptor)
+    tokens, ends = pickle.load(sys.stdin.buffer)
+    wrapper: Any = types.SimpleNamespace(  # what LLTokenizer wants to know of a vocabulary
+        is_tokenizer_wrapper=True,
+        tokens=tokens,
+        special_token_ids=(),
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    vocabulary = LLTokenizer(wrapper, eos_token=ends or None)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    gc.freeze()  # children share this memory
+    server.send(b".")
+    while True:
+        _, descriptors, _, _ = socket.recv_fds(server, 1, 1)
+        if not descriptors:
+            return
+        if os.fork() == 0:
+            server.close()
+            with contextlib.suppress(EOFError, OSError), Connection(descriptors[0]) as connection:
+                serve_grammar(vocabulary, connection)
+            os._exit(0)
+        os.close(descriptors[0])
+
+
+def serve_grammar(vocabulary: Any, connection: Connection) -> None:
+    """A child: compile one grammar and compute its masks, until the connection is closed."""
+    confine()
+    connection.send_bytes(os.getpid().to_bytes(4, "little"))
+    rules, schemas = connection.recv()
+    with clock(COMPILE_SECONDS):
+        try:
+            grammar = compile_rules(vocabulary, rules, schemas)
+            connection.send_bytes(bytes(4) + next_mask(grammar))
+        except ValueError as error:
+            connection.send_bytes(bytes(4) + REFUSAL + str(error).encode(errors="replace"))
+    matchers: dict[int, Any] = {}
+    while True:
+        number, tokens = connection.recv()
+        with clock(MASK_SECONDS):
+            if number not in matchers:
+                matchers[number] = grammar.deep_copy()
+            matcher = matchers[number]
+            fits = matcher.try_consume_tokens(tokens) == len(tokens) or matcher.is_error()
+            try:
+                answer = next_mask(matcher) if fits else MISFIT
+            except ValueError as error:
+                answer = REFUSAL + str(error).encode(errors="replace")
+        connection.send_bytes(number.to_bytes(4, "little") + answer)
+
+
+def confine() -> None:
+    """Limit what this process can take from others."""
+    os.nice(5)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(AttributeError, OSError):  # Linux only: end with the source
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    with contextlib.suppress(OSError):  # Linux only
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory is short, end this first
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + GRAMMAR_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+@contextlib.contextmanager
+def clock(seconds: float) -> Iterator[None]:
+    """The process ends if the block takes longer; a thread could not stop llguidance."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def next_mask(matcher: Any) -> bytes:
+    """The tokens that may come next, a bit for each. Raises ValueError."""
+    mask: bytes = matcher.compute_bitmask()
+    if problem := matcher.get_error():
+        places = r"(at )?\d+\(\d+\): |failed to compile JSON schema: |\n *\d+ \|.*|\^"
+        problem = re.sub(places, "", problem.removesuffix("<non-verbose/>"))
+        raise ValueError(" ".join(problem.split()))
+    return MASK + mask
+
+
+def compile_rules(vocabulary: Any, rules: Sequence[str], schemas: Sequence[tuple[Any, ...]]) -> Any:
+    """A grammar's matcher. Raises ValueError with the reason if it is not supported."""
+    # They come as plain tuples: a child cannot unpickle the server's classes.
+    ready = [Schema(n, repair(close(schema), strict), strict) for n, schema, strict in schemas]
+    try:
+        return new_matcher(vocabulary, with_schemas(rules, ready))
+    except ValueError:
+        if all(entry.strict for entry in ready):
+            raise
+    ready = [
+        entry if entry.strict else entry._replace(schema=loosen(vocabulary, entry.schema))
+        for entry in ready
+    ]
+    return new_matcher(vocabulary, with_schemas(rules, ready))
+
+
+def new_matcher(vocabulary: Any, grammar: str) -> Any:
+    """llguidance's matcher for a grammar in Lark. Raises ValueError."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    # The model may spell a text with any tokens, not only with those of the tokenizer.
+    grammar = f'%llguidance {{"no_forcing": true}}\n{grammar}'
+    # The clock and the memory are limited, so llguidance's own limits need not be tight.
+    limits = LLParserLimits(
+        max_items_in_row=10**6,
+        initial_lexer_fuel=10**8,
+        step_lexer_fuel=10**8,
+        step_max_items=10**7,
+        max_lexer_states=10**7,
+        max_grammar_size=10**7,
+        verbose_errors=False,
+    )
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+    next_mask(matcher)
+    return matcher
+
+
+# White space as models have learned it. If any were allowed, weak models would write it without
+# end. Without "u" among the escapes, the name of a property has one spelling.
+JSON_STYLE = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+FORMATS = (  # that llguidance knows; others are annotations
+    "date",
+    "date-time",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "time",
+    "uri",
+    "uuid",
+)
+NOT_RULES = ("$id", "id", "$schema", "x-guidance", "title", "description", "default", "examples")
+SCHEMAS = ("items", "additionalItems", "additionalProperties")
+SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+EXACT = 2**53  # llguidance computes with floats
+
+
+def with_schemas(rules: Sequence[str], schemas: Sequence[Schema]) -> str:
+    """A grammar in Lark with the schemas' rules."""
+    more = (f"{name}: {json_rule(schema, strict)}" for name, schema, strict in schemas)
+    return "\n".join([*rules, *more])
+
+
+def json_rule(schema: Any, strict: bool) -> str:
+    """A schema in Lark."""
+    return "%json " + json.dumps({**schema, "x-guidance": {**JSON_STYLE, "lenient": not strict}})
+
+
+def close(schema: dict[str, Any]) -> dict[str, Any]:
+    """Allow only the properties listed, unless the schema says more: weak models invent some."""
+    others = {"additionalProperties", "allOf", "anyOf", "oneOf", "$ref"}  # these may add some
+    if not isinstance(schema.get("properties"), dict) or schema.keys() & others:
+        return schema
+    properties = dict(schema["properties"])
+    for name in as_list(schema.get("required")):
+        if isinstance(name, str):
+            properties.setdefault(name, True)
+    return {**schema, "properties": properties, "additionalProperties": False}
+
+
+def map_schemas(schema: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The schema with `change` applied to each schema that is directly in it."""
+    result = {}
+    for name, value in schema.items():
+        if name in SCHEMA_MAPS and isinstance(value, dict):
+            value = {key: change(entry) for key, entry in value.items()}
+        elif name in SCHEMA_LISTS and isinstance(value, list):
+            value = [change(entry) for entry in value]
+        elif name in SCHEMAS:
+            value = change(value)
+        result[name] = value
+    return result
+
+
+def repair(schema: Any, strict: bool) -> Any:
+    """Remove what is no rule, and rewrite the rules that llguidance does not keep to.
+
+    What cannot be rewritten is left out; with `strict` it raises ValueError.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    schema = map_schemas(schema, lambda entry: repair(entry, strict))
+    for name in NOT_RULES:
+        schema.pop(name, None)
+    if schema.get("format") not in FORMATS:
+        schema.pop("format", None)
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    if schema.get("propertyNames") == {"type": "string"}:
+        del schema["propertyNames"]
+    wrong = [name for name in ("const", "enum") if not exact(schema.get(name))]
+    wrong += [] if repair_bound(schema, "minimum", "exclusiveMinimum", 1) else ["minimum"]
+    wrong += [] if repair_bound(schema, "maximum", "exclusiveMaximum", -1) else ["maximum"]
+    least, required = schema.get("minProperties"), schema.get("required", [])
+    if isinstance(least, int) and isinstance(required, list) and len(required) + 1 < least:
+        wrong.append("minProperties")  # names that are not listed may come twice
+    if strict and wrong:
+        raise ValueError(f"{wrong[0]} cannot be enforced exactly")
+    for name in wrong:
+        schema.pop(name, None)
+    return schema
+
+
+def exact(value: Any) -> bool:
+    """Whether llguidance reads all numbers in a JSON value exactly."""
+    if isinstance(value, (list, dict)):
+        return all(map(exact, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, float) and value != float(f"{value:.15g}"):
+        return False
+    return not is_number(value) or abs(value) <= EXACT
+
+
+def repair_bound(schema: dict[str, Any], name: str, exclusive: str, sign: int) -> bool:
+    """Replace a bound by an inclusive one just inside, which is exact. False if there is none."""
+    whole = schema.get("type") == "integer"
+    given, beyond = schema.get(name), schema.pop(exclusive, None)
+    if beyond is True:  # JSON Schema of 2013
+        given, beyond = None, given
+    bound: float = -EXACT
+    if is_number(given):
+        bound = max(bound, sign * given)
+    if is_number(beyond):
+        value = max(min(sign * beyond, EXACT), -EXACT)
+        bound = max(bound, math.floor(value) + 1 if whole else value + 1e-12 * max(1, abs(value)))
+    if bound > EXACT:
+        return False
+    if whole:
+        bound = math.ceil(bound)
+    elif not exact(bound):
+        bound = float(f"{bound + 1e-13 * abs(bound):.14g}")
+    if is_number(given) or is_number(beyond):
+        schema[name] = sign * bound
+    return True
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a JSON value is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def loosen(vocabulary: Any, root: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the keywords that are not supported."""
+
+    @functools.cache
+    def compiles(grammar: str) -> bool:
+        with contextlib.suppress(ValueError):
+            new_matcher(vocabulary, grammar)
+            return True
+        return False
+
+    def works(schema: dict[str, Any]) -> bool:
+        return compiles(f"start: {json_rule(schema, strict=False)}")
+
+    def prune(schema: Any) -> Any:
+        if not isinstance(schema, dict):
+            return schema is not False
+        shallow = map_schemas(schema, lambda inner: inner is not False)
+        shallow.pop("$ref", None)
+        kept = shallow if works(shallow) else {}
+        for name, value in shallow.items():
+            if works({**kept, name: value}):
+                kept[name] = value
+        names = kept.keys() | {"$ref"}
+        return map_schemas({n: v for n, v in schema.items() if n in names}, prune)
+
+    if works(root):
+        return root
+    pruned: dict[str, Any] = prune(root)
+    if works(pruned):
+        return pruned
+    return {"type": "object"} if root.get("type") == "object" else {}
 
 
 class CallForm(NamedTuple):
-    """How a family of models writes tool calls: the rule `calls` in Lark, for one after another rule `one`."""
+    """How a family of models writes tool calls, in Lark: the rules `one`, a call, and `calls`, one
+    or several.
+    """
 
     mark: str  # the special token at the start
     opening: str  # the text at the start
-    arguments: str  # their name in JSON
+    arguments: str  # their name in JSON; "" for name[ARGS]{...}
     one: str
     calls: str
-    separator: str = ""  # between calls; "" if there is one at most
+    more: str  # each further call; "" if there is one at most
 
 
-HERMES_CALLS = CallForm("<tool_call>", "<tool_call>", "arguments", r'mark "\n" call "\n" close', "one", r'"\n"')  # Qwen
-MISTRAL_CALLS = CallForm("[TOOL_CALLS]", "[TOOL_CALLS]", "arguments", "call", 'mark " "? "[" one "]"', '", "')
-LLAMA_CALLS = CallForm("<|python_tag|>", '{"name": "', "parameters", "call", "mark? one")
-# White space as models have learned it. If any were allowed, weak models would write it without end.
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+HERMES_CALLS = CallForm(  # and Qwen
+    mark="<tool_call>",
+    opening="<tool_call>",
+    arguments="arguments",
+    one=r'mark "\n" call "\n" close',
+    calls=r'one more "\n"?',  # some models write it last, too, and would have to go on with a call
+    more=r'"\n" one',
+)
+MISTRAL_CALLS = CallForm(
+    mark="[TOOL_CALLS]",
+    opening="[TOOL_CALLS]",
+    arguments="arguments",
+    one="call",
+    calls='mark " "? "[" one more "]"',
+    more='", " one',
+)
+NAMED_CALLS = CallForm(  # Mistral's newer models, such as Devstral
+    mark="[TOOL_CALLS]",
+    opening="[TOOL_CALLS]",
+    arguments="",
+    one="mark call",
+    calls="one more",
+    more="one",
+)
+LLAMA_CALLS = CallForm(
+    mark="<|python_tag|>",
+    opening='{"name": "',
+    arguments="parameters",
+    one="call",
+    calls="mark? one",
+    more="",
+)
 
 
-def call_form(tokenizer: Tokenizer) -> CallForm:
-    """The form that the model's chat template teaches."""
-    return next((f for f in (HERMES_CALLS, MISTRAL_CALLS) if f.mark in tokenizer.template.source), LLAMA_CALLS)
+class Function(NamedTuple):
+    """A function that the model may call."""
+
+    name: str
+    parameters: dict[str, Any]  # a JSON schema
+    strict: bool  # so a schema that the grammar cannot follow is refused
 
 
-def json_rule(schema: dict[str, Any], lenient: bool = False) -> str:
-    """A JSON schema in Lark; `lenient` ignores keywords that llguidance does not support.
+class Form(NamedTuple):
+    """What the answer must be."""
 
-    The outermost object has only the properties listed, unless the schema says otherwise: weak models invent some.
-    """
-    plain = "properties" in schema and not schema.keys() & {"allOf", "anyOf", "oneOf", "$ref"}  # these may add some
-    closed = {"additionalProperties": False} if plain else {}
-    return "%json " + json.dumps({**closed, **schema, "x-guidance": {**JSON_STYLE, "lenient": lenient}})
+    kind: Literal["json", "regex", "choice", "grammar"]
+    value: Any
+    strict: bool = True
+
+
+def resembles_call(form: Form | None) -> bool:
+    """Whether an answer of this form could begin as a call without its mark does, with {"name"."""
+    if form is None or form.kind != "json":
+        return form is not None
+    schema = form.value
+    properties = schema.get("properties")
+    others = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties")
+    if not isinstance(properties, dict) or any(schema.get(other) for other in others):
+        return True
+    return "name" in properties or "name" in as_list(schema.get("required"))
+
+
+def call_form(template: str) -> CallForm:
+    """The form that a model's chat template teaches."""
+    if "[TOOL_CALLS]" in template:
+        return NAMED_CALLS if "[ARGS]" in template else MISTRAL_CALLS
+    return HERMES_CALLS if HERMES_CALLS.mark in template else LLAMA_CALLS
 
 
 def token_rule(tokenizer: Tokenizer, text: str) -> str:
     """A special token in Lark, or its text if the model has no such token."""
-    token = tokenizer.token_id(text)
+    token = tokenizer.vocabulary.added.get(text)
     return json.dumps(text) if token is None else f"<[{token}]>"
 
 
-def call_rules(tokenizer: Tokenizer, functions: Sequence[dict[str, Any]], several: bool, marked: bool) -> str:
-    """Lark's rule `calls` for calls of these functions, by their names and their parameters' schemas.
+def call_rules(
+    tokenizer: Tokenizer, functions: Sequence[Function], several: bool, marked: bool
+) -> tuple[list[str], list[Schema]]:
+    """Lark's rule `calls` for calls of these functions, and the schemas of their arguments.
 
-    With `several`, an answer may hold more than one. With `marked`, it starts with the mark, which no other text does.
+    With `several`, an answer may hold more than one. With `marked`, it begins with the mark, as no
+    other text does.
     """
-    form = call_form(tokenizer)
-    more = f"({form.separator} one)*" if several and form.separator else ""
-    calls = form.calls.replace("one", f"one {more}").replace("mark?", "mark" if marked else "mark?")
-    rules = [f"calls: {calls}", f"one: {form.one}"]
-    rules += [f"mark: {token_rule(tokenizer, form.mark)}", f"close: {token_rule(tokenizer, '</tool_call>')}"]
-    rules += ["call: " + " | ".join(f"call{i}" for i in range(len(functions)))]
+    form = call_form(tokenizer.template.source)
+    more = f"({form.more})*" if several and form.more else ""
+    calls = form.calls.replace("more", more)
+    rules = [
+        f"calls: {calls.replace('mark?', 'mark') if marked else calls}",
+        f"one: {form.one}",
+        f"mark: {token_rule(tokenizer, form.mark)}",
+        f"close: {token_rule(tokenizer, '</tool_call>')}",
+        "call: " + " | ".join(f"call{i}" for i in range(len(functions))),
+    ]
     for i, function in enumerate(functions):
-        start, strict = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": ', function["strict"]
-        rule = json_rule(function["parameters"], lenient=not strict)
-        try:
-            compile_grammar(tokenizer, f"start: {rule}")
-        except ApiError:
-            if strict:
-                raise
-            rule = json_rule({"type": "object"})
-        rules += [f'call{i}: {json.dumps(start)} arguments{i} "}}"', f"arguments{i}: {rule}"]
-    return "\n".join(rules)
+        if form.arguments:
+            # In the pieces that JSON has: llguidance could not tell one long text from an answer
+            # in JSON that begins with the same bracket.
+            keys = ['"name"', ": ", json.dumps(function.name), ", ", f'"{form.arguments}"', ": "]
+            start = " ".join(map(json.dumps, ["{", *keys]))
+            rules.append(f'call{i}: {start} arguments{i} "}}"')
+        else:
+            marked_name = f"{json.dumps(function.name)} {token_rule(tokenizer, '[ARGS]')}"
+            rules.append(f"call{i}: {marked_name} arguments{i}")
+    schemas = [
+        Schema(f"arguments{i}", {**function.parameters, "type": "object"}, function.strict)
+        for i, function in enumerate(functions)
+    ]
+    return rules, schemas
 
 
-@functools.lru_cache(128)  # some agents send 40 functions with every request
-def compile_grammar(tokenizer: Tokenizer, grammar: str) -> Any:
-    """llguidance's LLMatcher for a grammar in Lark, to be copied. Raises ApiError if it is not supported."""
-    try:
-        from llguidance import LLMatcher, LLParserLimits
-    except ImportError as error:
-        raise ApiError(400, "the server needs a package for this: pip install llguidance") from error
-    # With llguidance's own limits one step of /a{1000000}/ takes minutes; with these, 2 s at most.
-    limits = LLParserLimits(initial_lexer_fuel=100_000, step_lexer_fuel=20_000)
-    matcher = LLMatcher(tokenizer.guide, encodable(grammar), log_level=0, limits=limits)
-    matcher.compute_logit_bias()  # the first takes longest, and may fail: here, and not in a step
-    places = r"(at )?\d+\(\d+\): |failed to compile JSON schema: |\n *\d+ \|.*|\^"
-    if problem := " ".join(re.sub(places, "", matcher.get_error()).split()):
-        raise ApiError(400, f"the schema or grammar is not supported ({printable(problem)}): change it")
-    return matcher
-
-
-def answer_rule(outputs: dict[str, Any]) -> str:
-    """Lark for an answer by STRUCTURED_OUTPUTS; "" for any text."""
-    if outputs["json"] is not None:
-        return json_rule(outputs["json"])
-    if outputs["choice"]:
-        return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in outputs["choice"])
-    if outputs["regex"]:
-        escaped = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", outputs["regex"])  # \/ stays as it is
-        return f"/{escaped}/"
-    return f"%lark {{\n{outputs['grammar']}\n}}" if outputs["grammar"] else ""
+def form_rules(form: Form) -> tuple[list[str], list[Schema]]:
+    """Lark's rule `answer` for an answer of this form, or the schema of that name."""
+    if form.kind == "json":
+        return [], [Schema("answer", form.value, form.strict)]
+    if form.kind == "choice":
+        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in form.value)
+        return ["answer: CHOICE", f"CHOICE: {choices}"], []  # one terminal: rules have a limit
+    if form.kind == "regex":
+        # \/ stays as it is
+        escaped = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", form.value)
+        return [f"answer: /{escaped}/"], []
+    return [f"answer: %lark {{\n{form.value}\n}}"], []
 
 
 class Constraint:
-    """A grammar in Lark for an answer's tokens, from the start or from a tool call on."""
+    """A grammar for an answer's tokens, from the start or from a tool call on."""
+
+    PATIENCE = 0.05  # seconds that a step waits for a mask, from the token before it
 
     def __init__(
-        self, tokenizer: Tokenizer, grammar: str, opening: str = "", after: int | None = None, marked: bool = False
+        self, grammar: Grammar, tokenizer: Tokenizer, trigger: str = "", after: int | None = None
     ) -> None:
-        """`opening` is the text with which a tool call begins; "" if the grammar holds from the start.
+        """`trigger` is the text with which a tool call begins; "" if the grammar holds from the
+        start.
 
-        It is looked for after the token `after`, if that is given. If `marked`, a call begins with its mark, and other
-        JSON is the answer. Raises ApiError if the grammar is not supported.
+        It is looked for after the token `after`, if that is given.
         """
-        self.marked = marked
-        self._matcher = compile_grammar(tokenizer, grammar).deep_copy()
-        self._decode, self._opening = tokenizer.decode_bytes, opening.encode()
-        self._anywhere = opening in CALL_MARKS  # else only at the start of the answer
+        self.active = not trigger
+        self._grammar = grammar
+        self._number = grammar.add(self)
+        self._answer = grammar.first  # the last one of the child
+        self._awaited = 0  # answers of the child
+        self._decode = tokenizer.decode
+        self._size = tokenizer.vocabulary.size
+        self._trigger = trigger.encode()
+        self._anywhere = trigger in CALL_MARKS  # else only at the start of the answer
         self._after = after
         self._tokens: list[int] = []  # may be the start of a tool call
-        self.active = not opening
-        self.failed = False  # llguidance has reached a limit, and allows only the end
+        self._pushed = time.monotonic()
 
     def push(self, token: int) -> None:
         """Follow the answer's next token."""
         if self.active:
-            self._matcher.consume_token(token)
+            self._send([token])
         elif self._after is not None:
             self._after = None if token == self._after else self._after
-        elif self._opening:
-            self._tokens.append(token)
-            text = self._decode(self._tokens).removeprefix(b"" if self._anywhere else LLAMA_CALLS.mark.encode())
-            if text.startswith(self._opening):
-                self.active, self._opening = self._matcher.consume_tokens(self._tokens), b""
-            elif not self._opening.startswith(text):
-                self._tokens, self._opening = [], self._opening if self._anywhere else b""
+        elif self._trigger:
+            self._look_for_trigger(token)
 
-    def apply(self, logits: torch.Tensor) -> None:
-        """Set the logits [vocabulary] of the tokens that may not come next to minus infinity."""
-        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
-        allowed = F.pad(allowed, (0, len(logits) - len(allowed)))  # a model's vocabulary may be padded
-        logits.masked_fill_(allowed == 0, -math.inf)
-        self.failed = self._matcher.is_error()
+    def _send(self, tokens: list[int]) -> None:
+        """Have the child follow tokens. It computes the mask meanwhile."""
+        self._awaited += 1
+        self._pushed = time.monotonic()
+        self._grammar.send((self._number, tokens))
+
+    def _look_for_trigger(self, token: int) -> None:
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        if not self._anywhere:
+            text = text.removeprefix(LLAMA_CALLS.mark.encode())
+        if text.startswith(self._trigger):
+            self.active = True
+            self._send(self._tokens)
+        elif not text.strip():
+            self._tokens = []  # as after a thought
+        elif not self._trigger.startswith(text):
+            self._tokens = []
+            self._trigger = self._trigger if self._anywhere else b""
+
+    def take(self, answer: bytes) -> None:
+        """Keep an answer of the child."""
+        self._awaited -= 1
+        self._answer = answer
+
+    def _answered(self, seconds: float) -> bool:
+        """Wait until the child has answered all. Raises ApiError if it ended."""
+        deadline = time.monotonic() + seconds
+        while self._awaited:
+            if not self._grammar.receive(max(deadline - time.monotonic(), 0)):
+                return False
+        return True
+
+    @property
+    def ready(self) -> bool:
+        """Whether `allowed` needs not wait."""
+        with contextlib.suppress(ApiError):
+            return self._answered(0)
+        return True  # `allowed` says why
+
+    def allowed(self) -> torch.Tensor | None:
+        """Which tokens [vocabulary] may come next; None if that is not known in time.
+
+        Raises ApiError.
+        """
+        if not self._answered(self._pushed + self.PATIENCE - time.monotonic()):
+            return None
+        check_answer(self._answer)
+        if self._answer == MISFIT:
+            if not self._trigger:
+                raise ApiError(400, "the schema or grammar has too many cases: make it simpler")
+            self.active, self._trigger = False, b""  # its last token went on as no call does
+            return None
+        return unpack_bits(self._answer[1:])[: self._size]  # without the place for the end
 
 
 def constrain(
     tokenizer: Tokenizer,
-    functions: Sequence[dict[str, Any]],
-    answer: str,
+    grammars: Grammars,
+    functions: Sequence[Function],
+    form: Form | None,
     forced: bool,
     several: bool,
-    thinking: str,
-) -> Constraint | None:
-    """The constraint on an answer: with `forced` calls; else calls, or what the rule `answer` in Lark says.
+    state: str,
+) -> Callable[[], Constraint] | None:
+    """Makes the Constraint of each answer: calls if they are `forced`; else calls, or what `form`
+    says.
 
-    `answer` is "" for any text. `thinking` is Thoughts' state at the start. Raises ApiError.
+    None: nothing rules it.
+
+    `state` is the Reader's at the start. Raises ApiError.
     """
-    free = not answer and not forced  # text that may become a call
-    if free and not (functions and importlib.util.find_spec("llguidance")):
+    marked = not forced and resembles_call(form)
+    rules, schemas = call_rules(tokenizer, functions, several, marked) if functions else ([], [])
+    if functions and not form and not forced:  # text that may become a call
+        after = None if state == "text" else tokenizer.vocabulary.added.get(tokenizer.think_tags[1])
+        try:
+            grammar = grammars.compile(["start: calls", *rules], schemas)
+        except ApiError:
+            if any(function.strict for function in functions):
+                raise
+            return None  # the calls are then as good as the model
+        trigger = call_form(tokenizer.template.source).opening
+        return functools.partial(Constraint, grammar, tokenizer, trigger, after)
+    if not form and not forced:
         return None
-    marked = bool(answer) and not forced
-    rules = call_rules(tokenizer, functions, several, marked) if functions else ""
-    if free:
-        over = None if thinking == "answer" else tokenizer.token_id("</think>")
-        return Constraint(tokenizer, f"start: calls\n{rules}", call_form(tokenizer).opening, over)
     start = "calls" if forced else "answer | calls" if functions else "answer"
-    think = {"thinking": 'text over "\\n\\n"?', "start": 'begin text over "\\n\\n"?'}.get(thinking, "")
-    rules += f"\nanswer: {answer}" if answer else ""
-    rules += f"\nbegin: {token_rule(tokenizer, '<think>')}\nover: {token_rule(tokenizer, '</think>')}\ntext: /(?s:.*)/"
-    return Constraint(tokenizer, f"start: {think} ({start})\n{rules}", marked=marked)
+    if form and not forced:
+        answer, answer_schemas = form_rules(form)
+        rules, schemas = rules + answer, schemas + answer_schemas
+    think = {"thinking": 'text over "\\n\\n"?', "opening": 'begin text over "\\n\\n"?'}.get(
+        state, ""
+    )
+    opening, closing = tokenizer.think_tags
+    rules += [
+        f"begin: {token_rule(tokenizer, opening)}",
+        f"over: {token_rule(tokenizer, closing)}",
+        "text: /(?s:.*)/",
+    ]
+    grammar = grammars.compile([f"start: {think} ({start})", *rules], schemas)
+    return functools.partial(Constraint, grammar, tokenizer)
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Sampling
-# ======================================================================================================================
+# ==================================================================================================
+
+END = -1  # an id that no token has: the end of an answer, where a model has no token for it
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn."""
+    """How the next token is drawn.
 
-    temperature: float = 0.7  # 0: always the most likely token
-    top_p: float = 0.9  # sample from the most likely tokens that together have this probability
+    The definitions and their order are those of vllm/v1/sample/sampler.py.
+    """
+
+    temperature: float = 1.0  # 0: always the most likely token
+    top_p: float = 1.0  # sample from the most likely tokens that together have this probability
     top_k: int = 0  # sample from the k most likely tokens; 0: no limit
+    min_p: float = 0.0  # least probability of a token, as a share of the most likely one's
     seed: int | None = None  # None: random
-    host: HostSampling | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id: added to its logit
+    min_tokens: int = 0  # tokens before a stop token may come
+    # divides the positive logits of the tokens so far, and multiplies negative ones
+    repetition_penalty: float = 1.0
+    # taken from a token's logit for each time that it is in the answer
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0  # taken from its logit once
+    # how many of the most likely tokens to report; None: not even the drawn one
+    logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
-        """Whether only the most likely token can come. A temperature near 0 counts as 0: dividing by it overflows."""
+        """Whether only the most likely token can come.
+
+        A temperature near 0 counts as 0: dividing by it overflows.
+        """
         return self.temperature < 1e-5 or self.top_k == 1 or self.top_p == 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether temperature, top_p, top_k and seed are all that is asked for, which a card can
+        do.
+        """
+        return self == SamplingParams(self.temperature, self.top_p, self.top_k, seed=self.seed)
 
-def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-    """The next token of each row of logits [rows, vocabulary], any float type.
 
-    A row's draw depends on its seed and position alone, not on the other rows. Raises ArithmeticError for a NaN.
+class Sampler:
+    """Draws the tokens of one answer: what is asked for, and what changes while the answer
+    grows.
     """
-    return [
-        (p.host.draw if p.host and p.host.needed else draw)(row, p, position)
-        for row, p, position in zip(logits, params, positions)
-    ]
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int] = (),
+        stop_tokens: Iterable[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.params = params
+        self.constraint = constraint
+        self.error = ""  # why the grammar cannot be followed any further
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self._penalises = penalties != (1, 0, 0)
+        # the position from which on a stop token may come
+        self._first_end = len(prompt) + params.min_tokens
+        ends = [token for token in stop_tokens if token != END] if params.min_tokens else []
+        self._stop_tokens = torch.tensor(ends, dtype=torch.int64)
+        # token ids, and what is added to their logits
+        self._biased = torch.tensor(list(params.logit_bias), dtype=torch.int64)
+        self._biases = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+        self._prompt = prompt
+        self._new: list[int] = []  # tokens of the answer that are not in the counts yet
+        # [vocabulary]: how often each token is in the answer, for penalties
+        self._counts: torch.Tensor | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the next token must be drawn here, and not on a card."""
+        return not self.params.plain or self.constrained
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar rules the next token."""
+        return self.constraint is not None and self.constraint.active
+
+    @property
+    def ready(self) -> bool:
+        """Whether `draw` needs not wait for the grammar."""
+        return self.constraint is None or self.constraint.ready
+
+    def push(self, token: int) -> None:
+        """Follow the answer's next token, drawn here or not."""
+        if self._penalises:
+            self._new.append(token)
+        if self.constraint:
+            self.constraint.push(token)
+
+    def draw(self, logits: torch.Tensor, position: int) -> Token | None:
+        """The next token, from logits [vocabulary].
+
+        None: the grammar does not know yet what may come, or has failed.
+
+        The draw depends on the seed and the position alone. Raises ArithmeticError for a NaN.
+        """
+        if not self.on_host:
+            return Token(draw(logits, self.params, position))
+        try:
+            allowed = self.constraint.allowed() if self.constraint and self.constrained else None
+        except ApiError as error:
+            self.error = str(error)
+            return None
+        if self.constrained and allowed is None:
+            return None
+        changed = self._penalised(logits.float(), position)
+        if allowed is not None:
+            known = allowed[: len(changed)]
+            if not known.any():
+                return Token(END)
+            changed[: len(known)].masked_fill_(~known, -math.inf)
+            changed[len(known) :] = -math.inf  # a model's vocabulary may be padded
+        if self.params.min_p:
+            least = changed.max() + self.params.temperature * math.log(self.params.min_p)
+            changed[changed < least] = -math.inf
+        token = draw(changed, self.params, position)
+        if self.params.logprobs is None:
+            return Token(token)
+        return scored(logits[None], [token], self.params.logprobs)[0]
+
+    def _penalised(self, logits: torch.Tensor, position: int) -> torch.Tensor:
+        """The logits with biases and penalties, in float32."""
+        params = self.params
+        logits = logits.index_add(0, self._biased, self._biases)
+        if position < self._first_end:
+            # not minus infinity: they may be all tokens
+            logits.index_fill_(0, self._stop_tokens, -1e30)
+        if not self._penalises:
+            return logits
+        if self._counts is None:
+            self._counts = torch.zeros_like(logits)
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            self._seen[self._prompt] = True
+        for token in self._new:
+            self._counts[token] += 1
+            self._seen[token] = True
+        self._new.clear()
+        factor = torch.where(logits > 0, 1 / params.repetition_penalty, params.repetition_penalty)
+        logits = torch.where(self._seen, logits * factor, logits)
+        logits -= params.frequency_penalty * self._counts
+        logits -= params.presence_penalty * self._counts.clamp(max=1)
+        return logits
 
 
 def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
-    """The next token, from logits [vocabulary], without sorting them.
+    """The next token, from logits [vocabulary] of any float type, without sorting them.
 
-    A token belongs to the nucleus (Holtzman et al. 2020) if the tokens more likely than it have less than top_p of the
-    probability. So draw from all tokens. If the drawn one is outside, draw again from the more likely ones: the nucleus
-    is among them.
+    A token belongs to the nucleus (Holtzman et al. 2020) if the tokens more likely than it have
+    less than top_p of the probability. So draw from all tokens. If the drawn one is outside, draw
+    again from the more likely ones: the nucleus is among them.
     """
     if not logits.max().isfinite():  # a NaN or an infinity counts as the largest
         raise ArithmeticError("the logits are not finite numbers")
@@ -1194,77 +2320,30 @@ def draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
             return int(kept.indices[drawn]) if kept else drawn
 
 
-@dataclass(eq=False)
-class HostSampling:
-    """The options of one request that only sampling on the host supports, and the state that they need.
+def scored(logits: torch.Tensor, tokens: Sequence[int], likely: int) -> list[Token]:
+    """The tokens, one for each row of logits [rows, vocabulary], with their log-probabilities.
 
-    The definitions and their order are those of vllm/v1/sample/sampler.py.
+    `likely`: how many of the most likely tokens to report with each.
     """
-
-    prompt: list[int]
-    stop_tokens: frozenset[int]
-    logit_bias: Mapping[str, float] = field(default_factory=dict)  # token id: added to its logit
-    min_tokens: int = 0  # tokens before a stop token may come
-    repetition_penalty: float = 1.0  # divides the positive logits of the tokens so far, and multiplies negative ones
-    frequency_penalty: float = 0.0  # taken from a token's logit for each time that it is in the answer
-    presence_penalty: float = 0.0  # taken from its logit once
-    min_p: float = 0.0  # least probability of a token, as a share of the most likely one's
-    logprobs: int | None = None  # how many of the most likely tokens to report; None: nothing, not even the drawn token
-    # For each token of the answer: the token, its log-probability, and the most likely tokens with theirs. With `echo`
-    # the prompt's tokens come before them; the first has no log-probability.
-    chosen: list[tuple[int, float | None, list[tuple[int, float]]]] = field(default_factory=list)
-    constraint: Constraint | None = None
-    always: bool = True  # else only while the constraint is active
-    _counts: torch.Tensor | None = None  # [vocabulary]: how often each token is in the answer
-
-    @property
-    def needed(self) -> bool:
-        """Whether the next token must be drawn on the host."""
-        return self.always or (self.constraint is not None and self.constraint.active)
-
-    def push(self, token: int) -> None:
-        """Follow the answer's next token, drawn here or not."""
-        if self.constraint:
-            self.constraint.push(token)
-
-    def draw(self, logits: torch.Tensor, params: SamplingParams, position: int) -> int:
-        """The next token, from logits [vocabulary]."""
-        logits = logits.float()
-        if self._counts is None:
-            self._bias, self._counts = torch.zeros_like(logits), torch.zeros_like(logits)
-            self._bias[list(map(int, self.logit_bias))] = torch.tensor(list(self.logit_bias.values())).float()
-            self._seen = self._counts > 0
-            self._seen[self.prompt] = True
-        changed = logits + self._bias
-        if position < len(self.prompt) + self.min_tokens:
-            changed[list(self.stop_tokens)] = -1e30  # not minus infinity: they may be all tokens
-        if self.repetition_penalty != 1:
-            repeated = changed.clamp(min=0) / self.repetition_penalty + changed.clamp(max=0) * self.repetition_penalty
-            changed = torch.where(self._seen, repeated, changed)
-        if self.frequency_penalty or self.presence_penalty:
-            changed -= self.frequency_penalty * self._counts + self.presence_penalty * self._counts.clamp(max=1)
-        if self.constraint:
-            self.constraint.apply(changed)
-        if self.min_p:
-            changed[changed < changed.max() + params.temperature * math.log(self.min_p)] = -math.inf
-        token = draw(changed, params, position)
-        self._seen[token] = True
-        self._counts[token] += 1
-        if self.logprobs is not None:
-            self.report(token, logits)
-        return token
-
-    def report(self, token: int, logits: torch.Tensor) -> None:
-        """Add a token to `chosen`. These are the logits [vocabulary] after the tokens before it."""
-        assert self.logprobs is not None
-        logprobs = logits.float().log_softmax(0)
-        top = logprobs.topk(self.logprobs)
-        self.chosen.append((token, float(logprobs[token]), list(zip(top.indices.tolist(), top.values.tolist()))))
+    logprobs = logits.float().log_softmax(-1)
+    top = logprobs.topk(likely)
+    own = logprobs.gather(1, torch.tensor(tokens)[:, None]).flatten().tolist()
+    likeliest = map(zip, top.indices.tolist(), top.values.tolist())
+    rows = zip(tokens, own, likeliest)
+    # Tuples of numbers cost the garbage collector nothing; lists would.
+    return [Token(token, logprob, tuple(others)) for token, logprob, others in rows]
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Engine
-# ======================================================================================================================
+# ==================================================================================================
+
+
+class Scores(NamedTuple):
+    """The log-probabilities that are wanted of a prompt's tokens."""
+
+    tokens: Sequence[int]  # those that follow the work's tokens; none may follow the last
+    likely: int  # how many of the most likely tokens to report with each
 
 
 class Work(NamedTuple):
@@ -1273,8 +2352,15 @@ class Work(NamedTuple):
     slot: int
     tokens: Sequence[int]  # at the positions position, position + 1, ...
     position: int  # how many tokens the slot holds already
-    sampling: SamplingParams | None  # None: more of the prompt follows, no next token is wanted
-    scores: HostSampling | None = None  # is told the log-probabilities of the prompt's tokens that follow these
+    sampler: Sampler | None  # None: more of the prompt follows, no next token is wanted
+    scores: Scores | None = None
+
+
+class Result(NamedTuple):
+    """What a step gives for one Work."""
+
+    token: Token | None = None  # None: none was wanted, or the sampler could not draw one yet
+    scores: Sequence[Token] = ()  # of Work.scores
 
 
 class Engine(Protocol):
@@ -1287,35 +2373,47 @@ class Engine(Protocol):
     max_batch_size: int  # slots that run in one step
     max_seq_len: int  # tokens that a slot can hold, prompt and answer
     kv_cache_tokens: int  # that all slots together can hold
-    # Prompt tokens that a step may prefill. A prompt may then be prefilled in pieces, and go on from the tokens that an
-    # earlier request left in its slot. 0: prompts are prefilled whole, from the start.
+    # Prompt tokens that a step may prefill. A prompt may then be prefilled in pieces, and go on
+    # from the tokens that an earlier request left in its slot. 0: prompts are prefilled whole, from
+    # the start.
     prompt_chunk: int
     resume_align: int  # a prompt goes on at a multiple of this; fewer tokens take as long
     scores_prompts: bool  # so Work.scores is supported
 
     def reserve(self, slot: int, length: int) -> bool:
-        """Keep room for `length` tokens in the slot; False while there is none. A length of 0 gives all room back.
+        """Keep room for `length` tokens in the slot; False while there is none.
+
+        A length of 0 gives all room back.
 
         A slot that alone keeps room can always have max_seq_len.
         """
 
     @property
     def copy(self) -> Callable[[int, int, int, int], None] | None:
-        """copy(source, slot, begin, end): copy the KV cache of these positions to a slot. None: not supported."""
+        """copy(source, slot, begin, end): copy the KV cache of these positions to a slot.
 
-    def step(self, batch: Sequence[Work]) -> list[int]:
-        """Read each item's tokens into its slot; return the next token of each, -1 where none is wanted."""
+        None: not supported.
+        """
+
+    def step(self, batch: Sequence[Work]) -> list[Result]:
+        """Read each item's tokens into its slot; return the next token of each, and the scores that
+        are wanted.
+
+        A sampler that cannot draw yet costs only its own item its token: the scheduler sends the
+        last token again.
+        """
 
     def close(self) -> None:
         """Give the device back. No call follows."""
 
 
-Progress = Callable[..., None]  # told while a model loads: what goes on, and, where known, how much is done, 0 to 1
+# told while a model loads: what goes on, and, where known, how much is done, 0 to 1
+Progress = Callable[..., None]
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # CPU engine
-# ======================================================================================================================
+# ==================================================================================================
 
 
 class Run(NamedTuple):
@@ -1323,11 +2421,12 @@ class Run(NamedTuple):
 
     rows: slice  # B * n of the step's rows
     slots: slice  # B
-    length: int  # L: positions in use, of the longest slot
+    length: int  # L: positions in use, of the longest slot, rounded up
     mask: torch.Tensor  # [B, 1, G * n, L]: 0 where a row may look, -inf elsewhere
 
 
-Linear = Callable[["torch.Tensor"], "torch.Tensor"]  # the product with a weight [out, in]: rows [T, in] to [T, out]
+# the product with a weight [out, in]: rows [T, in] to [T, out]
+Linear = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 class Layer(NamedTuple):
@@ -1345,18 +2444,19 @@ class Layer(NamedTuple):
 class TorchEngine:
     """Llama and its relatives in plain PyTorch, for the CPU.
 
-    A step takes all tokens of its batch, prompts and answers, as rows of one matrix [T, dim]: the weights are fetched
-    from memory once for all. Only attention looks at slots.
+    A step takes all tokens of its batch, prompts and answers, as rows of one matrix [T, dim]: the
+    weights are fetched from memory once for all. Only attention looks at slots.
 
-    The KV cache is [slots, positions, KV heads, head_dim] for each layer. It starts as zeros: what the mask hides is
-    multiplied by 0, and must not be NaN.
+    The KV cache is [slots, positions, KV heads, head_dim] for each layer. It starts as zeros: what
+    the mask hides is multiplied by 0, and must not be NaN.
     """
 
     device = "cpu"
     prompt_chunk = 512  # more are no faster
     resume_align = 1
     scores_prompts = True
-    SMALL = 200_000_000  # weights; a smaller model is faster on one thread, for threads wait at every operation
+    # weights; a smaller model is faster on one thread, for threads wait at every operation
+    SMALL = 200_000_000
 
     def __init__(
         self,
@@ -1374,34 +2474,49 @@ class TorchEngine:
         size = sum(math.prod(shape) for _, shape in config.weights().values())
         if threads or size < self.SMALL:
             torch.set_num_threads(threads or 1)
-        # bfloat16 where the processor multiplies it. Elsewhere it is emulated and slow: float32 rows, with weights of
-        # two bytes where FBGEMM can widen them.
-        onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        fast_bfloat16 = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self.dtype = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if fast_bfloat16 else torch.float32
-        self._half = dtype == "auto" and not fast_bfloat16 and "fbgemm" in torch.backends.quantized.supported_engines
-        self._packed = onednn and (fast_bfloat16 or self.dtype == torch.float32)
-        keep_freed_memory(1 << 20)  # return freed buffers to the system while loading, or they fragment the heap
-        # Two at a time: one waits for the disk while the other is laid out. More would take more memory.
-        pool = concurrent.futures.ThreadPoolExecutor(2)
-        try:
-            layers = pool.map(functools.partial(self._read_layer, checkpoint), range(config.n_layers))
-            head = pool.submit(lambda: self._linear(checkpoint.open_weights()("output.weight")))
-            self.layers: list[Layer] = []
-            for layer in layers:
-                progress("loading the weights", len(self.layers) / (config.n_layers + 1))
-                self.layers.append(layer)
-            self.head = head.result()
-        finally:  # after a stop, without the layers that are not begun
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._choose_arithmetic(dtype)
+        # Return freed buffers to the system while loading, or they fragment the heap.
+        keep_freed_memory(1 << 20)
+        self._load(checkpoint, progress)
         read = checkpoint.open_weights()
         self.norm = read("norm.weight").to(self.dtype, copy=True)
-        self.embedding = read("tok_embeddings.weight")  # mapped: only rows that are used take memory
+        self.embedding = read("tok_embeddings.weight")  # mapped: only used rows take memory
         self.cos, self.sin = rotary_tables(config, max_seq_len)
         shape = (max_batch_size, max_seq_len, config.n_kv_heads, config.head_dim)
         self.keys = [lazy_zeros(shape, self.dtype) for _ in self.layers]
         self.values = [lazy_zeros(shape, self.dtype) for _ in self.layers]
         keep_freed_memory(32 << 20)
+
+    def _choose_arithmetic(self, dtype: str) -> None:
+        """bfloat16 where the processor multiplies it. Elsewhere it is emulated, and slow.
+
+        There: float32 rows, with weights of two bytes where FBGEMM can widen them.
+        """
+        onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        fast_bfloat16 = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+        self.dtype = torch.bfloat16 if fast_bfloat16 else torch.float32
+        if dtype != "auto":
+            self.dtype = getattr(torch, dtype)
+        self._half = dtype == "auto" and not fast_bfloat16 and fbgemm
+        self._packed = onednn and (fast_bfloat16 or self.dtype == torch.float32)
+
+    def _load(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        """Read the layers and the head, two at a time: one waits for the disk while the other is
+        laid out. More would take more memory.
+        """
+        count = self.config.n_layers
+        pool = concurrent.futures.ThreadPoolExecutor(2)
+        try:
+            layers = pool.map(functools.partial(self._read_layer, checkpoint), range(count))
+            head = pool.submit(lambda: self._linear(checkpoint.open_weights()("output.weight")))
+            self.layers: list[Layer] = []
+            for layer in layers:
+                progress("loading the weights", len(self.layers) / (count + 1))
+                self.layers.append(layer)
+            self.head = head.result()
+        finally:  # after a stop, without the layers that are not begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _linear(self, weight: torch.Tensor) -> Linear:
         if self._half:
@@ -1419,13 +2534,19 @@ class TorchEngine:
         def linear(*names: str) -> Linear:  # several weights become one, stacked
             return self._linear(torch.cat([read(f"{prefix}{name}.weight") for name in names]))
 
-        query_key_value, query_key_norm = linear("attention.wq", "attention.wk", "attention.wv"), None
+        query_key_value, query_key_norm = (
+            linear("attention.wq", "attention.wk", "attention.wv"),
+            None,
+        )
         if self.config.family == "qwen2":
             biases = [tensor(f"attention.{name}.bias") for name in ("wq", "wk", "wv")]
             query_key_value = biased(query_key_value, torch.cat(biases))
         if self.config.family == "qwen3":
             heads = {"q": self.config.n_heads, "k": self.config.n_kv_heads}
-            norms = [tensor(f"attention.{name}_norm.weight").expand(count, -1) for name, count in heads.items()]
+            norms = [
+                tensor(f"attention.{name}_norm.weight").expand(count, -1)
+                for name, count in heads.items()
+            ]
             query_key_norm = torch.cat(norms)
         return Layer(
             tensor("attention_norm.weight"),
@@ -1437,52 +2558,79 @@ class TorchEngine:
             linear("feed_forward.w2"),
         )
 
-    def step(self, batch: Sequence[Work]) -> list[int]:
+    def step(self, batch: Sequence[Work]) -> list[Result]:
         with torch.inference_mode():
-            logits = self.logits(batch)
-            params = [work.sampling for work in batch if work.sampling]
-            drawn = iter(sample(logits, params, [work.position + len(work.tokens) for work in batch if work.sampling]))
-            return [next(drawn) if work.sampling else -1 for work in batch]
+            hidden = self.forward(batch)
+            logits = iter(self._logits(batch, hidden))
+            results = []
+            for work, rows in zip(batch, hidden):
+                token = (
+                    work.sampler.draw(next(logits), work.position + len(work.tokens))
+                    if work.sampler
+                    else None
+                )
+                results.append(Result(token, self._score(rows, work.scores) if work.scores else ()))
+            return results
 
     def logits(self, batch: Sequence[Work]) -> torch.Tensor:
-        """Run the batch; return the logits [items, vocabulary] of the items whose next token is wanted."""
+        """Run the batch; return the logits [items, vocabulary] of the items whose next token is
+        wanted.
+        """
+        return self._logits(batch, self.forward(batch))
+
+    def _logits(self, batch: Sequence[Work], hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        last = [rows[-1] for work, rows in zip(batch, hidden) if work.sampler]
+        return self.head(torch.stack(last)) if last else torch.empty(0, self.config.vocab_size)
+
+    def forward(self, batch: Sequence[Work]) -> Sequence[torch.Tensor]:
+        """Run the batch; return each item's hidden states [its tokens, dim], ready for the head."""
         config = self.config
         tokens = torch.tensor([token for work in batch for token in work.tokens])
         slots = torch.tensor([work.slot for work in batch for _ in work.tokens])
-        positions = torch.tensor([work.position + i for work in batch for i in range(len(work.tokens))])
+        positions = torch.tensor(
+            [work.position + i for work in batch for i in range(len(work.tokens))]
+        )
         cos, sin = self.cos[positions, None], self.sin[positions, None]  # [T, 1, head_dim / 2]
         runs = self._runs(batch)
         x = self.embedding[tokens].to(self.dtype)  # [T, dim]
         for layer, keys, values in zip(self.layers, self.keys, self.values):
             rows = layer.query_key_value(rms_norm(x, layer.attention_norm, config.norm_eps))
             rows = rows.view(len(tokens), -1, config.head_dim)
-            query_key, value = torch.split(rows, [config.n_heads + config.n_kv_heads, config.n_kv_heads], dim=1)
+            query_key, value = torch.split(
+                rows, [config.n_heads + config.n_kv_heads, config.n_kv_heads], dim=1
+            )
             if layer.query_key_norm is not None:
                 query_key = rms_norm(query_key, layer.query_key_norm, config.norm_eps)
-            query, key = torch.split(rotate(query_key, cos, sin), [config.n_heads, config.n_kv_heads], dim=1)
+            query, key = torch.split(
+                rotate(query_key, cos, sin), [config.n_heads, config.n_kv_heads], dim=1
+            )
             keys[slots, positions] = key
             values[slots, positions] = value
-            x = x + layer.output(torch.cat([attend(query[run.rows], keys, values, run) for run in runs]))
+            x = x + layer.output(
+                torch.cat([attend(query[run.rows], keys, values, run) for run in runs])
+            )
             gate, up = layer.gate_up(rms_norm(x, layer.ffn_norm, config.norm_eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
-        ends = list(itertools.accumulate(len(work.tokens) for work in batch))
-        for end, work in zip(ends, batch):
-            if work.scores:
-                self._score(x[end - len(work.tokens) : end], work.position, work.scores)
-        last = [end - 1 for end, work in zip(ends, batch) if work.sampling]
-        if not last:
-            return torch.empty(0, config.vocab_size)
-        return self.head(rms_norm(x[last], self.norm, config.norm_eps))
+        # the others fill the cache, and give nothing
+        needed = [work.scores or work.sampler for work in batch]
+        if not any(needed):
+            return [x[:0] for _ in batch]
+        x = rms_norm(x, self.norm, config.norm_eps)
+        return torch.split(x, [len(work.tokens) for work in batch])
 
-    def _score(self, rows: torch.Tensor, position: int, scores: HostSampling) -> None:
-        """Report the prompt's tokens that follow these rows [n, dim], of which the first is at `position`."""
-        following = iter(scores.prompt[position + 1 :])  # none follows the last
-        for part in torch.split(rows, 64):  # the logits of 64 rows take 33 MB with Llama 3's vocabulary
-            for logits, token in zip(self.head(rms_norm(part, self.norm, self.config.norm_eps)), following):
-                scores.report(token, logits)
+    def _score(self, rows: torch.Tensor, scores: Scores) -> list[Token]:
+        """The tokens that follow these rows [n, dim], with their log-probabilities."""
+        result: list[Token] = []
+        # 64 rows of Llama 3's logits take 33 MB
+        for part in torch.split(rows[: len(scores.tokens)], 64):
+            tokens = scores.tokens[len(result) : len(result) + len(part)]
+            result += scored(self.head(part), tokens, scores.likely)
+        return result
 
     def _runs(self, batch: Sequence[Work]) -> list[Run]:
-        """Cut the batch into runs: single tokens in neighbouring slots together, each piece of a prompt alone."""
+        """Cut the batch into runs: single tokens in neighbouring slots together, each piece of a
+        prompt alone.
+        """
         runs: list[list[Work]] = []
         for work in batch:
             last = runs[-1][-1] if runs else None
@@ -1494,8 +2642,11 @@ class TorchEngine:
         result, row = [], 0
         for run in runs:
             n = len(run[0].tokens)
-            length = max(work.position for work in run) + n
-            last_seen = torch.tensor([[work.position + i for i in range(n)] for work in run])  # [B, n]
+            # oneDNN compiles code for each length, too, and keeps it: see packed_linear.
+            length = -(-(max(work.position for work in run) + n) // 64) * 64
+            length = min(length, self.max_seq_len)
+            # [B, n]
+            last_seen = torch.tensor([[work.position + i for i in range(n)] for work in run])
             hidden = torch.arange(length) > last_seen[:, None, None, :, None]  # [B, 1, 1, n, L]
             mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf"))
             mask = mask.expand(-1, -1, group, -1, -1).reshape(len(run), 1, group * n, length)
@@ -1516,14 +2667,22 @@ class TorchEngine:
 
 
 def keep_freed_memory(size: int) -> None:
-    """Have glibc keep freed buffers under `size` bytes, 32 MB at most, instead of returning them to the system.
+    """Have glibc keep freed buffers under `size` bytes, 32 MB at most, instead of returning them to
+    the system.
 
-    A returned buffer costs a page fault for every 4 KB when it is needed again: a tenth of a step of 32 users.
+    A returned buffer costs a page fault for every 4 KB when it is needed again: a tenth of a step
+    of 32 users.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, size)  # M_MMAP_THRESHOLD
         mallopt(-1, 16 * size)  # M_TRIM_THRESHOLD
+
+
+def return_freed_memory() -> None:
+    """Have glibc return what it keeps of freed buffers to the system."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -1533,9 +2692,23 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def packed_linear(weight: torch.Tensor) -> Linear:
-    """The product with a weight in oneDNN's own layout."""
+    """The product with a weight in oneDNN's own layout.
+
+    oneDNN compiles code for each number of rows, and keeps it. So large numbers are rounded up:
+    there are then fewer of them.
+    """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # the layout for 32 rows
-    return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        count = len(rows)
+        if count > 32:
+            rows = F.pad(rows, (0, 0, 0, -count % 16))
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, packed, None, "none", [], ""
+        )
+        return result[:count]
+
+    return product
 
 
 def biased(product: Linear, bias: torch.Tensor) -> Linear:
@@ -1546,12 +2719,18 @@ def biased(product: Linear, bias: torch.Tensor) -> Linear:
 def half_linear(weight: torch.Tensor) -> Linear:
     """The product of float32 rows with a weight kept in float16, which FBGEMM widens in registers.
 
-    For x86 processors without bfloat16: float32 weights would take twice the memory, and twice the time to read. A
-    bfloat16 weight is a float16 one exactly from 6e-5 to 65504, and to within 3e-8 below.
+    For x86 processors without bfloat16: float32 weights would take twice the memory, and twice the
+    time to read. A bfloat16 weight is a float16 one exactly from 6e-5 to 65504, and to within 3e-8
+    below.
     """
     # In parts: FBGEMM takes half as long again to lay out more rows at once.
-    packed = [torch.ops.quantized.linear_prepack_fp16(part.float(), None) for part in torch.split(weight, 4096)]
-    return lambda rows: torch.cat([torch.ops.quantized.linear_dynamic_fp16(rows, part) for part in packed], dim=-1)
+    packed = [
+        torch.ops.quantized.linear_prepack_fp16(part.float(), None)
+        for part in torch.split(weight, 4096)
+    ]
+    return lambda rows: torch.cat(
+        [torch.ops.quantized.linear_dynamic_fp16(rows, part) for part in packed], dim=-1
+    )
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -1561,12 +2740,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotary_tables(config: ModelConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, each [length, head_dim / 2], of the angle by which a position turns each pair of a head.
+    """Cosine and sine, each [length, head_dim / 2], of the angle by which a position turns each
+    pair of a head.
 
-    Su et al. 2021, with the scaling of Llama 3.1: wavelengths longer than the original context are stretched by the
-    factor, short ones are kept, and those between are interpolated.
+    Su et al. 2021, with the scaling of Llama 3.1: wavelengths longer than the original context are
+    stretched by the factor, short ones are kept, and those between are interpolated.
     """
-    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    frequency = config.rope_theta ** (
+        -torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    )
     if scaling := config.rope_scaling:
         factor, low, high, original = (scaling[name] for name in ROPE_SCALING)
         turns = original * frequency / (2 * torch.pi)  # in the original context
@@ -1577,36 +2759,46 @@ def rotary_tables(config: ModelConfig, length: int) -> tuple[torch.Tensor, torch
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (i, i + head_dim / 2) of x [T, heads, head_dim] by the angles [T, 1, head_dim / 2]."""
+    """Turn the pairs (i, i + head_dim / 2) of x [T, heads, head_dim] by the angles [T, 1, head_dim
+    / 2].
+    """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: Run) -> torch.Tensor:
-    """Attention of the run's rows, query [B * n, heads, head_dim], over its slots' cache; [B * n, heads * head_dim].
+    """Attention of the run's rows, query [B * n, heads, head_dim], over its slots' cache; [B * n,
+    heads * head_dim].
 
-    The G query heads that share a KV head become G * n queries of that head: no key or value is repeated.
+    The G query heads that share a KV head become G * n queries of that head: no key or value is
+    repeated.
     """
     batch = run.slots.stop - run.slots.start
     kv_heads, head_dim = keys.shape[2:]
     n = query.shape[0] // batch
-    query = query.view(batch, n, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)  # [B, KV heads, G, n, head_dim]
+    # [B, KV heads, G, n, head_dim]
+    query = query.view(batch, n, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     attended = F.scaled_dot_product_attention(
         query.reshape(batch, kv_heads, -1, head_dim),
         keys[run.slots, : run.length].transpose(1, 2),
         values[run.slots, : run.length].transpose(1, 2),
         attn_mask=run.mask,
     )
-    return attended.view(batch, kv_heads, -1, n, head_dim).permute(0, 3, 1, 2, 4).reshape(batch * n, -1)
+    return (
+        attended.view(batch, kv_heads, -1, n, head_dim)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(batch * n, -1)
+    )
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Card engine
-# ======================================================================================================================
+# ==================================================================================================
 
 # The Generator's folder in models/ of a tt-metal checkout, until 2026-09 and since.
 GENERATOR_FOLDERS = ("tt_transformers", "ttt_compat")
-# (rows, columns) of chips by MESH_DEVICE's names, from demo/simple_text_demo.py. P300x2 is the QuietBox 2.
+# (rows, columns) of chips by MESH_DEVICE's names, from demo/simple_text_demo.py. P300x2 is the
+# QuietBox 2.
 MESH_SHAPES = {
     "N150": (1, 1), "N300": (1, 2), "N150x4": (1, 4), "T3K": (1, 8), "TG": (8, 4),
     "P100": (1, 1), "P150": (1, 1), "P300": (1, 2), "P300x2": (1, 4), "P150x4": (1, 4), "P150x8": (1, 8),
@@ -1615,10 +2807,11 @@ MESH_SHAPES = {
 # Boards by number of chips, from model_config's determine_device_name.
 WORMHOLE_BOARDS = {1: "N150", 2: "N300", 4: "N150x4", 8: "T3K", 32: "TG"}
 BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}
-# Bytes of DRAM for traces. If they are too few, warm-up fails. An 8B model needed more than 25 MB on N150 (tt-metal
-# #48636), 36 on N300 (tt-inference-server #1839), 54 on T3K, 70 on P150 (#4005), 110 on P150x4 (#3436), and a 70B model
-# 93 on P300x2 (#3400), all with fewer prompt shapes than are traced here; models/model_trace_region_sizes.yaml gives
-# 70B 224 MB. On N150 weights and KV cache leave less: 0.7 GB with a 3B model, whose prompts tt-metal does not trace.
+# Bytes of DRAM for traces. If they are too few, warm-up fails. An 8B model needed more than 25 MB
+# on N150 (tt-metal #48636), 36 on N300 (tt-inference-server #1839), 54 on T3K, 70 on P150 (#4005),
+# 110 on P150x4 (#3436), and a 70B model 93 on P300x2 (#3400), all with fewer prompt shapes than are
+# traced here; models/model_trace_region_sizes.yaml gives 70B 224 MB. On N150 weights and KV cache
+# leave less: 0.7 GB with a 3B model, whose prompts tt-metal does not trace.
 TRACE_REGION_SIZE = 256_000_000
 TRACE_REGION_SIZES_ON_N150 = {"-3B": 30_000_000, "-8B": 160_000_000}
 # Tokens of KV cache that fit beside the weights, from generator_vllm.py's get_max_tokens_all_users.
@@ -1626,7 +2819,8 @@ KV_CACHE_TOKENS = 131_072
 KV_CACHE_TOKENS_ON_N150 = {"-8B": 32_768, "Mistral-7B": 65_536, "Qwen3-4B": 65_536}
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows; 32 is the height of a tile
-SHORT_PREFILL, LONG_PREFILL = 128, 1024  # lengths that get_padded_prefill_len pads prompts to; longer ones double
+# lengths that get_padded_prefill_len pads prompts to; longer ones double
+SHORT_PREFILL, LONG_PREFILL = (128, 1024)
 PREFILL_ROWS = (8, 4)  # short prompts in one prefill call; 8 are as many tokens as a long one
 MAX_TOP_K = 32  # the card samples from that many tokens at most
 TROUBLE = {  # a pattern in tt-metal's message when loading fails: what to do
@@ -1639,13 +2833,20 @@ TROUBLE = {  # a pattern in tt-metal's message when loading fails: what to do
 
 
 def fitting(sizes: Mapping[str, int], default: int, checkpoint: Checkpoint, board: str) -> int:
-    """The size for this model on an N150, which has the least memory; the default on every other board."""
-    return next((size for name, size in sizes.items() if board == "N150" and name in checkpoint.name), default)
+    """The size for this model on an N150, which has the least memory; the default on every other
+    board.
+    """
+    return next(
+        (size for name, size in sizes.items() if board == "N150" and name in checkpoint.name),
+        default,
+    )
 
 
 def card_present() -> bool:
     """Whether this machine has a Tenstorrent card, or ttnn is to mock or simulate one."""
-    pretended = any(os.environ.get(name) for name in ("TT_METAL_MOCK_CLUSTER_DESC_PATH", "TT_METAL_SIMULATOR"))
+    pretended = any(
+        os.environ.get(name) for name in ("TT_METAL_MOCK_CLUSTER_DESC_PATH", "TT_METAL_SIMULATOR")
+    )
     return pretended or any(Path("/dev/tenstorrent").glob("*"))
 
 
@@ -1657,7 +2858,9 @@ def find_tt_metal() -> tuple[Path, str]:
     named = os.environ.get("TT_METAL_HOME")
     for root in map(home_path, filter(None, [named, *sys.path, os.getcwd()])):
         for folder in GENERATOR_FOLDERS:
-            if (root / "models" / folder / "tt" / "generator.py").is_file():  # git may leave an empty folder behind
+            if (
+                root / "models" / folder / "tt" / "generator.py"
+            ).is_file():  # git may leave an empty folder behind
                 return root, folder
     place = f"TT_METAL_HOME, {named}, has no" if named else "there is no"
     raise UserError(
@@ -1668,7 +2871,8 @@ def find_tt_metal() -> tuple[Path, str]:
 
 
 def compare_versions(root: Path) -> tuple[bool, str]:
-    """Whether ttnn and the checkout are known to differ in release; and a sentence with both versions and the cure.
+    """Whether ttnn and the checkout are known to differ in release; and a sentence with both
+    versions and the cure.
 
     The checkout's version is its nearest tag, such as v0.81.1 or v0.82.0-dev20261104.
     """
@@ -1677,11 +2881,20 @@ def compare_versions(root: Path) -> tuple[bool, str]:
         ttnn = importlib.metadata.version("ttnn")
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         describe = ["git", "-C", str(root), "describe", "--tags", "--abbrev=0"]
-        tag = subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip().lstrip("v")
+        tag = (
+            subprocess.run(describe, capture_output=True, text=True, timeout=10)
+            .stdout.strip()
+            .lstrip("v")
+        )
     differ = bool(ttnn and tag) and ttnn.split(".")[:2] != tag.split(".")[:2]
-    cures = [f"git -C {root} checkout v{ttnn}"] * bool(ttnn) + [f"pip install ttnn=={tag}"] * bool(tag)
+    cures = [f"git -C {root} checkout v{ttnn}"] * bool(ttnn) + [f"pip install ttnn=={tag}"] * bool(
+        tag
+    )
     cure = " or ".join(cures) or "build ttnn from it"
-    return differ, f"ttnn is {ttnn or 'built from source'} and {root} is {tag or 'without a tag'}: {cure}"
+    return (
+        differ,
+        f"ttnn is {ttnn or 'built from source'} and {root} is {tag or 'without a tag'}: {cure}",
+    )
 
 
 def users_of_card() -> str:
@@ -1711,8 +2924,9 @@ def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, Any, Any, An
             f"a Tenstorrent card is here, but ttnn is not ({error}): pip install ttnn with Python 3.10 or 3.12 (this "
             f"is {sys.version.split()[0]}), or source ~/tt-metal/python_env/bin/activate (or use --device cpu)"
         ) from error
-    # llama-models 0.1.1 and later install a package `models`, which Python prefers to tt-metal's folder of that name
-    # because the folder has no __init__.py. Bind the name to the folder; llama_models works without it.
+    # llama-models 0.1.1 and later install a package `models`, which Python prefers to tt-metal's
+    # folder of that name because the folder has no __init__.py. Bind the name to the folder;
+    # llama_models works without it.
     for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
         del sys.modules[name]
     spec = importlib.machinery.ModuleSpec("models", None, is_package=True)
@@ -1732,29 +2946,46 @@ def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, Any, Any, An
 
 
 def choose_board(ttnn: Any, data_parallel: int) -> tuple[str, str]:
-    """The board to open, MESH_DEVICE's or all chips, and the board that each copy of the model gets."""
+    """The board to open, MESH_DEVICE's or all chips, and the board that each copy of the model
+    gets.
+    """
     chips = ttnn.get_num_devices()
     boards = BLACKHOLE_BOARDS if "blackhole" in ttnn.get_arch_name() else WORMHOLE_BOARDS
     board = os.environ.get("MESH_DEVICE") or boards.get(chips, "")
     if board not in MESH_SHAPES:
-        raise UserError(f"MESH_DEVICE must name a board for this machine's {chips} chips: {', '.join(MESH_SHAPES)}")
+        raise UserError(
+            f"MESH_DEVICE must name a board for this machine's {chips} chips: {', '.join(MESH_SHAPES)}"
+        )
     rows, columns = MESH_SHAPES[board]
     if rows * columns > chips:
-        raise UserError(f"MESH_DEVICE={board} has {rows * columns} chips, this machine {chips}: unset MESH_DEVICE")
+        raise UserError(
+            f"MESH_DEVICE={board} has {rows * columns} chips, this machine {chips}: unset MESH_DEVICE"
+        )
     if rows * columns % data_parallel:
-        raise UserError(f"--data-parallel {data_parallel} does not divide the {rows * columns} chips of {board}")
-    return board, board if data_parallel == 1 else boards.get(rows * columns // data_parallel, board)
+        raise UserError(
+            f"--data-parallel {data_parallel} does not divide the {rows * columns} chips of {board}"
+        )
+    return board, board if data_parallel == 1 else boards.get(
+        rows * columns // data_parallel, board
+    )
 
 
 @contextlib.contextmanager
 def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
-    """The board's mesh. It is closed on every way out, since a card that is left open may need a reset."""
+    """The board's mesh.
+
+    It is closed on every way out, since a card that is left open may need a reset.
+    """
     rows, columns = MESH_SHAPES[board]
     if rows * columns > 1:  # the fabric between chips must be set before the mesh is opened
         ring = rows > 1 and ttnn.cluster.get_cluster_type() == ttnn.cluster.ClusterType.GALAXY
-        ttnn.set_fabric_config(ttnn.FabricConfig.FABRIC_1D_RING if ring else ttnn.FabricConfig.FABRIC_1D)
+        ttnn.set_fabric_config(
+            ttnn.FabricConfig.FABRIC_1D_RING if ring else ttnn.FabricConfig.FABRIC_1D
+        )
     try:
-        mesh = ttnn.open_mesh_device(ttnn.MeshShape(rows, columns), trace_region_size=trace_region_size)
+        mesh = ttnn.open_mesh_device(
+            ttnn.MeshShape(rows, columns), trace_region_size=trace_region_size
+        )
         try:
             yield mesh
         finally:
@@ -1777,28 +3008,34 @@ def name_model(checkpoint: Checkpoint) -> None:
     os.environ.pop("LLAMA_DIR", None)
     os.environ["HF_MODEL"] = str(folder)
     if not os.access(folder, os.W_OK):  # tt-metal would keep its converted weights there
-        os.environ.setdefault("TT_CACHE_PATH", str(home_path("~/.cache/tt_metal") / checkpoint.name))
+        os.environ.setdefault(
+            "TT_CACHE_PATH", str(home_path("~/.cache/tt_metal") / checkpoint.name)
+        )
 
 
 class TTEngine:
     """A model on Tenstorrent cards, over tt-metal's Generator, 2026-02 to 2026-09.
 
-    The releases differ in their calls. Signatures and attributes of the Generator tell what it can do.
+    The releases differ in their calls. Signatures and attributes of the Generator tell what it can
+    do.
 
-    Memory: each of the `data_parallel` copies of the model has `max_batch_size` slots and one pool of KV blocks. A
-    slot's row of the page table lists the blocks from `reserve`, then zeros. Block 0 belongs to no slot: the padding
-    of prompts is written there.
+    Memory: each of the `data_parallel` copies of the model has `max_batch_size` slots and one pool
+    of KV blocks. A slot's row of the page table lists the blocks from `reserve`, then zeros. Block
+    0 belongs to no slot: the padding of prompts is written there.
 
-    Prefill: one call takes several short prompts, padded to the same length. A long prompt takes several calls, and a
-    prompt continues from what its slot holds, if the Generator aligns `start_pos` (_align_resume_offsets). Older ones
-    could use wrong blocks without an error (tt-metal #46828, #54435, #55630), so there each prompt is one call.
+    Prefill: one call takes several short prompts, padded to the same length. A long prompt takes
+    several calls, and a prompt continues from what its slot holds, if the Generator aligns
+    `start_pos` (_align_resume_offsets). Older ones could use wrong blocks without an error
+    (tt-metal #46828, #54435, #55630), so there each prompt is one call.
 
-    Decode: a traced step that samples on the card takes tokens and positions from its own last step. It takes the
-    host's only at a reset: after a prefill, after a change of the page table, and when a request joins or leaves.
+    Decode: a traced step that samples on the card takes tokens and positions from its own last
+    step. It takes the host's only at a reset: after a prefill, after a change of the page table,
+    and when a request joins or leaves.
 
-    Sampling: if the card can sample, it does, except for requests whose next token HostSampling must draw. These have
-    calls of their own, which bring logits to the host, so the others get the same tokens as without them. A decode
-    step with both kinds is two calls, each with the slots of the other kind idle, and the card's call is a reset.
+    Sampling: if the card can sample, it does, except for requests whose next token must be drawn on
+    the host. These have calls of their own, which bring logits to the host, so the others get the
+    same tokens as without them. A decode step with both kinds is two calls, each with the slots of
+    the other kind idle, and the card's call is a reset.
     """
 
     scores_prompts, copy = False, None
@@ -1818,11 +3055,12 @@ class TTEngine:
     ) -> None:
         """Open the card, load the model, compile and trace it.
 
-        Raises UserError with the cure. After any exception, KeyboardInterrupt too, the card is closed.
+        Raises UserError with the cure. After any exception, KeyboardInterrupt too, the card is
+        closed.
         """
         if max_batch_size not in BATCH_SIZES:
-            sizes = ", ".join(map(str, BATCH_SIZES))
-            raise UserError(f"--max-batch-size is {max_batch_size}, and must be one of {sizes} on a card")
+            must = f"must be one of {', '.join(map(str, BATCH_SIZES))} on a card"
+            raise UserError(f"--max-batch-size is {max_batch_size}, and {must}")
         self.max_batch_size = max_batch_size * data_parallel
         self.max_seq_len = max_seq_len
         self.note = ""  # why this is slower than the card could be
@@ -1841,10 +3079,11 @@ class TTEngine:
             progress(f"loading {checkpoint.name}")
             levels = model_config.DecodersPrecision
             precision = levels.accuracy if accuracy else levels.performance
-            # Since 2026-08 the card gives concurrent requests with equal seeds different answers without this (tt-metal
-            # #53167). Older releases do not know it.
+            # Since 2026-08 the card gives concurrent requests with equal seeds different answers
+            # without this (tt-metal #53167). Older releases do not know it.
             model_config.ModelArgs.salt_duplicate_seeds = False
-            self._load(ttnn, common, generator, generator.create_submeshes(mesh, data_parallel), mesh, precision)
+            submeshes = generator.create_submeshes(mesh, data_parallel)
+            self._load(ttnn, common, generator, submeshes, mesh, precision)
             self._read_capabilities(generator)
             self._choose_shapes(generator, common)
             self._warm_up(progress)
@@ -1855,10 +3094,14 @@ class TTEngine:
             logger.debug("the load failed", exc_info=error)
             raise UserError(self._explain(str(error), root, checkpoint.config)) from error
 
-    def _open(self, ttnn: Any, common: Any, checkpoint: Checkpoint, copies: int, progress: Progress) -> Any:
+    def _open(
+        self, ttnn: Any, common: Any, checkpoint: Checkpoint, copies: int, progress: Progress
+    ) -> Any:
         """Open the board with memory for traces, and lay out the KV cache."""
         # ttnn waits silently and forever for a card that another program has.
-        progress(f"opening the card{users_of_card()}; if it takes a minute, stop other users of it, then tt-smi -r")
+        progress(
+            f"opening the card{users_of_card()}; if it takes a minute, stop other users of it, then tt-smi -r"
+        )
         board, board_of_copy = choose_board(ttnn, copies)
         self.device = board.lower()
         self._divide_memory(checkpoint, common, board_of_copy, copies)
@@ -1871,39 +3114,56 @@ class TTEngine:
         """Why the load failed and what to do, in one sentence."""
         for pattern, sentence in TROUBLE.items():
             if re.search(pattern, error):
-                boards = (board for board, shape in MESH_SHAPES.items() if config.n_kv_heads % math.prod(shape) == 0)
+                boards = (
+                    board
+                    for board, shape in MESH_SHAPES.items()
+                    if config.n_kv_heads % math.prod(shape) == 0
+                )
                 half = self._blocks_per_copy // 2 * BLOCK_SIZE
-                length = half // self._slots_per_copy  # any below LONG_PREFILL takes as much, save SHORT_PREFILL
+                # any below LONG_PREFILL takes as much, save SHORT_PREFILL
+                length = half // self._slots_per_copy
                 return sentence.format(
                     region=self._trace_region_size,
                     twice=2 * self._trace_region_size,
                     length=length if length >= LONG_PREFILL else SHORT_PREFILL,
-                    batch=max(size for size in BATCH_SIZES if size == 1 or size * self._padded_seq_len <= half),
+                    batch=max(
+                        size
+                        for size in BATCH_SIZES
+                        if size == 1 or size * self._padded_seq_len <= half
+                    ),
                     users=users_of_card(),
                     board=self.device,
                     boards=" or ".join(board for board in boards if board.lower() != self.device),
                 )
-        what = error.partition("info:\n")[2] or error  # the line of TT_FATAL's text before the backtrace
+        # the line of TT_FATAL's text before the backtrace
+        what = error.partition("info:\n")[2] or error
         return f"the model does not load ({printable(what.strip().partition(chr(10))[0])}): {compare_versions(root)[1]}"
 
     def _divide_memory(self, checkpoint: Checkpoint, common: Any, board: str, copies: int) -> None:
         """Lay out the blocks of the KV cache and the page table."""
         pool = fitting(KV_CACHE_TOKENS_ON_N150, KV_CACHE_TOKENS, checkpoint, board)
         self.max_seq_len = min(self.max_seq_len, pool)
-        # Prompts are padded to powers of two, and the rotary tables, the page table and the pool must reach as far. At
-        # least 8 blocks, because the card reads a row of the page table in units of 32 bytes.
+        # Prompts are padded to powers of two, and the rotary tables, the page table and the pool
+        # must reach as far. At least 8 blocks, because the card reads a row of the page table in
+        # units of 32 bytes.
         padded = max(common.get_padded_prefill_len(self.max_seq_len), 8 * BLOCK_SIZE)
         self._padded_seq_len = 1 << (padded - 1).bit_length()
-        self._blocks_per_copy = 1 + min(pool, self._slots_per_copy * self._padded_seq_len) // BLOCK_SIZE
+        self._blocks_per_copy = (
+            1 + min(pool, self._slots_per_copy * self._padded_seq_len) // BLOCK_SIZE
+        )
         self.kv_cache_tokens = copies * (self._blocks_per_copy - 1) * BLOCK_SIZE
         self._free_blocks = [list(range(self._blocks_per_copy - 1, 0, -1)) for _ in range(copies)]
         self._blocks: list[list[int]] = [[] for _ in range(self.max_batch_size)]  # by slot
         columns = self._padded_seq_len // BLOCK_SIZE
         self._page_table = torch.zeros(self.max_batch_size, columns, dtype=torch.int32)
 
-    def _load(self, ttnn: Any, common: Any, generator: Any, submeshes: Any, mesh: Any, precision: Any) -> None:
+    def _load(
+        self, ttnn: Any, common: Any, generator: Any, submeshes: Any, mesh: Any, precision: Any
+    ) -> None:
         """Load a copy of the model on each submesh."""
-        paged = common.PagedAttentionConfig(block_size=BLOCK_SIZE, max_num_blocks=self._blocks_per_copy)
+        paged = common.PagedAttentionConfig(
+            block_size=BLOCK_SIZE, max_num_blocks=self._blocks_per_copy
+        )
         models, model_args, kv_cache, state_dict = [], [], [], None
         for submesh in submeshes:
             args, model, cache, state_dict = common.create_tt_model(
@@ -1920,23 +3180,33 @@ class TTEngine:
             model_args.append(args)
             kv_cache.append(cache)
         self._generator = generator.Generator(models, model_args, mesh)
-        self._generator.already_warmed_up_prefill = True  # _warm_up does that, and reports its progress
+        self._generator.already_warmed_up_prefill = (
+            True  # _warm_up does that, and reports its progress
+        )
         self._kv_cache = kv_cache
 
     def _read_capabilities(self, generator: Any) -> None:
         """Find out how to call this release's Generator, and say what it lacks."""
         this = self._generator
         self._prefill_forward = this.prefill_forward_text
-        self._decode_forward = getattr(this, "decode_forward_text", this.decode_forward)  # until 2026-02
-        # Since 2026-09 prefill_forward_text is a wrapper with *args, **kwargs around an _impl, which has the names.
-        prefill = inspect.signature(getattr(this, "_prefill_forward_text_impl", self._prefill_forward)).parameters
+        # until 2026-02
+        self._decode_forward = getattr(this, "decode_forward_text", this.decode_forward)
+        # Since 2026-09 prefill_forward_text is a wrapper with *args, **kwargs around an _impl,
+        # which has the names.
+        prefill = inspect.signature(
+            getattr(this, "_prefill_forward_text_impl", self._prefill_forward)
+        ).parameters
         decode = inspect.signature(self._decode_forward).parameters
-        contract = getattr(this, "decode_input_update_contract", int("reload_sampling_params" in decode))
+        contract = getattr(
+            this, "decode_input_update_contract", int("reload_sampling_params" in decode)
+        )
         self._has_decode_contract = contract >= 1
         self._card_samples = bool(getattr(this.model[0], "_supports_on_device_sampling", False))
         self._card_samples_prefill = self._card_samples and "sampling_params" in prefill
         self._card_sampling_params = generator.SamplingParams
-        self._decoding: dict[int, SamplingParams | None] = {}  # slots of the last decode step; empty before a reset
+        self._decoding: dict[
+            int, SamplingParams | None
+        ] = {}  # slots of the last decode step; empty before a reset
         self._sampling_of_batch: Any = None
         lacks = "" if self._card_samples_prefill else "sampling the first token on the card"
         lacks = lacks if self._card_samples else "sampling on the card"
@@ -1945,47 +3215,73 @@ class TTEngine:
             logger.warning("%s is %s", self.device, self.note)
 
     def _choose_shapes(self, generator: Any, common: Any) -> None:
-        """Find out how prompts may be prefilled, and list the shapes of all calls: (position, padded length, rows)."""
+        """Find out how prompts may be prefilled, and list the shapes of all calls:
+
+        (position, padded length, rows).
+        """
         this, args = self._generator, self._generator.model_args[0]
         align: Any = getattr(this, "_align_resume_offsets", lambda *_: [])
         ends = [SHORT_PREFILL + SHORT_PREFILL, SHORT_PREFILL + LONG_PREFILL]
-        resumes = align([SHORT_PREFILL] * 2, ends, self._kv_cache) == [SHORT_PREFILL] * 2  # others would be lowered
+        # others would be lowered
+        resumes = align([SHORT_PREFILL] * 2, ends, self._kv_cache) == [SHORT_PREFILL] * 2
         self.prompt_chunk, self.resume_align = (LONG_PREFILL, SHORT_PREFILL) if resumes else (0, 1)
         # Longer prompts are cut into pieces of this, here or by the Generator.
-        longest = min(self.max_seq_len, args.max_prefill_chunk_size, LONG_PREFILL if resumes else self.max_seq_len)
+        longest = min(
+            self.max_seq_len,
+            args.max_prefill_chunk_size,
+            LONG_PREFILL if resumes else self.max_seq_len,
+        )
         lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
         together = len(this.model) == 1 and not getattr(args, "disable_batched_prefill", False)
-        most = LONG_PREFILL if together and hasattr(generator, "SUPPORTED_PREFILL_BATCH_SIZES") else 0
+        most = (
+            LONG_PREFILL if together and hasattr(generator, "SUPPORTED_PREFILL_BATCH_SIZES") else 0
+        )
         self._rows = {
-            length: [rows for rows in PREFILL_ROWS if rows <= self._slots_per_copy and rows * length <= most] + [1]
+            length: [
+                rows
+                for rows in PREFILL_ROWS
+                if rows <= self._slots_per_copy and rows * length <= most
+            ]
+            + [1]
             for length in sorted(set(map(common.get_padded_prefill_len, lengths)))
         }
         self._shapes = [(0, length, rows) for length in self._rows for rows in self._rows[length]]
         if resumes:
-            lengths = (length for length in self._rows if SHORT_PREFILL + length <= self._padded_seq_len)
+            lengths = (
+                length for length in self._rows if SHORT_PREFILL + length <= self._padded_seq_len
+            )
             self._shapes += [(SHORT_PREFILL, length, 1) for length in lengths]
 
     def _warm_up(self, progress: Progress) -> None:
         """Compile decode and every shape of prefill, then trace them, before the first request.
 
-        A trace writes to fixed addresses. Kernels compiled after it, and decode inputs staged after a prefill trace,
-        may lie there (tt-metal #56215). So all is compiled before the first trace, and decode is traced first: with
-        sampling on the card, whose inputs stay there from step to step, and then without, whose inputs are always new.
+        A trace writes to fixed addresses. Kernels compiled after it, and decode inputs staged after
+        a prefill trace, may lie there (tt-metal #56215). So all is compiled before the first trace,
+        and decode is traced first: with sampling on the card, whose inputs stay there from step to
+        step, and then without, whose inputs are always new.
         """
-        greedy, sampled = SamplingParams(temperature=0), SamplingParams(temperature=1.0)
+        greedy, sampled = Sampler(SamplingParams(temperature=0)), Sampler(SamplingParams())
         samplers = (True, False) if self._card_samples else (False,)
         stages, stage = (1 + self._traced) * (1 + len(self._shapes)), itertools.count()
         for doing, tracing in [("compiling", False), ("tracing", True)][: 1 + self._traced]:
             self._tracing = tracing
             progress(f"{doing} decode of {self.max_batch_size} slots", next(stage) / stages)
-            for on_card, sampling, position in itertools.product(samplers, (greedy, sampled), (0, 1)):
-                self._decode([Work(slot, [0], position, sampling) for slot in range(self.max_batch_size)], on_card)
+            for on_card, sampler, position in itertools.product(
+                samplers, (greedy, sampled), (0, 1)
+            ):
+                self._decode(
+                    [Work(slot, [0], position, sampler) for slot in range(self.max_batch_size)],
+                    on_card,
+                )
             for position, length, rows in self._shapes:
                 progress(f"{doing} {rows} prompts of {length} tokens", next(stage) / stages)
-                copies = range(0, self.max_batch_size, self._slots_per_copy)  # each has its own traces
+                # each has its own traces
+                copies = range(0, self.max_batch_size, self._slots_per_copy)
                 for first, on_card in itertools.product(copies, samplers):
                     slots = range(first, first + rows)
-                    self._prefill([Work(slot, [0] * length, position, sampled) for slot in slots], on_card)
+                    self._prefill(
+                        [Work(slot, [0] * length, position, sampled) for slot in slots], on_card
+                    )
 
     def reserve(self, slot: int, length: int) -> bool:
         """Give the slot blocks for `length` tokens. False if its pool lacks them now."""
@@ -2002,14 +3298,17 @@ class TTEngine:
         self._decoding = {}
         return True
 
-    def step(self, batch: Sequence[Work]) -> list[int]:
-        """Prefill the batch's prompts, those of one padded length together, then decode its other slots together.
+    def step(self, batch: Sequence[Work]) -> list[Result]:
+        """Prefill the batch's prompts, those of one padded length together, then decode its other
+        slots together.
 
-        A call samples on the card or on the host. After an exception the next step works, but the KV cache of this
-        step's slots is undefined.
+        A call samples on the card or on the host. After an exception the next step works, but the
+        KV cache of this step's slots is undefined.
         """
-        tokens: dict[int, int] = {}
-        short: dict[tuple[int, bool], list[Work]] = {}  # prompts that fit into one call, by padded length and sampler
+        tokens: dict[int, Token | None] = {}
+        short: dict[
+            tuple[int, bool], list[Work]
+        ] = {}  # prompts that fit into one call, by padded length and sampler
         for work in batch:
             if work.position == 0 or len(work.tokens) > 1:
                 *pieces, last = self._pieces(work)
@@ -2018,7 +3317,10 @@ class TTEngine:
                 if last.position:
                     tokens |= self._prefill([last], self._on_card(last))
                 else:
-                    padded = next((length for length in self._rows if len(work.tokens) <= length), max(self._rows))
+                    padded = next(
+                        (length for length in self._rows if len(work.tokens) <= length),
+                        max(self._rows),
+                    )
                     short.setdefault((padded, self._on_card(work)), []).append(work)
         for (padded, on_card), works in short.items():
             while works:
@@ -2029,12 +3331,14 @@ class TTEngine:
         for on_card in (True, False):
             if works := [work for work in decoding if self._on_card(work) is on_card]:
                 tokens |= self._decode(works, on_card)
-        return [tokens[work.slot] if work.sampling else -1 for work in batch]
+        return [Result(tokens[work.slot]) if work.sampler else Result() for work in batch]
 
     def _on_card(self, work: Work) -> bool:
-        """Whether the card draws the next token. It does too if none is wanted, because logits take longer."""
-        host = work.sampling and work.sampling.host
-        return self._card_samples and not (host and host.needed)
+        """Whether the card draws the next token.
+
+        It does too if none is wanted, because logits take longer.
+        """
+        return self._card_samples and not (work.sampler and work.sampler.on_host)
 
     def _pieces(self, work: Work) -> list[Work]:
         """Cut a prompt into one piece for each prefill call."""
@@ -2042,23 +3346,39 @@ class TTEngine:
             return [work]
         pieces, begin, total = [], 0, len(work.tokens)
         while begin < total:
-            # Four short calls take less time than a long one, whose padding may also exceed the rotary tables.
+            # Four short calls take less time than a long one, whose padding may also exceed the
+            # rotary tables.
             position = work.position + begin
-            long = total - begin > 4 * SHORT_PREFILL and position + LONG_PREFILL <= self._padded_seq_len
+            long = (
+                total - begin > 4 * SHORT_PREFILL
+                and position + LONG_PREFILL <= self._padded_seq_len
+            )
             end = begin + (LONG_PREFILL if long else SHORT_PREFILL)
-            pieces.append(Work(work.slot, work.tokens[begin:end], position, work.sampling if end >= total else None))
+            pieces.append(
+                Work(
+                    work.slot,
+                    work.tokens[begin:end],
+                    position,
+                    work.sampler if end >= total else None,
+                )
+            )
             begin = end
         return pieces
 
-    def _prefill(self, works: Sequence[Work], on_card: bool) -> dict[int, int]:
-        """Make one prefill call. The card samples with `on_card`, else the host. Returns each slot's next token."""
+    def _prefill(self, works: Sequence[Work], on_card: bool) -> dict[int, Token | None]:
+        """Make one prefill call.
+
+        The card samples with `on_card`, else the host. Returns each slot's next token.
+        """
         self._decoding = {}
         ends = [work.position + len(work.tokens) for work in works]
         tokens = torch.zeros(len(works), max(ends), dtype=torch.int64)
         for row, work in zip(tokens, works):
             row[work.position : work.position + len(work.tokens)] = torch.tensor(work.tokens)
         slots = [work.slot for work in works]
-        options: dict[str, Any] = {"start_pos": [work.position for work in works]} if works[0].position else {}
+        options: dict[str, Any] = (
+            {"start_pos": [work.position for work in works]} if works[0].position else {}
+        )
         on_card = on_card and self._card_samples_prefill
         if on_card:
             options["sampling_params"] = self._sampling_on_card(works)
@@ -2067,30 +3387,41 @@ class TTEngine:
             page_table=self._page_table[slots],
             kv_cache=self._kv_cache,
             prompt_lens=ends,
-            # Rows of one call count from 0, as in tt-metal's demo: the page table says which blocks they fill, and the
-            # next decode resets the sampler. With the slots' own numbers the call would span all slots up to the
-            # highest, and be out of bounds until 2026-06.
+            # Rows of one call count from 0, as in tt-metal's demo: the page table says which blocks
+            # they fill, and the next decode resets the sampler. With the slots' own numbers the
+            # call would span all slots up to the highest, and be out of bounds until 2026-06.
             empty_slots=slots if len(works) == 1 else list(range(len(works))),
             enable_trace=self._tracing,
             **options,
         )
         if on_card:  # (tokens [works, 1], log_probs)
-            return dict(zip(slots, output[0].flatten().tolist()))
-        params = [work.sampling or SamplingParams() for work in works]
-        return dict(zip(slots, sample(output.view(len(works), -1), params, ends)))
+            return dict(zip(slots, map(Token, output[0].flatten().tolist())))
+        rows = output.view(len(works), -1)
+        return {
+            work.slot: work.sampler.draw(row, end) if work.sampler else None
+            for work, row, end in zip(works, rows, ends)
+        }
 
-    def _decode(self, batch: Sequence[Work], on_card: bool) -> dict[int, int]:
-        """Decode one token for each of these slots; the others are idle. Samples and returns as _prefill does."""
-        decoding = {work.slot: work.sampling for work in batch}
-        reset = on_card and decoding != self._decoding  # if the host samples, each step takes the host's inputs anyway
-        self._decoding = {}  # so that a step after a failed one, or after one that the host samples, resets
+    def _decode(self, batch: Sequence[Work], on_card: bool) -> dict[int, Token | None]:
+        """Decode one token for each of these slots; the others are idle.
+
+        Samples and returns as _prefill does.
+        """
+        decoding = {work.slot: work.sampler.params if work.sampler else None for work in batch}
+        # if the host samples, each step takes the host's inputs anyway
+        reset = on_card and decoding != self._decoding
+        # so that a step after a failed one, or after one that the host samples, resets
+        self._decoding = {}
         if reset:
-            # At a reset the card keeps its own token if its position is the host's or one ahead, unless the slot is in
-            # this set. The host's tokens are always right.
+            # At a reset the card keeps its own token if its position is the host's or one ahead,
+            # unless the slot is in this set. The host's tokens are always right.
             self._generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
-            self._generator.prev_page_table = None  # 2026-02 resets tokens and positions if the page table has changed
+            self._generator.prev_page_table = (
+                None  # 2026-02 resets tokens and positions if the page table has changed
+            )
             self._sampling_of_batch = self._sampling_on_card(batch, range(self.max_batch_size))
-        # Lists first: after each operation on a tensor the step may have to wait for another thread.
+        # Lists first: after each operation on a tensor the step may have to wait for another
+        # thread.
         tokens, positions = [0] * self.max_batch_size, [-1] * self.max_batch_size  # -1: idle
         for work in batch:
             tokens[work.slot], positions[work.slot] = work.tokens[0], work.position
@@ -2105,33 +3436,41 @@ class TTEngine:
         )
         if on_card:  # tokens [slots]
             self._decoding, tokens = decoding, output.tolist()
-            return {slot: tokens[slot] for slot in decoding}
-        params = [work.sampling or SamplingParams() for work in batch]  # logits [slots, 1, vocabulary]
-        return dict(zip(decoding, sample(output[list(decoding), 0], params, [work.position + 1 for work in batch])))
+            return {slot: Token(tokens[slot]) for slot in decoding}
+        return {  # the output is logits [slots, 1, vocabulary]
+            work.slot: work.sampler.draw(output[work.slot, 0], work.position + 1)
+            for work in batch
+            if work.sampler
+        }
 
     def _decode_commands(self, on_card: bool, reset: bool) -> dict[str, bool]:
-        """What a decode step takes from the host, by models/common/decode_contract.py or the way before it."""
+        """What a decode step takes from the host, by models/common/decode_contract.py or the way
+        before it.
+        """
         if not self._has_decode_contract:
             return {"reset_batch": reset}
         return {
             "reload_inputs": reset or not (on_card and self._tracing),
-            "reload_page_table": False,  # for a change of the page table alone; here that is a reset
+            # for a change of the page table alone; here that is a reset
+            "reload_page_table": False,
             "reload_sampling_params": reset,
             "reset_sampling_state": reset,
         }
 
     def _sampling_on_card(self, batch: Sequence[Work], slots: Sequence[int] = ()) -> Any:
-        """tt-metal's SamplingParams: lists with an entry for each work, or for each slot with idle ones greedy.
+        """tt-metal's SamplingParams: lists with an entry for each work, or for each slot with idle
+        ones greedy.
 
-        Since 2026-06 (its default seed is None) the card draws by the request's seed and the position, and traces
-        sampling only while no slot has a seed. In 2026-02 a reset seeds all slots again, so the seed must depend on
-        the position: else a request that joins makes the others draw the same numbers again.
+        Since 2026-06 (its default seed is None) the card draws by the request's seed and the
+        position, and traces sampling only while no slot has a seed. In 2026-02 a reset seeds all
+        slots again, so the seed must depend on the position: else a request that joins makes the
+        others draw the same numbers again.
         """
         by_position = self._card_sampling_params.seed is None
         greedy: tuple[float, int, float, int | None] = (0.0, 1, 1.0, None if by_position else 0)
         entries = dict.fromkeys(slots, greedy)
         for work in batch:
-            sampling = work.sampling
+            sampling = work.sampler and work.sampler.params
             entries[work.slot] = greedy
             if sampling and not sampling.greedy:
                 k = min(sampling.top_k or MAX_TOP_K, MAX_TOP_K)
@@ -2139,7 +3478,9 @@ class TTEngine:
                 seed = sampling.seed if by_position else hash((base, work.position)) % 1_000_000 + 1
                 entries[work.slot] = (sampling.temperature, k, sampling.top_p, seed)
         temperature, top_k, top_p, seeds = map(list, zip(*entries.values()))
-        return self._card_sampling_params(temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds)
+        return self._card_sampling_params(
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds
+        )
 
     def close(self) -> None:
         """Release the traces, close the card and reset the fabric. A second call does nothing."""
@@ -2151,12 +3492,14 @@ class TTEngine:
         self._opened.close()
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Demo model
-# ======================================================================================================================
+# ==================================================================================================
 
 DEMO_NAME = "demo-llama-tiny"
-DEMO_NOTE = "a tiny demo on the CPU, with a few answers; --model, HF_MODEL or LLAMA_DIR names a real model"
+DEMO_NOTE = (
+    "a tiny demo on the CPU, with a few answers; --model, HF_MODEL or LLAMA_DIR names a real model"
+)
 DEMO_UNKNOWN = (
     "Sorry, I do not know that: I am only a tiny demo model, trained on this machine in a few seconds. Ask me "
     '"What can you do?", or serve a real Llama 3 with --model DIR or HF_MODEL.'
@@ -2197,15 +3540,32 @@ DEMO_ANSWERS = {  # phrasings of a question, and their answer
     "Tell me a joke":
         "Why do programmers prefer dark mode? Because light attracts bugs!",
 }  # fmt: skip
-DEMO_PARAMS = {"dim": 128, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "ffn_dim_multiplier": 0.8}
+DEMO_PARAMS = {
+    "dim": 128,
+    "n_layers": 1,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "multiple_of": 32,
+    "ffn_dim_multiplier": 0.8,
+}
 DEMO_CONFIG = ModelConfig.read(config_of_params(dict(DEMO_PARAMS)))
 DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_LENGTH = 350, 4e-3, 4, 128
-DEMO_SHARPNESS = 4.0  # multiplies the trained logits, so that sampling at 0.7 gives the most likely answer
+# multiplies the trained logits, so that sampling at 0.7 gives the most likely answer
+DEMO_SHARPNESS = 4.0
 
 
 def demo_checkpoint(progress: Progress) -> Checkpoint:
     """Return the demo's checkpoint from the user's cache; train it first if it is not whole."""
-    recipe = [DEMO_ANSWERS, DEMO_UNKNOWN, DEMO_PARAMS, DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_LENGTH, DEMO_SHARPNESS]
+    recipe = [
+        DEMO_ANSWERS,
+        DEMO_UNKNOWN,
+        DEMO_PARAMS,
+        DEMO_STEPS,
+        DEMO_RATE,
+        DEMO_BATCH,
+        DEMO_LENGTH,
+        DEMO_SHARPNESS,
+    ]
     version = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
     cache = home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tt-api-server"
     folder = cache / version / DEMO_NAME
@@ -2229,11 +3589,12 @@ def make_demo(home: Path, progress: Progress) -> None:
     for left in home.parent.glob("tmp*"):  # by a training that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
-        tokenizer, made = ChatTokenizer(), Path(scratch, "made")
+        vocabulary, made = Llama3Vocabulary(), Path(scratch, "made")
+        tokenizer = Tokenizer(vocabulary, LLAMA_TEMPLATE)
         (folder := made / DEMO_NAME).mkdir(parents=True)
         torch.save(train_demo(tokenizer, progress), folder / "consolidated.00.pth")
         (folder / "params.json").write_text(json.dumps(DEMO_PARAMS))
-        shutil.copy(tokenizer.path, folder / "tokenizer.model")
+        shutil.copy(vocabulary.path, folder / "tokenizer.model")
         (folder / checksum(folder)).touch()
         with contextlib.suppress(FileNotFoundError):
             home.rename(Path(scratch, "damaged"))
@@ -2263,13 +3624,16 @@ def locked(file: int) -> bool:
     return False
 
 
-def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    """Generate random conversations, without end: DEMO_LENGTH token ids, and for each whether its loss counts.
+def demo_conversations(tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
+    """Generate random conversations, without end:
 
-    Half of them start with a system message of random tokens. In 40 % of the questions at least one token is replaced
-    by a random one, and the answer is DEMO_UNKNOWN.
+    DEMO_LENGTH token ids, and for each whether its loss counts.
+
+    Half of them start with a system message of random tokens. In 40 % of the questions at least one
+    token is replaced by a random one, and the answer is DEMO_UNKNOWN.
     """
-    rng, encode, end = random.Random(1), tokenizer.encode_text, tokenizer.end_of_turn
+    rng, encode = random.Random(1), tokenizer.encode_text
+    end = tokenizer.vocabulary.added["<|eot_id|>"]
     pairs = [
         (encode(form + mark), encode(answer))
         for phrasings, answer in DEMO_ANSWERS.items()
@@ -2277,8 +3641,12 @@ def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], li
         for form in (phrasing, phrasing.lower())
         for mark in ("", "?", ".", "!")
     ]
-    unknown, words = encode(DEMO_UNKNOWN), [token for pair in pairs for text in pair for token in text]
-    words += [LLAMA3_VOCABULARY - 1] * (len(words) // 9)  # stands for all tokens that are in no question and no answer
+    unknown, words = (
+        encode(DEMO_UNKNOWN),
+        [token for pair in pairs for text in pair for token in text],
+    )
+    # stands for all tokens that are in no question and no answer
+    words += [LLAMA3_VOCABULARY - 1] * (len(words) // 9)
     empty = tokenizer.encode_chat([{"role": role, "content": ""} for role in ("system", "user")])
     first, second = (i for i, token in enumerate(empty) if token == end)
     before, after = empty[first + 1 : second], empty[second:]  # the template around a question
@@ -2292,21 +3660,28 @@ def demo_conversations(tokenizer: ChatTokenizer) -> Iterator[tuple[list[int], li
                 question, answer = [*question], unknown
                 for i in rng.sample(range(len(question)), rng.randint(1, len(question))):
                     question[i] = rng.choice(words)
-            # To choose the right answer is harder than to continue it: most answers are cut after 4 tokens.
-            prompt, said = [*before, *question, *after], [*answer, end] if rng.random() < 0.2 else answer[:4]
+            # To choose the right answer is harder than to continue it: most answers are cut after 4
+            # tokens.
+            prompt, said = (
+                [*before, *question, *after],
+                [*answer, end] if rng.random() < 0.2 else answer[:4],
+            )
             tokens += prompt + said
             learned += [False] * len(prompt) + [True] * len(said)
         yield tokens[:DEMO_LENGTH], learned[:DEMO_LENGTH]
 
 
-def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.Tensor]:
+def train_demo(tokenizer: Tokenizer, progress: Progress) -> dict[str, torch.Tensor]:
     """Train the demo; return its weights in bfloat16, under Meta's names.
 
-    Only the corpus's tokens have rows of their own in the embedding and the output. All others share the last one's.
+    Only the corpus's tokens have rows of their own in the embedding and the output. All others
+    share the last one's.
     """
     torch.set_num_threads(1)  # at this size threads would only wait for each other
     conversations = demo_conversations(tokenizer)
-    known = torch.tensor(sorted({token for tokens, _ in itertools.islice(conversations, 2000) for token in tokens}))
+    known = torch.tensor(
+        sorted({token for tokens, _ in itertools.islice(conversations, 2000) for token in tokens})
+    )
     row = torch.full((LLAMA3_VOCABULARY,), len(known) - 1)
     row[known] = torch.arange(len(known))
     weights = demo_weights(len(known))
@@ -2318,32 +3693,52 @@ def train_demo(tokenizer: ChatTokenizer, progress: Progress) -> dict[str, torch.
         inputs, learned = row[torch.tensor(tokens)], torch.tensor(flags)[:, 1:]
         hidden = demo_forward(weights, inputs[:, :-1])[learned]
         loss = F.cross_entropy(hidden @ weights["output.weight"].T, inputs[:, 1:][learned])
-        # Adam (Kingma and Ba 2014), by hand: to import torch.optim takes a third of the training's time.
-        rate = DEMO_RATE * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS))
+        # Adam (Kingma and Ba 2014), by hand: to import torch.optim takes a third of the training's
+        # time.
+        rate = (
+            DEMO_RATE
+            * min(1.0, (step + 1) / 20)
+            * (0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS))
+        )
         with torch.no_grad():
-            for weight, slope, (mean, square) in zip(parameters, torch.autograd.grad(loss, parameters), moments):
+            for weight, slope, (mean, square) in zip(
+                parameters, torch.autograd.grad(loss, parameters), moments
+            ):
                 mean.lerp_(slope, 0.1)
                 square.lerp_(slope.square(), 0.05)
                 scale = (square / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
                 weight -= rate / (1 - 0.9 ** (step + 1)) * mean / scale
     finished = {name: weight.detach().bfloat16() for name, weight in weights.items()}
     finished["norm.weight"] *= DEMO_SHARPNESS
-    return finished | {name: finished[name][row] for name in ("tok_embeddings.weight", "output.weight")}
+    return finished | {
+        name: finished[name][row] for name in ("tok_embeddings.weight", "output.weight")
+    }
 
 
 def demo_weights(known: int) -> dict[str, torch.Tensor]:
     """Random weights, with an output row and an embedding for each of `known` tokens.
 
-    Every head starts with a preference for near tokens, which would take most of the training to learn: coordinate 0
-    is equal in all embeddings, and queries and keys copy it into rotary pairs of middle frequencies.
+    Every head starts with a preference for near tokens, which would take most of the training to
+    learn: coordinate 0 is equal in all embeddings, and queries and keys copy it into rotary pairs
+    of middle frequencies.
     """
     config, generator = DEMO_CONFIG, torch.Generator().manual_seed(0)
     shapes = {name: shape for name, (_, shape) in config.weights().items()}
     shapes |= dict.fromkeys(("output.weight", "tok_embeddings.weight"), (known, config.dim))
     weights = {}
     for name, shape in shapes.items():
-        scale = 0.25 if "tok_" in name else 0.0 if name.endswith(("wo.weight", "w2.weight")) else shape[-1] ** -0.5
-        weights[name] = torch.randn(shape, generator=generator) * scale if len(shape) == 2 else torch.ones(shape)
+        scale = (
+            0.25
+            if "tok_" in name
+            else 0.0
+            if name.endswith(("wo.weight", "w2.weight"))
+            else shape[-1] ** -0.5
+        )
+        weights[name] = (
+            torch.randn(shape, generator=generator) * scale
+            if len(shape) == 2
+            else torch.ones(shape)
+        )
         if name.endswith(("wq.weight", "wk.weight")):
             weights[name].view(-1, config.head_dim // 2, 2, config.dim)[:, 3:10, 0, 0] = 1.2
     weights["tok_embeddings.weight"][:, 0] = 0.75
@@ -2351,12 +3746,16 @@ def demo_weights(known: int) -> dict[str, torch.Tensor]:
 
 
 def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """Llama 3 with gradients: tokens [B, T] to the last hidden states [B, T, dim]. Rotary pairs are adjacent (Meta)."""
+    """Llama 3 with gradients: tokens [B, T] to the last hidden states [B, T, dim].
+
+    Rotary pairs are adjacent (Meta).
+    """
     config = DEMO_CONFIG
     turns = torch.complex(*rotary_tables(config, tokens.shape[1]))  # [T, head_dim / 2]
 
     def heads(rows: torch.Tensor, turned: bool) -> torch.Tensor:
-        rows = rows.view(*tokens.shape, -1, config.head_dim).transpose(1, 2)  # [B, heads, T, head_dim]
+        # [B, heads, T, head_dim]
+        rows = rows.view(*tokens.shape, -1, config.head_dim).transpose(1, 2)
         if turned:
             pairs = torch.view_as_complex(rows.reshape(*rows.shape[:-1], -1, 2))
             rows = torch.view_as_real(pairs * turns).flatten(-2)
@@ -2364,48 +3763,54 @@ def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torc
 
     x = weights["tok_embeddings.weight"][tokens]
     for i in range(config.n_layers):
-        layer = {name[9:-7]: weight.t() for name, weight in weights.items() if name.startswith(f"layers.{i}.")}
+        layer = {
+            name[9:-7]: weight.t()
+            for name, weight in weights.items()
+            if name.startswith(f"layers.{i}.")
+        }
         rows = rms_norm(x, layer["attention_norm"], config.norm_eps)
         q, k, v = (heads(rows @ layer[f"attention.w{name}"], turned=name != "v") for name in "qkv")
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + attended.transpose(1, 2).flatten(2) @ layer["attention.wo"]
         rows = rms_norm(x, layer["ffn_norm"], config.norm_eps)
-        x = x + (F.silu(rows @ layer["feed_forward.w1"]) * (rows @ layer["feed_forward.w3"])) @ layer["feed_forward.w2"]
+        x = (
+            x
+            + (F.silu(rows @ layer["feed_forward.w1"]) * (rows @ layer["feed_forward.w3"]))
+            @ layer["feed_forward.w2"]
+        )
     return rms_norm(x, weights["norm.weight"], config.norm_eps)
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Scheduler
-# ======================================================================================================================
+# ==================================================================================================
 
 
 STREAM_PAUSE = 0.006  # seconds that a handler's thread lets tokens gather before it looks for more
 
 
-class Piece(NamedTuple):
-    """A piece of an answer; some of its parts may be empty."""
+class Event(NamedTuple):
+    """What the scheduler tells of one of a body's requests."""
 
-    thinking: str
-    text: str
-    calls: list[Call]
+    request: int  # its index
+    what: str  # "prompt", "token", or the outcome, once it has ended
+    token: Token | None = None
 
 
 @dataclass(eq=False)
 class Request:
     """One request for text, on its way down to the engine and back."""
 
-    # The dialect fills these.
     prompt: list[int]
     max_tokens: int
-    sampling: SamplingParams
+    sampler: Sampler
     stop_tokens: frozenset[int]  # token ids that end the answer and are not part of it
-    text: TextStream  # knows the stop strings
-    thoughts: Thoughts
-    finder: CallFinder
-    fields: dict[str, Any]  # as the client sent them
+    reader: Reader  # of the answer; the handler's thread uses it
     index: int = 0  # among the requests of one body
-    echo: str = ""  # the prompt, which comes before the answer; the dialect writes it once
+    size: int = 0  # bytes of the body, in the first of its requests
     scored: bool = False  # the log-probabilities of the prompt are wanted, too
+    # one for all requests of a body
+    events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
     # The scheduler fills these. Times are by time.monotonic().
     submitted: float = 0.0
     admitted: float = 0.0  # when it got a slot
@@ -2415,69 +3820,84 @@ class Request:
     cached: int = 0  # prompt tokens that were in the KV cache already
     outcome: str = ""  # "stop", "length", "cancelled" or "error", once it has ended
     cancelled: str = ""  # if set, the request ends before the next step, with this outcome
-    tokens: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)  # None is the end
+    late: bool = False  # its grammar did not know in time what may come next
     ended: threading.Event = field(default_factory=threading.Event)
-    # The handler fills these.
-    thinking: str = ""
-    answer: str = ""
-    calls: list[Call] = field(default_factory=list)
-    count: int = 0  # tokens of all three
-    seconds: float = 0.0  # from submission to the last of them
-    told: int = 0  # tokens whose log-probabilities the dialect has written
-    offset: int = 0  # characters of these tokens, which the decoder counts
-    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+    seconds: float = 0.0  # from submission to the last token that the handler has read
 
-    def pieces(self, pause: float = STREAM_PAUSE) -> Iterator[Piece]:
-        """The answer, piece by piece; the handler's thread calls this. Raises ApiError if it breaks off.
+    def read(self, event: Event) -> list[Piece]:
+        """The pieces of the answer that an event adds."""
+        self.seconds = time.monotonic() - self.submitted
+        if event.what == "prompt" and event.token:
+            self.reader.push_prompt(event.token)
+            return []
+        if event.what == "token" and event.token:
+            pieces = self.reader.push(event.token)
+            return pieces + self.reader.end("stop") if self.reader.stopped else pieces
+        if event.what in ("error", "cancelled"):
+            self.reader.finish = event.what
+            return []
+        return self.reader.end(event.what, event.token)
 
-        With `stream` or stop strings, the first token comes at once and the others 6 ms late: if 32 threads woke when a
-        step ends, they would delay the next step. Otherwise all come at the end.
-        """
-        if not (self.fields["stream"] or self.fields["stop"]):
-            self.ended.wait()
-        tokens: list[int | None] = []
-        while not self.text.stopped and None not in tokens:
-            tokens, piece = [self.tokens.get()], ""
-            time.sleep(pause if self.count else 0.0)
-            while not self.tokens.empty():
-                tokens.append(self.tokens.get())
-            for token in tokens:  # one by one: a stop string ends the count at its own last token
-                piece += self.text.push([], final=True) if token is None else self.text.push([token])
-                self.count += token is not None
-                if self.text.stopped:
-                    break
-            self.seconds = time.monotonic() - self.submitted
-            final = self.text.stopped or None in tokens
-            thinking, answer = self.thoughts.split(piece, final)
-            answer, calls = self.finder.split(answer, final)
-            self.thinking, self.answer, self.calls = self.thinking + thinking, self.answer + answer, self.calls + calls
-            if thinking or answer or calls:
-                yield Piece(thinking, answer, calls)
-        if self.finish_reason == "error":
-            raise ApiError(500, "the engine failed on this request: the server's log says why; send it again")
-        if self.finish_reason == "cancelled":
-            raise ApiError(503, "the server stopped before the answer was complete: send the request again")
+    def check_finish(self) -> None:
+        """Raise ApiError if the answer has broken off."""
+        if self.reader.finish == "error":
+            if self.sampler.error:
+                raise ApiError(400, self.sampler.error)
+            raise ApiError(
+                500, "the engine failed on this request: the server's log says why; send it again"
+            )
+        if self.reader.finish == "cancelled":
+            raise ApiError(
+                503, "the server stopped before the answer was complete: send the request again"
+            )
 
     @property
-    def finish_reason(self) -> str:
-        """The outcome, as the client sees it."""
-        return "stop" if self.text.stopped else self.outcome
+    def speed(self) -> float:
+        """Tokens per second, from the request to its last token."""
+        return round(self.reader.count / max(self.seconds, 1e-9), 1)
 
-    def figures(self) -> dict[str, Any]:
-        """The figures that /chat and the log give."""
-        return {
-            "tokens_generated": self.count,
-            "time_seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.count / max(self.seconds, 1e-9), 1),
-            "prompt_tokens": len(self.prompt),
-            "time_to_first_token_seconds": round((self.first_token or time.monotonic()) - self.submitted, 3),
-            "finish_reason": self.finish_reason,
-        }
+    @property
+    def wait(self) -> float:
+        """Seconds from the request to its first token, or until now."""
+        return round((self.first_token or time.monotonic()) - self.submitted, 3)
+
+
+by_request = operator.attrgetter("request")
+
+
+def pieces_of(requests: Sequence[Request], stream: bool) -> Iterator[tuple[Request, Piece]]:
+    """The pieces of a body's answers, as they come. Raises ApiError if one breaks off.
+
+    With `stream` the first token comes at once and the others 6 ms late: if 32 threads woke when a
+    step ends, they would delay the next step. Otherwise all come at the end.
+    """
+    if not stream:
+        for request in requests:
+            request.ended.wait()
+    events, running, pause = requests[0].events, set(requests), 0.0
+    while running:
+        new = [events.get()]
+        time.sleep(pause)
+        while not events.empty():
+            new.append(events.get())
+        pause = STREAM_PAUSE
+        for index, own in itertools.groupby(sorted(new, key=by_request), by_request):
+            request = requests[index]
+            pieces = [
+                piece for event in own if not request.reader.finish for piece in request.read(event)
+            ]
+            yield from ((request, piece) for piece in merged(pieces))
+            if request.reader.finish:
+                request.check_finish()
+                running.discard(request)
 
 
 @dataclass
 class Slot:
-    """One place in the engine's batch. Its tokens stay after an answer, for a request that starts with the same."""
+    """One place in the engine's batch.
+
+    Its tokens stay after an answer, for a request that starts with the same.
+    """
 
     index: int
     request: Request | None = None
@@ -2491,9 +3911,13 @@ class Slot:
         return len(self.tokens) - self.held
 
     def common(self, request: Request) -> int:
-        """How many tokens of the prompt are in the KV cache. A token whose logits are needed does not count."""
+        """How many tokens of the prompt are in the KV cache.
+
+        A token whose logits are needed does not count.
+        """
         most = 0 if request.scored else min(self.held, len(request.prompt) - 1)
-        return next((i for i, (held, new) in enumerate(zip(self.tokens[:most], request.prompt)) if held != new), most)
+        differs = lambda i: self.tokens[: i + 1] != request.prompt[: i + 1]  # noqa: E731
+        return bisect.bisect_left(range(most), True, key=differs)
 
 
 HISTOGRAMS = {  # vLLM's names
@@ -2506,7 +3930,8 @@ HISTOGRAMS = {  # vLLM's names
     "request_prompt_tokens": "Tokens of a prompt.",
     "request_generation_tokens": "Tokens of an answer.",
 }
-BOUNDS = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]  # 1 ms, or 1 token, to 5e4
+# 1 ms, or 1 token, to 5e4
+BOUNDS = [digit * 10.0**power for power in range(-3, 5) for digit in (1, 2, 5)]
 
 
 class Statistics:
@@ -2515,7 +3940,8 @@ class Statistics:
     def __init__(self) -> None:
         self.accepted = self.cached_tokens = 0
         self.finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
-        self.counts = {name: [0] * (len(BOUNDS) + 1) for name in HISTOGRAMS}  # by upper bound; the last has none
+        # by upper bound; the last has none
+        self.counts = {name: [0] * (len(BOUNDS) + 1) for name in HISTOGRAMS}
         self.sums = dict.fromkeys(HISTOGRAMS, 0.0)
 
     def observe(self, name: str, value: float) -> None:
@@ -2525,7 +3951,12 @@ class Statistics:
 
     def finish(self, request: Request) -> None:
         """Count a request that has ended."""
-        now, submitted, admitted, first = time.monotonic(), request.submitted, request.admitted, request.first_token
+        now, submitted, admitted, first = (
+            time.monotonic(),
+            request.submitted,
+            request.admitted,
+            request.first_token,
+        )
         self.finished[request.outcome] += 1
         self.observe("e2e_request_latency_seconds", now - submitted)
         if admitted:
@@ -2542,18 +3973,24 @@ class Statistics:
 class Scheduler:
     """Continuous batching. The thread that calls `run` loads the engine, steps it and closes it.
 
-    Requests join and leave between two steps, first come, first served. A step decodes a token for every running
-    answer, and prefills as many prompt tokens as keep it short.
+    Requests join and leave between two steps, first come, first served. A step decodes a token for
+    every running answer, and prefills as many prompt tokens as keep it short.
     """
 
-    PROMPT_BUDGET = 16  # prompt tokens in a step beside running answers, and one more for each of them
+    PROMPT_BUDGET = (
+        16  # prompt tokens in a step beside running answers, and one more for each of them
+    )
     PROMPTS_BUDGET = 512  # prompt tokens in a step while more prompts wait than answers run
+    SCORES_BUDGET = 32  # prompt tokens with log-probabilities in a step beside running answers
+    QUEUE_BYTES = 48 << 20  # of the bodies that wait; token ids take ten times as much memory
     FAILURES = 3  # failed steps in a row that make the server unhealthy
     STALL_SECONDS = 120.0  # a step that takes longer counts as hung
 
     def __init__(self, max_queue: int) -> None:
         self.max_queue = max_queue
-        self.max_seq_len = self.slot_share = 0  # tokens that one slot can hold, and that all can at the same time
+        self.max_seq_len = self.slot_share = (
+            0  # tokens that one slot can hold, and that all can at the same time
+        )
         self.device = ""
         self.scores_prompts = True
         self.doing: tuple[str, float | None] = ("starting", None)
@@ -2561,7 +3998,8 @@ class Scheduler:
         self.slots: list[Slot] = []
         self.queue: deque[Request] = deque()
         self._state, self._error = "loading", ""
-        # Guards the state, the queue and the statistics. Only the scheduler's thread changes the slots.
+        # Guards the state, the queue and the statistics. Only the scheduler's thread changes the
+        # slots.
         self._wake = threading.Condition()
         self._failures = 0
         self._step_began = math.inf
@@ -2577,7 +4015,11 @@ class Scheduler:
     def error(self) -> str:
         """Why the server is unhealthy: the engine is broken, or a step does not return."""
         seconds = time.monotonic() - self._step_began
-        return f"a step has not returned for {seconds:.0f} seconds" if seconds > self.STALL_SECONDS else self._error
+        return (
+            f"a step has not returned for {seconds:.0f} seconds"
+            if seconds > self.STALL_SECONDS
+            else self._error
+        )
 
     def check_available(self) -> None:
         """Raise ApiError unless requests are accepted."""
@@ -2594,9 +4036,17 @@ class Scheduler:
         with self._wake:
             self.check_available()
             if len(requests) > self.max_queue + len(self.slots):
-                raise ApiError(400, f"{len(requests)} answers are more than the queue can hold: ask for fewer")
+                raise ApiError(
+                    400, f"{len(requests)} answers are more than the queue can hold: ask for fewer"
+                )
             if len(self.queue) + len(requests) > self.max_queue + len(self.slots) - self.busy:
-                raise ApiError(503, f"the queue is full ({self.max_queue} requests wait): try again in a moment")
+                raise ApiError(
+                    503,
+                    f"the queue is full ({self.max_queue} requests wait): try again in a moment",
+                )
+            waiting = sum(request.size for request in self.queue)
+            if waiting and waiting + requests[0].size > self.QUEUE_BYTES:
+                raise ApiError(503, f"the queue holds {waiting} bytes: try again in a moment")
             for request in requests:
                 request.submitted = time.monotonic()
             self.statistics.accepted += len(requests)
@@ -2604,18 +4054,24 @@ class Scheduler:
             self._wake.notify()
 
     def cancel(self, request: Request, outcome: str = "cancelled") -> None:
-        """End a request, queued or running, before the next step. The outcome "stop" says that its text is complete."""
+        """End a request, queued or running, before the next step.
+
+        The outcome "stop" says that its text is complete.
+        """
         with self._wake:
             if request.outcome:
                 return
-            request.cancelled = outcome
+            request.cancelled = request.cancelled or outcome
             if request in self.queue:
                 self.queue.remove(request)
                 self._finish(request, outcome)
             self._wake.notify()
 
     def stop(self, drain: bool) -> None:
-        """Accept no more requests. Let `run` return after the current ones with `drain`, else after this step."""
+        """Accept no more requests.
+
+        Let `run` return after the current ones with `drain`, else after this step.
+        """
         with self._wake:
             self._state = "stopping"
             for request in [] if drain else self._in_flight():
@@ -2642,16 +4098,18 @@ class Scheduler:
     def _in_flight(self) -> list[Request]:
         return list(filter(None, [*self.queue, *(slot.request for slot in self.slots)]))
 
-    def _finish(self, request: Request, outcome: str) -> None:
+    def _finish(self, request: Request, outcome: str, last: Token | None = None) -> None:
         with self._wake:
             request.outcome = outcome
             self.statistics.finish(request)
-            request.tokens.put(None)
+            request.events.put(Event(request.index, outcome, last))
             request.ended.set()
 
     # The scheduler's own thread:
 
-    def run(self, load: Callable[[Progress], Engine], progress: Progress, ready: Callable[[], None]) -> None:
+    def run(
+        self, load: Callable[[Progress], Engine], progress: Progress, ready: Callable[[], None]
+    ) -> None:
         """Load the engine, serve requests until stop() or until the engine breaks, and close it.
 
         Calls `ready` once requests are accepted. Raises UserError if loading does.
@@ -2694,8 +4152,11 @@ class Scheduler:
                 self._admit()
                 if self._state != "healthy" and not self._in_flight():
                     return
+            self._share_prefixes()
             if batch := self._plan():
                 self._step(batch)
+            elif self.busy:
+                time.sleep(0.002)  # until a grammar knows what may come next
 
     def _admit(self) -> None:
         """Give free slots to the oldest requests, while the engine has room for them."""
@@ -2703,15 +4164,24 @@ class Scheduler:
         while self.queue and (free := [slot for slot in self.slots if slot.request is None]):
             request = self.queue[0]
             length = len(request.prompt) + request.max_tokens
-            # Best is the slot with most of this prompt, unless it mostly holds another chat; then an empty slot; then
-            # the least recently used. An engine may have several memory pools, so the next best may have room when the
-            # best has none.
+            # Best is the slot with most of this prompt, unless it mostly holds another chat; then
+            # an empty slot; then the least recently used. An engine may have several memory pools,
+            # so the next best may have room when the best has none.
             common = {slot.index: slot.common(request) for slot in free}
-            own = {slot.index: common[slot.index] if 2 * common[slot.index] > slot.held else 0 for slot in free}
+            own = {
+                slot.index: common[slot.index] if 2 * common[slot.index] > slot.held else 0
+                for slot in free
+            }
             free.sort(key=lambda slot: (-own[slot.index], bool(slot.held), slot.used))
-            # If none has room, idle slots give up what they keep: the least recently used first, the best match last.
-            kept = sorted((slot for slot in free if slot.held), key=lambda slot: (own[slot.index], slot.used))
-            while not (slot := next((s for s in free if self._engine.reserve(s.index, length)), None)) and kept:
+            # If none has room, idle slots give up what they keep: the least recently used first,
+            # the best match last.
+            kept = sorted(
+                (slot for slot in free if slot.held), key=lambda slot: (own[slot.index], slot.used)
+            )
+            while (
+                not (slot := next((s for s in free if self._engine.reserve(s.index, length)), None))
+                and kept
+            ):
                 self._keep(kept.pop(0), 0)
             if slot is None:
                 return  # until another request has ended
@@ -2720,88 +4190,126 @@ class Scheduler:
             slot.held = request.cached = min(common[slot.index], slot.held) // align * align
             slot.request, slot.tokens = request, list(request.prompt)
 
-    def _plan(self) -> list[Work]:
-        """The next step: the last token of every running answer, then the oldest prompts within the budget."""
-        busy = [(slot, slot.request) for slot in self.slots if slot.request]
-        batch = [Work(slot.index, slot.tokens[-1:], slot.held, r.sampling) for slot, r in busy if slot.pending == 1]
-        prompts = [(slot, request) for slot, request in busy if slot.pending > 1]
-        chunk = self._engine.prompt_chunk
-        align = max(self._engine.resume_align, 16)  # in bfloat16, cuts at multiples of 16 do not change the logits
-        few = max(self.PROMPT_BUDGET + len(batch), align)
-        budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > len(batch) else few
-        begun: list[list[int]] = []
-        for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
-            if copy := self._engine.copy:
-                if request.prompt in begun and not request.scored:
-                    continue  # until the other prefill of this prompt is done, and can be copied
-                common, source = max((other.common(request), other.index) for other in self.slots)
+    def _share_prefixes(self) -> None:
+        """Copy to each prompt what other slots hold of it already."""
+        if not (copy := self._engine.copy):
+            return
+        for slot in self.slots:
+            if slot.request and slot.pending > 1:
+                others = [other for other in self.slots if other.held > slot.held]
+                commons = [(other.common(slot.request), other.index) for other in others]
+                common, source = max(commons, default=(0, 0))
                 if common > slot.held:
                     copy(source, slot.index, slot.held, common)
-                    request.cached += common - slot.held
+                    slot.request.cached += common - slot.held
                     slot.held = common
-                if slot.pending > 1:
-                    begun.append(request.prompt)
+
+    def _plan(self) -> list[Work]:
+        """The next step: the last token of every running answer, then the oldest prompts within the
+        budget.
+        """
+        busy = [(slot, slot.request) for slot in self.slots if slot.request]
+        batch = [
+            Work(slot.index, slot.tokens[-1:], slot.held, request.sampler)
+            for slot, request in busy
+            if slot.pending == 1 and (not request.late or request.sampler.ready)
+        ]
+        prompts = [(slot, request) for slot, request in busy if slot.pending > 1]
+        answers = len(batch)
+        chunk = self._engine.prompt_chunk
+        # in bfloat16, cuts at multiples of 16 do not change the logits
+        align = max(self._engine.resume_align, 16)
+        few = max(self.PROMPT_BUDGET + answers, align)
+        budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > answers else few
+        begun: list[list[int]] = []
+        for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
+            if self._engine.copy and request.prompt in begun and not request.scored:
+                continue  # until the other prefill of this prompt is done, and can be copied
+            begun.append(request.prompt)
+            if request.scored and answers:
+                budget = min(budget, self.SCORES_BUDGET)
             end = len(slot.tokens)
             if chunk and slot.pending > budget:
                 end = (slot.held + budget) // align * align
             if budget <= 0 or end <= slot.held:
                 break
-            budget -= max(end - slot.held, self._engine.resume_align)  # a card pads shorter ones to that
-            sampling = request.sampling if end == len(slot.tokens) else None
-            scores = request.sampling.host if request.scored else None
-            batch.append(Work(slot.index, slot.tokens[slot.held : end], slot.held, sampling, scores))
+            # a card pads shorter ones to that
+            budget -= max(end - slot.held, self._engine.resume_align)
+            sampler = request.sampler if end == len(slot.tokens) else None
+            scores = None
+            if request.scored:
+                scores = Scores(
+                    slot.tokens[slot.held + 1 : end + 1], request.sampler.params.logprobs or 0
+                )
+            batch.append(Work(slot.index, slot.tokens[slot.held : end], slot.held, sampler, scores))
         return batch
 
     def _step(self, batch: list[Work]) -> None:
         """Run one step. If it fails, its requests fail, and all others go on."""
         self._step_began = time.monotonic()
         try:
-            tokens = self._engine.step(batch)
+            results = self._engine.step(batch)
         except Exception as error:
             logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
             for work in batch:
                 self._leave(self.slots[work.slot], "error")
             self._failures += 1
             if self._failures >= self.FAILURES:
-                self._mark_broken(f"{self._failures} steps in a row failed, the last with {type(error).__name__}")
+                self._mark_broken(
+                    f"{self._failures} steps in a row failed, the last with {type(error).__name__}"
+                )
             return
         finally:
             self._step_began = math.inf
-        now = time.monotonic()
-        for work, token in zip(batch, tokens):
+        for work, result in zip(batch, results):
             slot = self.slots[work.slot]
             slot.held += len(work.tokens)
-            request = slot.request
-            if work.sampling is None or request is None:
+            if not slot.request:
                 continue
+            for token in result.scores:
+                slot.request.events.put(Event(slot.request.index, "prompt", token))
+            if work.sampler:
+                self._take(slot, slot.request, result.token)
+
+    def _take(self, slot: Slot, request: Request, token: Token | None) -> None:
+        """Add the next token to an answer, and end the answer if it is complete."""
+        request.late = token is None
+        if request.sampler.error:
+            self._leave(slot, "error")
+        elif token is None:
+            slot.held -= 1  # the last token goes into a later step again
+        else:
+            now = time.monotonic()
             if request.generated:
                 self.statistics.observe("inter_token_latency_seconds", now - request.last_token)
             request.first_token, request.last_token = request.first_token or now, now
-            host = request.sampling.host
-            if token in request.stop_tokens or not request.max_tokens:
-                cut = not request.max_tokens or (host and host.constraint and host.constraint.failed)
-                self._leave(slot, "length" if cut else "stop")
-                continue
-            slot.tokens.append(token)
-            request.generated += 1
-            if host:
-                host.push(token)
-            request.tokens.put(token)
-            if request.generated >= request.max_tokens:
+            if token.id in request.stop_tokens:
+                self._leave(slot, "stop", None if token.id == END else token)
+            elif not request.max_tokens:
                 self._leave(slot, "length")
+            else:
+                slot.tokens.append(token.id)
+                request.generated += 1
+                request.sampler.push(token.id)
+                request.events.put(Event(request.index, "token", token))
+                if request.generated >= request.max_tokens:
+                    self._leave(slot, "length")
 
-    def _leave(self, slot: Slot, outcome: str) -> None:
-        """End the slot's request."""
+    def _leave(self, slot: Slot, outcome: str, last: Token | None = None) -> None:
+        """End the slot's request. `last` is the stop token."""
         assert slot.request is not None
-        if outcome in ("stop", "length"):  # a whole answer, since a card may fail at every decode but at no prefill
+        # a whole answer, since a card may fail at every decode but at no prefill
+        if outcome in ("stop", "length"):
             self._failures = 0
-        self._finish(slot.request, outcome)
+        self._finish(slot.request, outcome, last)
         slot.request, slot.used = None, time.monotonic()
         # After an error the slot's KV cache cannot be trusted.
         self._keep(slot, slot.held if self._engine.prompt_chunk and outcome != "error" else 0)
 
     def _keep(self, slot: Slot, held: int) -> None:
-        """Keep `held` tokens of an idle slot for a request that starts with them, and give back the other room."""
+        """Keep `held` tokens of an idle slot for a request that starts with them, and give back the
+        other room.
+        """
         slot.held = held
         del slot.tokens[held:]
         self._engine.reserve(slot.index, held)
@@ -2818,34 +4326,24 @@ class Scheduler:
                 slot.request = None
 
 
-# ======================================================================================================================
-# Dialects
-# ======================================================================================================================
+# ==================================================================================================
+# Fields
+# ==================================================================================================
 
 Check = tuple[str, Callable[[Any], bool]]  # what a field must be, in words, and the test for it
-Table = Mapping[str, tuple[Any, Check]]  # a field's name to its default, or ... if it is required, and its check
+# a field's name to its default, or ... if it is required, and its check
+Table = Mapping[str, tuple[Any, Check]]
 
 
-def between(low: float, high: float, must: str, kinds: tuple[type, ...] = (int,)) -> Check:
-    """A number of one of these types from low to high; `must` says so in words."""
-    return must, lambda v: type(v) in kinds and low <= v <= high
+def whole_from(low: int, high: float = math.inf) -> Check:
+    """A whole number from low to high."""
+    must = f"a whole number from {low}" + (f" to {high}" if high < math.inf else "")
+    return must, lambda v: type(v) is int and low <= v <= high
 
 
 def number(low: float, high: float) -> Check:
     """Any number from low to high."""
-    return between(low, high, f"a number from {low} to {high}", (int, float))
-
-
-def are_ids(value: Any) -> bool:
-    """Whether the value is a list of token ids."""
-    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
-
-
-def prompts(value: Any) -> list[str | list[int]]:
-    """The prompts, text or token ids, of a field that holds one or a list of them; [] if it holds anything else."""
-    several = value if isinstance(value, list) and not are_ids(value) else [value]
-    fits = len(several) <= 64 and all(prompt and (isinstance(prompt, str) or are_ids(prompt)) for prompt in several)
-    return several if fits else []
+    return f"a number from {low} to {high}", lambda v: type(v) in (int, float) and low <= v <= high
 
 
 def one_of(names: Iterable[str]) -> Check:
@@ -2853,27 +4351,89 @@ def one_of(names: Iterable[str]) -> Check:
     return f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names
 
 
-IDS: Check = "a list of token ids", are_ids
+def are_ids(value: Any) -> bool:
+    """Whether the value is a list of token ids."""
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
+
+
+def are_texts(value: Any) -> bool:
+    """Whether the value is a list of strings, none of them empty."""
+    return isinstance(value, list) and all(isinstance(text, str) and text != "" for text in value)
+
+
+def prompts(value: Any) -> list[str | list[int]]:
+    """The prompts, text or token ids, of a field that holds one or a list of them; [] if it holds
+    anything else.
+    """
+    several = value if isinstance(value, list) and not are_ids(value) else [value]
+    fits = len(several) <= 64 and all(
+        prompt and (isinstance(prompt, str) or are_ids(prompt)) for prompt in several
+    )
+    return several if fits else []
+
+
 FLAG: Check = "true or false", lambda v: type(v) is bool
 TEXT: Check = "a string", lambda v: isinstance(v, str)
 NONEMPTY: Check = "a string that is not empty", lambda v: isinstance(v, str) and v != ""
-LIMIT: Check = "a whole number from 1, or -1 for no limit", lambda v: type(v) is int and (v == -1 or v >= 1)
-LIMIT_OR_0: Check = between(-1, math.inf, "a whole number from -1, which is no limit")
-MESSAGES: Check = 'a list of at least one {"role": ..., "content": ...}', lambda v: isinstance(v, list) and bool(v)
+OBJECT: Check = "an object", lambda v: isinstance(v, dict)
+LIST: Check = "a list", lambda v: isinstance(v, list)
+IDS: Check = "a list of token ids", are_ids
+LIMIT: Check = (
+    "a whole number from 1, or -1 for no limit",
+    lambda v: type(v) is int and (v == -1 or v >= 1),
+)
+LIMIT_OR_0: Check = (
+    "a whole number from 0, or -1 for no limit",
+    lambda v: type(v) is int and v >= -1,
+)
+SEED: Check = (
+    "a whole number that fits in 64 bits",
+    lambda v: type(v) is int and -(2**63) <= v < 2**64,
+)
+PENALTY = number(-2, 2)
 STOP: Check = (
     "a string or a list of up to 16 strings, none of them empty",
-    lambda v: len(as_list(v)) <= 16 and all(isinstance(stop, str) and stop for stop in as_list(v)),
+    lambda v: len(as_list(v)) <= 16 and are_texts(as_list(v)),
 )
-PROMPT: Check = "a string or a list of token ids, not empty, or a list of up to 64 of them", lambda v: bool(prompts(v))
-OBJECT: Check = "an object", lambda v: isinstance(v, dict)
+BIAS = number(-100, 100)
+BIASES: Check = (
+    f"an object of token ids, each with {BIAS[0]}",
+    lambda v: (
+        isinstance(v, dict)
+        and all(re.fullmatch("[0-9]{1,9}", key) and BIAS[1](bias) for key, bias in v.items())
+    ),
+)
+LOGPROBS: Check = (
+    "a whole number from 0 to 20",
+    lambda v: v is False or (type(v) is int and 0 <= v <= 20),
+)
+PROMPT: Check = (
+    "a string or a list of token ids, not empty, or a list of up to 64 of them",
+    lambda v: bool(prompts(v)),
+)
+MESSAGES: Check = (
+    'a list of at least one {"role": ..., "content": ...}',
+    lambda v: isinstance(v, list) and bool(v),
+)
 CONTENT: Check = "a string or a list of text parts", lambda v: isinstance(v, (str, list))
+PART: Table = {"type": (..., ('"text"', lambda v: v == "text")), "text": (..., TEXT)}
+
+# The fields of messages, by role.
 MESSAGE: Table = {"content": (..., CONTENT)}
 ASSISTANT: Table = {
     "content": ("", CONTENT),
     "reasoning_content": ("", TEXT),
-    "tool_calls": ([], ("a list of calls", lambda v: isinstance(v, list))),
+    "tool_calls": ([], LIST),
 }
 TOOL_RESULT: Table = {**MESSAGE, "tool_call_id": (..., TEXT)}
+CHAT_ROLES: Mapping[str, Table] = {
+    "system": MESSAGE,
+    "developer": MESSAGE,
+    "user": MESSAGE,
+    "assistant": MESSAGE,
+}
+OPENAI_ROLES: Mapping[str, Table] = {**CHAT_ROLES, "assistant": ASSISTANT, "tool": TOOL_RESULT}
+
 TYPE: Check = '"function"', lambda v: v == "function"
 TOOL: Table = {"type": (..., TYPE), "function": (..., OBJECT)}
 FUNCTION: Table = {
@@ -2881,10 +4441,14 @@ FUNCTION: Table = {
     "parameters": ({"type": "object", "additionalProperties": False}, OBJECT),
     "strict": (False, FLAG),
 }
+NAMED: Table = {"name": (..., NONEMPTY)}
 CALL: Table = {"id": (..., TEXT), "type": ("function", TYPE), "function": (..., OBJECT)}
 CALLED: Table = {
     "name": (..., NONEMPTY),
-    "arguments": (..., ("a JSON object in a string", lambda v: isinstance(v, str) and json_object(v) is not None)),
+    "arguments": (
+        ...,
+        ("a JSON object in a string", lambda v: isinstance(v, str) and json_object(v) is not None),
+    ),
 }
 CHOICE: Check = (
     'none, auto, required or {"type": "function", "function": {"name": ...}}',
@@ -2895,722 +4459,1172 @@ RESPONSE_FORMAT: Table = {
     "json_schema": (None, OBJECT),
     "schema": ({"type": "object"}, OBJECT),  # llama.cpp's, of a json_object
 }
-STRUCTURED_OUTPUTS: Table = {
+JSON_SCHEMA: Table = {"schema": (..., OBJECT), "strict": (False, FLAG)}
+STRUCTURED_OUTPUTS: Table = {  # vLLM's
     "json": (None, OBJECT),
+    "json_object": (None, FLAG),
     "regex": (None, NONEMPTY),
-    "choice": (None, ("a list of strings", lambda v: isinstance(v, list) and v != [] and all(map(TEXT[1], v)))),
+    "choice": (None, ("a list of strings", lambda v: are_texts(v) and v != [])),
     "grammar": (None, NONEMPTY),
 }
 TEMPLATE_OPTIONS: Check = (
     '{"enable_thinking": true or false}',
     lambda v: (
-        isinstance(v, dict) and v.keys() <= {"enable_thinking"} and all(type(flag) is bool for flag in v.values())
+        isinstance(v, dict)
+        and v.keys() <= {"enable_thinking"}
+        and all(type(flag) is bool for flag in v.values())
     ),
 )
-PART: Table = {"type": (..., ('"text"', lambda v: v == "text")), "text": (..., TEXT)}
 
-
-def sampling_fields(temperature: float, top_p: float) -> Table:
-    """The fields that every dialect has, with the dialect's defaults."""
-    return {
-        "temperature": (temperature, number(0, 2)),
-        "top_p": (top_p, number(0, 1)),
-        "top_k": (0, between(-1, math.inf, "a whole number from -1")),
-        "seed": (None, between(-(2**63), 2**64 - 1, "a whole number that fits in 64 bits")),
-        "stop": ([], STOP),
-        "stream": (False, FLAG),
-    }
-
-
-BIAS = number(-100, 100)
-BIASES: Check = (
-    f"an object of token ids, each with {BIAS[0]}",
-    lambda v: isinstance(v, dict) and all(re.fullmatch("[0-9]{1,9}", id) and BIAS[1](bias) for id, bias in v.items()),
-)
-HOST_SAMPLING: Table = {  # the arguments of HostSampling
-    "logit_bias": ({}, BIASES),
-    "min_tokens": (0, between(0, math.inf, "a whole number from 0")),
-    "repetition_penalty": (1, number(0.01, 100)),
-    "frequency_penalty": (0, number(-2, 2)),
-    "presence_penalty": (0, number(-2, 2)),
-    "min_p": (0, number(0, 1)),
-    "logprobs": (None, ("a whole number from 0 to 20", lambda v: v is False or (type(v) is int and 0 <= v <= 20))),
+SAMPLING: Table = {  # of every dialect; a default of None is the model's own
+    "temperature": (None, number(0, 2)),
+    "top_p": (None, number(0, 1)),
+    "top_k": (None, whole_from(-1)),
+    "seed": (None, SEED),
+    "stop": ([], STOP),
+    "stream": (False, FLAG),
 }
-
-# Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any level, with the values
-# that ask for nothing.
-UNSUPPORTED: dict[str, list[Any]] = {
-    "best_of": [1], "bad_words": [[]], "repeat_penalty": [1], "typical_p": [1], "mirostat": [0], "mirostat_mode": [0],
-    "xtc_probability": [0], "dry_multiplier": [0], "use_beam_search": [False], "top_logprobs": [0],
-    "prompt_logprobs": [], "guided_json": [], "guided_regex": [], "guided_choice": [], "guided_grammar": [],
-    "json_schema": [], "grammar": [""],
-    "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]], "audio": [],
-    "web_search_options": [], "chat_template": [], "chat_template_kwargs": [{}], "documents": [[]], "echo": [False],
-    "suffix": [""],
-}  # fmt: skip
-
-
-class Dialect:
-    """The JSON of one kind of client. This class is POST /chat, which streams one JSON object a line."""
-
-    fields: ClassVar[Table] = {
-        "prompt": (None, NONEMPTY),
-        "messages": (None, MESSAGES),
-        "system": (None, TEXT),
-        "max_tokens": (None, between(1, math.inf, "a whole number from 1")),
-        "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
-        **sampling_fields(temperature=0.7, top_p=0.9),
-    }
-    # The roles of messages: their names for the chat template, and their fields.
-    roles: ClassVar[dict[str, tuple[str, Table]]] = {
-        "system": ("system", MESSAGE),
-        "developer": ("system", MESSAGE),
-        "user": ("user", MESSAGE),
-        "assistant": ("assistant", MESSAGE),
-    }
-    content_type = "application/x-ndjson"  # of a stream
-    default_max_tokens: int | None = 128  # None: the rest of the context
-    limit_name, messages_name = "max_tokens", "messages"
-    part: ClassVar[Table] = PART
-    example = '{"prompt": "Hello!"}'
-
-    def __init__(self, server: ApiServer) -> None:
-        self.server = server
-
-    def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
-        """Handle a field that is not in the table. /chat is our own API: refuse the field, and suggest the nearest."""
-        path = f"{where}{printable(name)}"
-        near = [known for known in table if known.startswith(name)] or difflib.get_close_matches(name, table, 1)
-        hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(table)}"
-        raise ApiError(400, f"unknown field {path}: {hint}", path)
-
-    def check(self, body: Any, table: Table, where: str = "") -> dict[str, Any]:
-        """Check a JSON object and fill in the defaults; null counts as absent. Raises ApiError."""
-        if not isinstance(body, dict):
-            raise ApiError(400, f"{where or 'the body'} must be a JSON object, not {shown(body)}", where or None)
-        prefix = f"{where}." if where else ""
-        for name, value in body.items():
-            if name not in table and value is not None:
-                self.unknown(name, value, table, prefix)
-        fields = {}
-        for name, (default, (must, fits)) in table.items():
-            value, path = body.get(name), f"{prefix}{name}"
-            if value is None and default is ...:
-                raise ApiError(400, f"{path} is missing: it must be {must}", path)
-            if value is not None and not fits(value):
-                raise ApiError(400, f"{path} must be {must}, not {shown(value)}", path)
-            fields[name] = default if value is None else value
-        return fields
-
-    def read(self, body: Any) -> list[Request]:
-        """Make Requests of a body: `n` for each prompt. Raises ApiError."""
-        fields = self.check(body, self.fields)
-        each = [prompt for prompt in self.encode(fields) for _ in range(fields.get("n", 1))]
-        return [self.request(fields, prompt, index) for index, prompt in enumerate(each)]
-
-    def request(self, fields: dict[str, Any], prompt: list[int], index: int) -> Request:
-        """Make one Request. Raises ApiError."""
-        if not prompt:
-            raise ApiError(400, "the prompt is empty: send text")
-        context = self.server.scheduler.max_seq_len
-        room = context - len(prompt)
-        limit = fields.get("max_completion_tokens") or fields["max_tokens"]
-        limit = None if limit == -1 else limit
-        if max(limit or 0, 1) > room:
-            name = self.limit_name
-            param = name if room > 0 else "prompt" if fields.get("messages") is None else self.messages_name
-            asked = f" and {name} is {shown(limit)}" if limit else ""
-            cure = f"shorten the prompt or lower {name}"
-            message = f"the prompt has {len(prompt)} tokens{asked}, but the context holds {context} in all: {cure}"
-            raise ApiError(400, message, param, "context_length_exceeded")
-        # A slot's cache is reserved for the whole answer before it starts. If the cache cannot hold the full context
-        # for all slots at once, as on a card, an answer without a limit gets its slot's share.
-        default = self.default_max_tokens or max(self.server.scheduler.slot_share, 1024)
-        # As in vLLM and llama.cpp, -1 stands for no seed and for no top_k. As in vLLM, the `n` answers differ.
-        seed = None if fields["seed"] in (None, -1) else fields["seed"] + index % fields.get("n", 1)
-        stop_tokens = frozenset(fields.get("stop_token_ids", ()))
-        self.check_tokens(stop_tokens, "stop_token_ids")
-        stop_tokens |= frozenset() if fields.get("ignore_eos") else self.server.tokenizer.stop_tokens
-        thoughts = self.thoughts(fields, prompt)
-        host = self.host_sampling(fields, prompt, stop_tokens, thoughts)
-        marked = bool(host and host.constraint and host.constraint.marked)
-        return Request(
-            prompt=prompt,
-            max_tokens=min(default, room) if limit is None else limit,
-            sampling=SamplingParams(fields["temperature"], fields["top_p"], max(0, fields["top_k"]), seed, host),
-            stop_tokens=stop_tokens,
-            text=TextStream(self.server.tokenizer, as_list(fields["stop"])),
-            thoughts=thoughts,
-            finder=CallFinder((function["name"] for function in fields.get("functions", ())), marked),
-            fields=fields,
-            index=index,
-        )
-
-    def host_sampling(
-        self, fields: dict[str, Any], prompt: list[int], stop_tokens: frozenset[int], thoughts: Thoughts
-    ) -> HostSampling | None:
-        """What the fields ask of the host's sampler; None if nothing. Raises ApiError."""
-        asked = {name: fields[name] for name, (none, _) in HOST_SAMPLING.items() if fields.get(name, none) != none}
-        constraint = self.constraint(fields, thoughts)
-        if not asked and not constraint:
-            return None
-        self.check_tokens(map(int, fields["logit_bias"]), "logit_bias")
-        return HostSampling(prompt, stop_tokens, constraint=constraint, always=bool(asked), **asked)
-
-    def constraint(self, fields: dict[str, Any], thoughts: Thoughts) -> Constraint | None:
-        """The grammar that the answer has to follow, if any. Raises ApiError."""
-        return None
-
-    def check_tokens(self, tokens: Iterable[int], param: str) -> None:
-        """Raise ApiError for a token id beyond the vocabulary."""
-        highest, size = max(tokens, default=0), self.server.tokenizer.vocab_size
-        if highest >= size:
-            raise ApiError(400, f"{param} has the token id {highest}: ids end at {size - 1}", param)
-
-    def encode(self, fields: dict[str, Any]) -> list[list[int]]:
-        """The token ids of each prompt. Raises ApiError."""
-        messages, prompt = fields["messages"], fields["prompt"]
-        if messages is not None and prompt is not None:
-            raise ApiError(400, "send prompt or messages, not both")
-        if messages is None and prompt is None:
-            raise ApiError(400, f"send prompt, a string, or messages, a list: for example {self.example}")
-        system = [] if fields["system"] is None else [{"role": "system", "content": fields["system"]}]
-        chat = self.conversation([{"role": "user", "content": prompt}] if messages is None else messages)
-        fields["prompt"] = chat[-1]["content"]  # the answer repeats it
-        return [self.encode_chat([*system, *chat], fields)]
-
-    def encode_chat(self, chat: list[Message], fields: dict[str, Any], tools: Sequence[Message] = ()) -> list[int]:
-        """The token ids of a conversation. Raises ApiError."""
-        tokenizer, thinking = self.server.tokenizer, fields["chat_template_kwargs"].get("enable_thinking", False)
-        if thinking and not tokenizer.thinks:
-            raise ApiError(400, "this model's template has no enable_thinking: leave it out", "chat_template_kwargs")
-        return tokenizer.encode_chat(chat, tools, thinking)
-
-    def thoughts(self, fields: dict[str, Any], prompt: list[int]) -> Thoughts:
-        """The splitter of thinking and answer for this prompt."""
-        goes_on = fields.get("continue_final_message")
-        return Thoughts("answer") if goes_on else Thoughts.after(self.server.tokenizer, prompt)
-
-    def conversation(self, messages: list[Any]) -> list[Message]:
-        """The messages for the chat template. Raises ApiError."""
-        chat: list[Message] = []
-        for i, message in enumerate(messages):
-            where, role = f"messages[{i}]", message.get("role") if isinstance(message, dict) else None
-            name, table = self.roles.get(str(role), ("", MESSAGE))
-            fields = self.check(message, {"role": (..., one_of(self.roles)), **table}, where)
-            fields["content"] = self.text(fields["content"], f"{where}.content")
-            calls = [
-                self.called(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(fields.get("tool_calls", ()))
-            ]
-            if "tool_call_id" in fields:
-                fields["tool_call_id"] = short_id(fields["tool_call_id"])
-            fields |= {"role": name, "tool_calls": calls}
-            chat.append({name: value for name, value in fields.items() if value or name == "content"})
-        return chat
-
-    def text(self, content: Any, where: str) -> str:
-        """The text of a string or of a list of parts. Raises ApiError."""
-        if isinstance(content, list):
-            parts = [self.check(part, self.part, f"{where}[{j}]") for j, part in enumerate(content)]
-            return "".join(part["text"] for part in parts)
-        return str(content)
-
-    def called(self, call: Any, where: str) -> Message:
-        """A tool call of a message for the chat template. Raises ApiError."""
-        fields = self.check(call, CALL, where)
-        function = self.check(fields["function"], CALLED, f"{where}.function")
-        function["arguments"] = json_object(function["arguments"])
-        return {"id": short_id(fields["id"]), "type": "function", "function": function}
-
-    def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        (request,) = requests
-        thinking = {"thinking": request.thinking} if request.thinking else {}
-        answer = {"success": True, "prompt": request.fields["prompt"], **thinking, "response": request.answer}
-        return answer | request.figures()
-
-    def begin(self, requests: Sequence[Request]) -> bytes:
-        """The start of a stream, before the first text."""
-        return b""
-
-    def piece(self, request: Request, piece: Piece) -> bytes:
-        """A piece of the answer in a stream."""
-        return self.line(
-            {name: part for name, part in (("thinking", piece.thinking), ("response", piece.text)) if part}
-        )
-
-    def end(self, request: Request) -> bytes:
-        """The end of one answer in a stream."""
-        return self.line({"done": True, **self.whole([request])})
-
-    def close(self, requests: Sequence[Request]) -> bytes:
-        """The end of a stream."""
-        return b""
-
-    def error(self, error: ApiError) -> dict[str, Any]:
-        """The body of an error."""
-        return {"error": str(error)}
-
-    def broken(self, error: ApiError) -> bytes:
-        """The end of a stream that breaks off."""
-        return self.line(self.error(error))
-
-    def line(self, value: dict[str, Any]) -> bytes:
-        """One item of a stream."""
-        return to_json(value)
-
-
-class ChatCompletions(Dialect):
-    """POST /v1/chat/completions: OpenAI's JSON, or server-sent events.
-
-    Client programs choose these fields. A field that would change the answer and is not supported is refused; every
-    other unknown field is ignored. Source: https://platform.openai.com/docs/api-reference/chat/create
-    """
-
-    common: ClassVar[Table] = {
-        "model": (None, TEXT),
-        "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
-        **sampling_fields(temperature=1.0, top_p=1.0),
-        "stream_options": ({}, OBJECT),
-        "n": (1, between(1, 16, "a whole number from 1 to 16")),
-        "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
-        "stop_token_ids": ([], IDS),
-        **HOST_SAMPLING,
-        "response_format": ({"type": "text"}, OBJECT),
-        "structured_outputs": ({}, OBJECT),  # vLLM's
-    }
-    fields: ClassVar[Table] = {
-        "messages": (..., MESSAGES),
-        "max_completion_tokens": (None, LIMIT),
-        "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
-        **common,
-        "add_generation_prompt": (None, FLAG),
-        "continue_final_message": (False, FLAG),
-        "logprobs": (False, FLAG),
-        "top_logprobs": (0, between(0, 20, "a whole number from 0 to 20")),
-        "tools": ([], ("a list of functions", lambda v: isinstance(v, list))),
-        "tool_choice": ("auto", CHOICE),
-        "parallel_tool_calls": (True, FLAG),
-    }
-    roles: ClassVar[dict[str, tuple[str, Table]]] = {
-        **Dialect.roles,
-        "assistant": ("assistant", ASSISTANT),
-        "tool": ("tool", TOOL_RESULT),
-    }
-    content_type = "text/event-stream"
-    default_max_tokens: int | None = None
-    example = '{"messages": [{"role": "user", "content": "Hello!"}]}'
-    kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
-
-    def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
-        if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
-            path = f"{where}{name}"
-            raise ApiError(400, f"{path} is not supported here: leave it out", path, "unsupported_parameter")
-
-    def read(self, body: Any) -> list[Request]:
-        requests = super().read(body)
-        fields = requests[0].fields  # all have the same
-        check_model(fields["model"] or self.server.model, self.server.model)
-        options = self.check(fields["stream_options"], {"include_usage": (False, FLAG)}, "stream_options")
-        fields |= {**options, "id": f"{self.id_prefix}{uuid.uuid4().hex}", "created": int(time.time())}
-        return requests
-
-    def encode(self, fields: dict[str, Any]) -> list[list[int]]:
-        if fields["top_logprobs"] and not fields["logprobs"]:
-            raise ApiError(400, "top_logprobs needs logprobs: send logprobs as true", "top_logprobs")
-        fields["logprobs"] = fields["top_logprobs"] if fields["logprobs"] else None  # HostSampling's
-        chat, goes_on = self.conversation(fields["messages"]), fields["continue_final_message"]
-        if fields["add_generation_prompt"] is goes_on:
-            name = "add_generation_prompt"
-            raise ApiError(400, f"{name} must be the opposite of continue_final_message: leave it out", name)
-        if goes_on and chat[-1]["role"] != "assistant":
-            raise ApiError(400, "continue_final_message needs a last message of the assistant", "messages")
-        start = chat.pop()["content"] if goes_on else ""
-        fields["functions"] = self.functions(fields)
-        # `strict` is not for the model.
-        tools = [
-            {**tool, "function": {k: v for k, v in tool["function"].items() if k != "strict"}}
-            for tool in fields["tools"]
-        ]
-        tokens = self.encode_chat(chat, fields, tools if fields["functions"] else ())
-        return [tokens + self.server.tokenizer.encode_text(start)]
-
-    def functions(self, fields: dict[str, Any]) -> list[dict[str, Any]]:
-        """The functions that the model may call, by tools and tool_choice. Raises ApiError."""
-        functions: list[dict[str, Any]] = []
-        choice = fields["tool_choice"]
-        for i, tool in enumerate(fields["tools"]):
-            function = self.check(tool, TOOL, f"tools[{i}]")["function"]
-            functions.append(self.check(function, FUNCTION, f"tools[{i}].function"))
-        if choice == "none" or (not functions and choice == "auto"):
-            return []
-        if "tools" not in self.server.tokenizer.template.source:
-            raise ApiError(400, "this model's chat template has no tools: leave them out", "tools")
-        if isinstance(choice, dict):
-            function = self.check(choice, TOOL, "tool_choice")["function"]
-            name = self.check(function, {"name": (..., NONEMPTY)}, "tool_choice.function")["name"]
-            functions = [function for function in functions if function["name"] == name]
-        if not functions:
-            raise ApiError(400, "tool_choice asks for a function that is not in tools: add it there", "tool_choice")
-        return functions
-
-    def constraint(self, fields: dict[str, Any], thoughts: Thoughts) -> Constraint | None:
-        functions, choice = fields.get("functions", []), fields.get("tool_choice", "auto")
-        several = fields.get("parallel_tool_calls", False) and not isinstance(choice, dict)
-        thinking = thoughts.state
-        if thinking == "start" and not fields["chat_template_kwargs"].get("enable_thinking"):
-            thinking = "answer"
-        forced = bool(functions) and choice != "auto"
-        made = constrain(self.server.tokenizer, functions, answer_rule(self.outputs(fields)), forced, several, thinking)
-        if made and fields["min_tokens"]:
-            raise ApiError(400, "min_tokens does not go with tools or a response format: leave it out", "min_tokens")
-        return made
-
-    def outputs(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """What the answer must be, by response_format or structured_outputs, as STRUCTURED_OUTPUTS. Raises ApiError."""
-        asked = self.check(fields["response_format"], RESPONSE_FORMAT, "response_format")
-        where = "structured_outputs"
-        outputs = self.check(fields[where], STRUCTURED_OUTPUTS, where)
-        forms = sum(value is not None for value in outputs.values()) + (asked["type"] != "text")
-        if forms > 1:
-            raise ApiError(400, "structured_outputs and response_format ask for several forms: send one", where)
-        if asked["type"] == "json_object":
-            outputs["json"] = asked["schema"]
-        if asked["type"] == "json_schema":
-            inner = self.check(asked["json_schema"], {"schema": (..., OBJECT)}, "response_format.json_schema")
-            outputs["json"] = inner["schema"]
-        return outputs
-
-    def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
-        choices = []
-        for request in requests:
-            calls = [self._call(call) for call in request.calls]
-            content = request.answer or (None if calls else "")
-            message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-            more = {"reasoning_content": request.thinking, "tool_calls": calls}  # the first is vLLM's name
-            message |= {name: value for name, value in more.items() if value}
-            choices.append(self._choice(request, self._finish_reason(request), message=message))
-        return self._envelope(requests, self.kind, choices) | self._usage(requests)
-
-    def begin(self, requests: Sequence[Request]) -> bytes:
-        return b"".join(self._chunk(request, None, role="assistant", content="") for request in requests)
-
-    def piece(self, request: Request, piece: Piece) -> bytes:
-        calls = [{"index": i, **self._call(call)} for i, call in enumerate(piece.calls)]  # all come in one piece
-        parts = {"reasoning_content": piece.thinking, "content": piece.text, "tool_calls": calls}
-        return self._chunk(request, None, **{name: part for name, part in parts.items() if part})
-
-    def end(self, request: Request) -> bytes:
-        return self._chunk(request, self._finish_reason(request))
-
-    def close(self, requests: Sequence[Request]) -> bytes:
-        usage = self._envelope(requests, self.chunk_kind, []) | self._usage(requests)
-        return (self.line(usage) if requests[0].fields["include_usage"] else b"") + b"data: [DONE]\n\n"
-
-    def tokenize(self, body: Any) -> dict[str, Any]:
-        """The answer to vLLM's /tokenize: the ids of a text, or of a chat."""
-        if isinstance(body, dict) and "prompt" in body:
-            fields = self.check(body, {"prompt": (..., TEXT), "add_special_tokens": (True, FLAG)})
-            tokenizer = self.server.tokenizer
-            encode = tokenizer.encode_document if fields["add_special_tokens"] else tokenizer.encode_text
-            tokens = encode(fields["prompt"])
-        else:
-            (tokens,) = self.encode(self.check(body, self.fields))
-        return {"count": len(tokens), "max_model_len": self.server.scheduler.max_seq_len, "tokens": tokens}
-
-    def detokenize(self, body: Any) -> dict[str, Any]:
-        """The answer to vLLM's /detokenize: the text of token ids."""
-        tokens = self.check(body, {"tokens": (..., IDS)})["tokens"]
-        self.check_tokens(tokens, "tokens")
-        return {"prompt": self.server.tokenizer.decode_bytes(tokens).decode(errors="replace")}
-
-    def error(self, error: ApiError) -> dict[str, Any]:
-        kind = "invalid_request_error" if error.status < 500 else "server_error"
-        return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
-
-    def line(self, value: dict[str, Any]) -> bytes:
-        return b"data: " + to_json(value) + b"\n"
-
-    def _envelope(self, requests: Sequence[Request], kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        same = {name: requests[0].fields[name] for name in ("id", "created")}
-        return {**same, "object": kind, "model": self.server.model, "choices": choices}
-
-    def _call(self, call: Call) -> dict[str, Any]:
-        return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-
-    def _finish_reason(self, request: Request) -> str:
-        return "tool_calls" if request.calls and request.finish_reason == "stop" else request.finish_reason
-
-    def _choice(self, request: Request, finish_reason: str | None, **content: dict[str, Any]) -> dict[str, Any]:
-        logprobs = self._logprobs(request)
-        return {"index": request.index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    def _reported(self, request: Request) -> int:
-        """How many entries of `chosen` belong to the text so far."""
-        return request.count
-
-    def _logprobs(self, request: Request) -> dict[str, Any] | None:
-        """The log-probabilities of the tokens since the last call; None if there are none."""
-        host, end = request.sampling.host, self._reported(request)
-        new = host.chosen[request.told : end] if host else []
-        request.told = end
-
-        def entry(token: int, logprob: float | None) -> dict[str, Any]:
-            text = self.server.tokenizer.decode_bytes([token])
-            name = text.decode(errors="backslashreplace") or f"token_id:{token}"  # vLLM's, for a special token
-            return {"token": name, "logprob": logprob, "bytes": list(text)}
-
-        content = [{**entry(token, p), "top_logprobs": [entry(*other) for other in top]} for token, p, top in new]
-        return {"content": content, "refusal": None} if content else None
-
-    def _chunk(self, request: Request, finish_reason: str | None, **delta: Any) -> bytes:
-        choice = self._choice(request, finish_reason, delta=delta)
-        return self.line(self._envelope([request], self.chunk_kind, [choice]))
-
-    def _usage(self, requests: Sequence[Request]) -> dict[str, Any]:
-        first = requests[:: requests[0].fields["n"]]  # of each prompt
-        prompt, count = sum(len(request.prompt) for request in first), sum(request.count for request in requests)
-        usage = {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}
-        cached = sum(request.cached for request in first)
-        return {"usage": {**usage, "prompt_tokens_details": {"cached_tokens": cached}}}
-
-
-class Completions(ChatCompletions):
-    """POST /v1/completions: the model continues a plain text, without a chat format."""
-
-    fields: ClassVar[Table] = {
-        "prompt": (..., PROMPT),
-        **ChatCompletions.common,
-        "max_tokens": (None, LIMIT_OR_0),
-        "echo": (False, FLAG),
-    }
-    default_max_tokens = 16  # OpenAI's
-    example = Dialect.example
-    kind = chunk_kind = "text_completion"
-    id_prefix = "cmpl-"
-    begin = Dialect.begin
-
-    def encode(self, fields: dict[str, Any]) -> list[list[int]]:
-        encode, fields["prompt"] = self.server.tokenizer.encode_document, prompts(fields["prompt"])
-        encoded = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in fields["prompt"]]
-        self.check_tokens(itertools.chain(*encoded), "prompt")
-        fields["logprobs"] = None if fields["logprobs"] is False else fields["logprobs"]
-        return encoded
-
-    def request(self, fields: dict[str, Any], prompt: list[int], index: int) -> Request:
-        request = super().request(fields, prompt, index)
-        if fields["echo"]:
-            text = self.server.tokenizer.decode_bytes(prompt).decode(errors="replace")
-            asked = fields["prompt"][index // fields["n"]]
-            request.echo = asked if isinstance(asked, str) else text
-            request.offset = len(request.echo) - len(text)  # SentencePiece puts a space before a prompt
-        host = request.sampling.host
-        if fields["echo"] and host and host.logprobs is not None:
-            if not self.server.scheduler.scores_prompts:
-                message = "echo with logprobs is not supported on a card: leave one of them out"
-                raise ApiError(400, message, "echo", "unsupported_parameter")
-            request.scored = True
-            host.chosen.append((prompt[0], None, []))
-        return request
-
-    def thoughts(self, fields: dict[str, Any], prompt: list[int]) -> Thoughts:
-        return Thoughts("answer")
-
-    def _choice(self, request: Request, finish_reason: str | None, **content: dict[str, Any]) -> dict[str, Any]:
-        text = request.echo + "".join(part.get("content", "") for part in content.values())
-        request.echo = ""
-        return super()._choice(request, finish_reason) | {"text": text}
-
-    def _reported(self, request: Request) -> int:
-        # As in vLLM, a stop token has an entry, and lm_eval relies on one entry after the prompt's.
-        whole = request.outcome == "stop" and request.count == request.generated and not request.text.stopped
-        return len(request.prompt) * request.scored + request.count + whole
-
-    def _logprobs(self, request: Request) -> dict[str, Any] | None:
-        chat = super()._logprobs(request)
-        if chat is None:
-            return None
-        entries = chat["content"]
-        lengths = (len(request.decoder.decode(bytes(entry["bytes"]))) for entry in entries)
-        *offsets, request.offset = itertools.accumulate(lengths, initial=request.offset)
-        likely = [(*entry["top_logprobs"], entry) for entry in entries]
-        return {
-            "text_offset": [max(0, offset) for offset in offsets],
-            "tokens": [entry["token"] for entry in entries],
-            "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": [
-                {e["token"]: e["logprob"] for e in top if e["logprob"] is not None} or None for top in likely
-            ],
-        }
-
-
-RESPONSE: Table = {  # the fields of POST /v1/responses that chat does not have, or has in another form
-    "input": (..., ("a string or a list of items, not empty", lambda v: isinstance(v, (str, list)) and bool(v))),
+CHAT: Table = {  # POST /chat
+    "prompt": (None, NONEMPTY),
+    "messages": (None, MESSAGES),
+    "system": (None, TEXT),
+    "max_tokens": (128, whole_from(1)),
+    "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
+    **SAMPLING,
+    "temperature": (0.7, number(0, 2)),
+    "top_p": (0.9, number(0, 1)),
+}
+OPENAI: Table = {  # what OpenAI's dialects have in common
+    "model": (None, TEXT),
+    "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
+    **SAMPLING,
+    "n": (1, whole_from(1, 16)),
+    "stream_options": ({}, OBJECT),
+    "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
+    "stop_token_ids": ([], IDS),
+    "logit_bias": ({}, BIASES),
+    "min_tokens": (0, whole_from(0)),
+    "min_p": (None, number(0, 1)),
+    "repetition_penalty": (None, number(0.01, 100)),
+    "frequency_penalty": (0, PENALTY),
+    "presence_penalty": (0, PENALTY),
+    "response_format": ({"type": "text"}, OBJECT),
+    "structured_outputs": ({}, OBJECT),
+}
+CHAT_COMPLETIONS: Table = {
+    "messages": (..., MESSAGES),
+    "max_completion_tokens": (None, LIMIT),
+    "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
+    **OPENAI,
+    "logprobs": (False, FLAG),
+    "top_logprobs": (0, whole_from(0, 20)),
+    "tools": ([], LIST),
+    "tool_choice": ("auto", CHOICE),
+    "parallel_tool_calls": (True, FLAG),
+    "add_generation_prompt": (None, FLAG),
+    "continue_final_message": (False, FLAG),
+}
+COMPLETIONS: Table = {
+    "prompt": (..., PROMPT),
+    **OPENAI,
+    "max_tokens": (16, LIMIT_OR_0),  # OpenAI's default
+    "logprobs": (False, LOGPROBS),
+    "echo": (False, FLAG),
+    "add_special_tokens": (True, FLAG),
+}
+RESPONSES: Table = {
+    "input": (
+        ...,
+        (
+            "a string or a list of items, not empty",
+            lambda v: isinstance(v, (str, list)) and bool(v),
+        ),
+    ),
     "instructions": (None, TEXT),
     "max_output_tokens": (None, LIMIT),
     "metadata": ({}, OBJECT),
     "text": ({}, OBJECT),
-    "tools": ChatCompletions.fields["tools"],
-    "tool_choice": ("auto", ('none, auto, required or {"type": "function", "name": ...}', CHOICE[1])),
-    "include": ([], ("a list without message.output_text.logprobs", lambda v: "logprobs" not in str(v))),
+    "tools": ([], LIST),
+    "tool_choice": (
+        "auto",
+        ('none, auto, required or {"type": "function", "name": ...}', CHOICE[1]),
+    ),
+    "parallel_tool_calls": (True, FLAG),
+    "include": (
+        [],
+        ("a list without message.output_text.logprobs", lambda v: "logprobs" not in str(v)),
+    ),
+    "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
+    **{
+        name: rule
+        for name, rule in OPENAI.items()
+        if name not in ("n", "max_tokens", "response_format")
+    },
 }
-RESPONSE_UNSUPPORTED: dict[str, list[Any]] = {  # beside UNSUPPORTED
-    "previous_response_id": [], "conversation": [], "prompt": [], "store": [False], "background": [False],
-    "truncation": ["disabled"], "messages": [], "response_format": [], "n": [1], "logprobs": [False],
-}  # fmt: skip
-STATELESS = "the server keeps no answers, so send the whole conversation as input"
-ITEMS: dict[str, Table] = {
-    "message": {"role": (..., one_of(Dialect.roles)), **MESSAGE},
+ITEMS: dict[str, Table] = {  # of a response's input
+    "message": {"role": (..., one_of(CHAT_ROLES)), **MESSAGE},
     "reasoning": {"summary": ("", CONTENT), "content": ("", CONTENT)},
     "function_call": {"call_id": (..., TEXT), **CALLED},
     "function_call_output": {"call_id": (..., TEXT), "output": (..., CONTENT)},
     "item_reference": {"id": (..., TEXT)},
 }
-OPTIONAL_TOOLS = ("namespace", "web_search")  # codex sends them to every model, and works without them
-# An item of text: its list of parts, its one part, and the events of both the part and the text. Thinking is a summary,
-# as all clients show that, and few show reasoning_text.
+ITEM_PART: Table = {
+    "type": (..., one_of(("input_text", "output_text", "text", "summary_text", "reasoning_text"))),
+    "text": (..., TEXT),
+}
+
+# Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any
+# level, with the values that ask for nothing.
+UNSUPPORTED: dict[str, list[Any]] = {
+    "add_special_tokens": [False],
+    "allowed_token_ids": [],
+    "audio": [],
+    "bad_words": [[]],
+    "best_of": [1],
+    "chat_template": [],
+    "chat_template_kwargs": [{}],
+    "documents": [[]],
+    "dry_multiplier": [0],
+    "ebnf": [],
+    "echo": [False],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "grammar": [""],
+    "guided_choice": [],
+    "guided_grammar": [],
+    "guided_json": [],
+    "guided_regex": [],
+    "include_stop_str_in_output": [False],
+    "json_schema": [],
+    "mirostat": [0],
+    "mirostat_mode": [0],
+    "modalities": [["text"]],
+    "n_predict": [],
+    "prompt_logprobs": [],
+    "regex": [],
+    "repeat_penalty": [1],
+    "return_token_ids": [False],
+    "skip_special_tokens": [True],
+    "stop_regex": [[], ""],
+    "structural_tag": [],
+    "suffix": [""],
+    "top_logprobs": [0],
+    "truncate_prompt_tokens": [],
+    "typical_p": [1],
+    "use_beam_search": [False],
+    "web_search_options": [],
+    "xtc_probability": [0],
+}
+RESPONSES_UNSUPPORTED: dict[str, list[Any]] = {
+    **UNSUPPORTED,
+    "background": [False],
+    "conversation": [],
+    "logprobs": [False],
+    "max_tokens": [],
+    "messages": [],
+    "n": [1],
+    "previous_response_id": [],
+    "prompt": [],
+    "response_format": [],
+    "store": [False],
+    "truncation": ["disabled"],
+}
+
+# handles a field that a table does not have: its path, name and value
+Unknown = Callable[[str, str, Any, Table], None]
+
+
+def refuse_unknown(path: str, name: str, value: Any, table: Table) -> None:
+    """POST /chat is our own API: refuse every unknown field, and suggest the nearest."""
+    near = [known for known in table if known.startswith(name)] or difflib.get_close_matches(
+        name, table, 1
+    )
+    hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(table)}"
+    raise ApiError(400, f"unknown field {printable(path)}: {hint}", printable(path))
+
+
+def refuse_unsupported(path: str, name: str, value: Any, table: Table) -> None:
+    """Other people's programs choose these fields: refuse what would change the answer, and ignore
+    the rest.
+    """
+    unsupported = RESPONSES_UNSUPPORTED if table is RESPONSES else UNSUPPORTED
+    if name in unsupported and value not in unsupported[name]:
+        cure = STATELESS if name in ("previous_response_id", "conversation") else "leave it out"
+        raise ApiError(400, f"{path} is not supported here: {cure}", path, "unsupported_parameter")
+
+
+STATELESS = "the server keeps no answers, so send the whole conversation as input"
+
+
+def check(
+    body: Any, table: Table, where: str = "", unknown: Unknown = refuse_unsupported
+) -> dict[str, Any]:
+    """Check a JSON object and fill in the defaults; null counts as absent. Raises ApiError."""
+    if not isinstance(body, dict):
+        raise ApiError(
+            400, f"{where or 'the body'} must be a JSON object, not {shown(body)}", where or None
+        )
+    prefix = f"{where}." if where else ""
+    for name, value in body.items():
+        if name not in table and value is not None:
+            unknown(f"{prefix}{name}", name, value, table)
+    fields = {}
+    for name, (default, (must, fits)) in table.items():
+        value, path = body.get(name), f"{prefix}{name}"
+        if value is None and default is ...:
+            raise ApiError(400, f"{path} is missing: it must be {must}", path)
+        if value is not None and not fits(value):
+            raise ApiError(400, f"{path} must be {must}, not {shown(value)}", path)
+        fields[name] = default if value is None else value
+    return fields
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """The object in a text of JSON; None if there is none. No text counts as an empty object."""
+    with contextlib.suppress(ValueError):
+        value = from_json(text or "{}")
+        return value if isinstance(value, dict) else None
+    return None
+
+
+# ==================================================================================================
+# Requests
+# ==================================================================================================
+
+
+@dataclass
+class Asked:
+    """What a body asks for, in no dialect's words. Every default is filled in."""
+
+    messages: list[Message] = field(default_factory=list)  # a conversation; or
+    prompts: Sequence[str | list[int]] | None = None  # plain texts, or token ids
+    special_tokens: bool = True  # those that begin a plain text
+    begun: str = ""  # the start of the answer, which the model continues
+    tools: list[Message] = field(default_factory=list)  # for the chat template
+    functions: Sequence[Function] = ()  # that may be called
+    forced: bool = False  # a call must come
+    several: bool = True  # calls may come
+    form: Form | None = None  # of the answer
+    thinks: bool = False  # the template's enable_thinking
+    limit: int | None = None  # tokens of the answer; None: the rest of the context
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: Sequence[str] = ()
+    stop_tokens: frozenset[int] = frozenset()  # beside the model's own
+    ignore_eos: bool = False  # the model's own do not end the answer
+    n: int = 1  # answers to each prompt
+    echo: bool = False  # the prompt comes before the answer
+    stream: bool = False
+    usage: bool = False  # a stream ends with it
+    said: str = ""  # what the answer repeats: /chat's prompt, or a response's fields in JSON
+    prompt_name: str = "messages"  # the field that has the prompt, for errors
+
+
+class Model(NamedTuple):
+    """What requests need to know of the model that is served."""
+
+    name: str
+    tokenizer: Tokenizer
+    grammars: Grammars
+    defaults: Mapping[str, float]  # of the sampling, by the checkpoint
+    max_seq_len: int
+    slot_share: int  # tokens that all slots can hold at the same time
+    scores_prompts: bool
+
+
+# A reader for each dialect: JSON to what it asks for. Each raises ApiError.
+
+
+def read_chat(body: Any, model: Model) -> Asked:
+    """The body of POST /chat."""
+    fields = check(body, CHAT, unknown=refuse_unknown)
+    messages, prompt = fields["messages"], fields["prompt"]
+    if messages is not None and prompt is not None:
+        raise ApiError(400, "send prompt or messages, not both")
+    if messages is None and prompt is None:
+        example = '{"prompt": "Hello!"}'
+        raise ApiError(400, f"send prompt, a string, or messages, a list: for example {example}")
+    if messages is None:
+        messages = [{"role": "user", "content": prompt}]
+    chat = read_messages(messages, CHAT_ROLES, refuse_unknown)
+    said = chat[-1]["content"]
+    if fields["system"] is not None:
+        chat = [{"role": "system", "content": fields["system"]}, *chat]
+    return Asked(
+        messages=chat,
+        thinks=read_thinking(fields, model),
+        limit=fields["max_tokens"],
+        sampling=read_sampling(fields, {}),
+        stop=as_list(fields["stop"]),
+        stream=fields["stream"],
+        said=said,
+        prompt_name="prompt" if prompt else "messages",
+    )
+
+
+def read_chat_completions(body: Any, model: Model) -> Asked:
+    """The body of POST /v1/chat/completions:
+    https://platform.openai.com/docs/api-reference/chat/create
+    """
+    fields = check(body, CHAT_COMPLETIONS)
+    if fields["top_logprobs"] and not fields["logprobs"]:
+        raise ApiError(400, "top_logprobs needs logprobs: send logprobs as true", "top_logprobs")
+    chat = read_messages(fields["messages"], OPENAI_ROLES)
+    continues = fields["continue_final_message"]
+    if fields["add_generation_prompt"] is continues:
+        name = "add_generation_prompt"
+        raise ApiError(
+            400, f"{name} must be the opposite of continue_final_message: leave it out", name
+        )
+    if continues and chat[-1]["role"] != "assistant":
+        raise ApiError(
+            400, "continue_final_message needs a last message of the assistant", "messages"
+        )
+    asked = read_common(fields, model)
+    asked.begun = chat.pop()["content"] if continues else ""
+    asked.messages = chat
+    asked.thinks = read_thinking(fields, model)
+    asked.limit = fields["max_completion_tokens"] or fields["max_tokens"]
+    asked.sampling = read_sampling(
+        fields, model.defaults, fields["top_logprobs"] if fields["logprobs"] else None
+    )
+    read_tools(asked, fields, model)
+    return asked
+
+
+def read_completions(body: Any, model: Model) -> Asked:
+    """The body of POST /v1/completions: the model continues a plain text, without a chat format."""
+    fields = check(body, COMPLETIONS)
+    asked = read_common(fields, model)
+    asked.prompts = prompts(fields["prompt"])
+    asked.special_tokens = fields["add_special_tokens"]
+    asked.limit = fields["max_tokens"]
+    asked.sampling = read_sampling(
+        fields, model.defaults, None if fields["logprobs"] is False else fields["logprobs"]
+    )
+    asked.echo = fields["echo"]
+    asked.prompt_name = "prompt"
+    return asked
+
+
+def read_responses(body: Any, model: Model) -> Asked:
+    """The body of POST /v1/responses: https://platform.openai.com/docs/api-reference/responses"""
+    fields = check(body, RESPONSES)
+    text = check(fields["text"], {"format": ({"type": "text"}, OBJECT)}, "text")
+    functions = []
+    for i, tool in enumerate(fields["tools"]):
+        if isinstance(tool, dict) and tool.get("type") in OPTIONAL_TOOLS:
+            logger.debug("tools[%d] is left out: its type is %s", i, tool["type"])
+        else:
+            functions.append(
+                nested(tool, "function", {"type": (..., TYPE), **FUNCTION}, f"tools[{i}]")
+            )
+    choice, form = fields["tool_choice"], text["format"]
+    if isinstance(choice, dict):
+        choice = nested(choice, "function", {"type": (..., TYPE), **NAMED}, "tool_choice")
+    table = {
+        "type": RESPONSE_FORMAT["type"],
+        **(JSON_SCHEMA if form.get("type") == "json_schema" else {}),
+    }
+    form = nested(form, "json_schema", table, "text.format")
+    asked = read_common({**fields, "response_format": form}, model)
+    asked.messages = read_items(fields["instructions"], fields["input"])
+    asked.thinks = read_thinking(fields, model)
+    asked.limit = fields["max_output_tokens"]
+    asked.sampling = read_sampling(fields, model.defaults)
+    asked.prompt_name = "input"
+    read_tools(asked, {**fields, "tools": functions, "tool_choice": choice}, model)
+    repeated = (
+        "instructions",
+        "max_output_tokens",
+        "metadata",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+    )
+    said = {name: fields[name] for name in repeated}
+    said |= {"text": text, "temperature": asked.sampling.temperature, "top_p": asked.sampling.top_p}
+    asked.said = "".join(json.JSONEncoder().iterencode(said))
+    return asked
+
+
+# What readers have in common.
+
+
+def read_common(fields: dict[str, Any], model: Model) -> Asked:
+    """What the dialects of OpenAI say in the same words."""
+    check_model(fields["model"] or model.name, model.name)
+    options = check(fields["stream_options"], {"include_usage": (False, FLAG)}, "stream_options")
+    model.tokenizer.check_tokens(fields["stop_token_ids"], "stop_token_ids")
+    model.tokenizer.check_tokens(map(int, fields["logit_bias"]), "logit_bias")
+    return Asked(
+        form=read_form(fields),
+        stop=as_list(fields["stop"]),
+        stop_tokens=frozenset(fields["stop_token_ids"]),
+        ignore_eos=fields["ignore_eos"],
+        n=fields.get("n", 1),
+        stream=fields["stream"],
+        usage=options["include_usage"],
+    )
+
+
+def read_sampling(
+    fields: dict[str, Any], defaults: Mapping[str, float], logprobs: int | None = None
+) -> SamplingParams:
+    """How the tokens are drawn: by the body, or else by the model's own defaults."""
+    names = (item.name for item in dataclasses.fields(SamplingParams))
+    given = {
+        name: fields[name] for name in names if fields.get(name) is not None and name != "logprobs"
+    }
+    params = SamplingParams(**{**defaults, **given, "logprobs": logprobs})
+    # As in vLLM and llama.cpp, -1 stands for no seed and for no top_k.
+    return dataclasses.replace(
+        params,
+        top_k=max(0, int(params.top_k)),
+        seed=None if params.seed == -1 else params.seed,
+        logit_bias={int(token): bias for token, bias in params.logit_bias.items()},
+    )
+
+
+def read_thinking(fields: dict[str, Any], model: Model) -> bool:
+    """Whether the model is to think before it answers."""
+    thinks: bool = fields["chat_template_kwargs"].get("enable_thinking", False)
+    if thinks and not model.tokenizer.thinks:
+        raise ApiError(
+            400,
+            "this model's template has no enable_thinking: leave it out",
+            "chat_template_kwargs",
+        )
+    return thinks
+
+
+def read_messages(
+    messages: list[Any], roles: Mapping[str, Table], unknown: Unknown = refuse_unsupported
+) -> list[Message]:
+    """The messages for the chat template."""
+    chat: list[Message] = []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        role = message.get("role") if isinstance(message, dict) else None
+        table = roles.get(role, MESSAGE) if isinstance(role, str) else MESSAGE
+        fields = check(message, {"role": (..., one_of(roles)), **table}, where, unknown)
+        fields["content"] = read_text(fields["content"], PART, f"{where}.content", unknown)
+        fields["role"] = "system" if role == "developer" else role
+        if calls := fields.get("tool_calls"):
+            fields["tool_calls"] = [
+                read_call(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(calls)
+            ]
+        if "tool_call_id" in fields:
+            fields["tool_call_id"] = short_id(fields["tool_call_id"])
+        chat.append({name: value for name, value in fields.items() if value or name == "content"})
+    return chat
+
+
+def read_text(content: Any, table: Table, where: str, unknown: Unknown = refuse_unsupported) -> str:
+    """The text of a string or of a list of parts."""
+    if not isinstance(content, list):
+        return str(content)
+    return "".join(
+        check(part, table, f"{where}[{j}]", unknown)["text"] for j, part in enumerate(content)
+    )
+
+
+def read_call(call: Any, where: str) -> Message:
+    """A tool call of a message for the chat template."""
+    fields = check(call, CALL, where)
+    function = check(fields["function"], CALLED, f"{where}.function")
+    function["arguments"] = json_object(function["arguments"])
+    return {"id": short_id(fields["id"]), "type": "function", "function": function}
+
+
+def read_tools(asked: Asked, fields: dict[str, Any], model: Model) -> None:
+    """The functions that the model may call, by tools and tool_choice."""
+    functions, tools = [], []
+    for i, tool in enumerate(fields["tools"]):
+        function = check(tool, TOOL, f"tools[{i}]")["function"]
+        functions.append(Function(**check(function, FUNCTION, f"tools[{i}].function")))
+        # `strict` is not for the model.
+        tools.append(
+            {
+                **tool,
+                "function": {name: value for name, value in function.items() if name != "strict"},
+            }
+        )
+    choice = fields["tool_choice"]
+    if choice == "none" or (not functions and choice == "auto"):
+        return
+    if "tools" not in model.tokenizer.template.source:
+        raise ApiError(400, "this model's chat template has no tools: leave them out", "tools")
+    if isinstance(choice, dict):
+        named = check(choice, TOOL, "tool_choice")["function"]
+        name = check(named, NAMED, "tool_choice.function")["name"]
+        functions = [function for function in functions if function.name == name]
+    if not functions:
+        raise ApiError(
+            400, "tool_choice asks for a function that is not in tools: add it there", "tool_choice"
+        )
+    asked.tools, asked.functions = tools, functions
+    asked.forced = choice != "auto"
+    asked.several = fields["parallel_tool_calls"] and not isinstance(choice, dict)
+
+
+def read_form(fields: dict[str, Any]) -> Form | None:
+    """What the answer must be, by response_format or structured_outputs; None: any text."""
+    asked = check(fields["response_format"], RESPONSE_FORMAT, "response_format")
+    where = "structured_outputs"
+    outputs = check(fields[where], STRUCTURED_OUTPUTS, where)
+    if outputs.pop("json_object"):
+        outputs["json"] = outputs["json"] or {"type": "object"}
+    forms = [Form(kind, value) for kind, value in outputs.items() if value is not None]  # type: ignore[arg-type]
+    if asked["type"] == "json_object":
+        forms.append(Form("json", asked["schema"], strict=False))
+    if asked["type"] == "json_schema":
+        inner = check(asked["json_schema"], JSON_SCHEMA, "response_format.json_schema")
+        forms.append(Form("json", inner["schema"], inner["strict"]))
+    if len(forms) > 1:
+        raise ApiError(400, f"{where} and response_format ask for several forms: send one", where)
+    return forms[0] if forms else None
+
+
+# codex sends them to every model, and works without them
+OPTIONAL_TOOLS = ("namespace", "web_search")
+
+
+def nested(value: Any, name: str, table: Table, where: str) -> dict[str, Any]:
+    """Chat's form of an object of a response: all but its type stands one level deeper, as
+    `name`.
+    """
+    check(value, table, where)
+    return {
+        "type": value["type"],
+        name: {k: v for k, v in value.items() if k != "type" and v is not None},
+    }
+
+
+def read_items(instructions: str | None, items: Any) -> list[Message]:
+    """A response's input as messages: one for the items of a role in a row, as some templates want
+    it.
+    """
+    if not isinstance(items, list):
+        items = [{"role": "user", "content": items}]
+    chat: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
+    for i, item in enumerate(items):
+        message, last = read_item(item, f"input[{i}]"), chat[-1] if chat else {}
+        if message["role"] == "tool" or message["role"] != last.get("role"):
+            chat.append(message)
+            continue
+        for name in ("content", "reasoning_content"):
+            texts = [text for text in (last.get(name), message.get(name)) if text]
+            last[name] = "\n\n".join(texts)
+        last["tool_calls"] = last.get("tool_calls", []) + message.get("tool_calls", [])
+    return [
+        {name: value for name, value in message.items() if value or name == "content"}
+        for message in chat
+    ]
+
+
+def read_item(item: Any, where: str) -> Message:
+    """An item of a response's input as a message."""
+    kind = check(item, {"type": ("message", one_of(ITEMS))}, where)["type"]
+    fields = check(item, ITEMS[kind], where)
+    if kind == "item_reference" and not fields["id"].startswith("reasoning_"):
+        sdk = "the AI SDK does with providerOptions: {openai: {store: false}}"
+        raise ApiError(
+            400,
+            f"{where} is an item_reference: {STATELESS} ({sdk})",
+            where,
+            "unsupported_parameter",
+        )
+    names = ("content", "summary", "output")
+    text = {name: read_text(fields.get(name, ""), ITEM_PART, f"{where}.{name}") for name in names}
+    if kind == "message":
+        role = "system" if fields["role"] == "developer" else fields["role"]
+        return {"role": role, "content": text["content"]}
+    if kind == "function_call":
+        call = read_call({"id": fields["call_id"], "function": fields}, where)
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
+    if kind == "function_call_output":
+        return {
+            "role": "tool",
+            "tool_call_id": short_id(fields["call_id"]),
+            "content": text["output"],
+        }
+    # The AI SDK only refers to earlier thinking, which can be missing.
+    return {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": text["content"] or text["summary"],
+    }
+
+
+def short_id(identity: str) -> str:
+    """The id of a tool call in nine letters or digits, as Mistral's templates want it."""
+    if re.fullmatch("[0-9A-Za-z]{9}", identity):
+        return identity
+    return hashlib.sha256(identity.encode(errors="replace")).hexdigest()[:9]
+
+
+def check_model(name: str, served: str) -> None:
+    """Raise ApiError unless `name` is the served model's. Either may be NAME or OWNER/NAME."""
+    if name.rpartition("/")[2] != served.rpartition("/")[2]:
+        message = (
+            f"there is no model {printable(name)} here: leave the model out, or ask for {served}"
+        )
+        raise ApiError(404, message, "model", "model_not_found")
+
+
+# From what is asked for to requests.
+
+SCORED_ENTRIES = (
+    500_000  # log-probabilities of prompts in one answer, which take about 100 bytes each
+)
+
+
+def prompt_tokens(asked: Asked, tokenizer: Tokenizer) -> list[list[int]]:
+    """The token ids of each prompt. Raises ApiError."""
+    if asked.prompts is None:
+        tokens = tokenizer.encode_chat(asked.messages, asked.tools, asked.thinks)
+        encoded = [tokens + tokenizer.encode_text(asked.begun)]
+    else:
+        encode = tokenizer.encode_document if asked.special_tokens else tokenizer.encode_text
+        encoded = [
+            encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts
+        ]
+    for prompt in encoded:
+        tokenizer.check_tokens(prompt, asked.prompt_name)
+    return encoded
+
+
+def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[Request]:
+    """The requests of a body: `n` for each prompt, whose tokens are `encoded`. Raises ApiError."""
+    for prompt in encoded:
+        check_prompt(asked, prompt, model)
+    scored = asked.echo and asked.sampling.logprobs is not None
+    if scored:
+        check_scores(asked, encoded, model)
+    state = answer_state(asked, encoded[0], model.tokenizer)
+    rules = find_rules(asked, state, model)
+    stop_tokens = asked.stop_tokens | {END}
+    if rules or not asked.ignore_eos:
+        stop_tokens |= model.tokenizer.stop_tokens
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    requests = []
+    for index, prompt in enumerate(prompt for prompt in encoded for _ in range(asked.n)):
+        sampling = asked.sampling
+        if sampling.seed is not None:  # as in vLLM, the `n` answers differ
+            sampling = dataclasses.replace(sampling, seed=sampling.seed + index % asked.n)
+        constraint = rules() if rules else None
+        request = Request(
+            prompt=prompt,
+            max_tokens=answer_limit(asked, prompt, model),
+            sampler=Sampler(sampling, prompt, stop_tokens, constraint),
+            stop_tokens=stop_tokens,
+            reader=new_reader(asked, state, model.tokenizer),
+            index=index,
+            scored=scored,
+            events=events,
+        )
+        if scored:
+            events.put(Event(index, "prompt", Token(prompt[0])))
+        requests.append(request)
+    return requests
+
+
+def find_rules(asked: Asked, state: str, model: Model) -> Callable[[], Constraint] | None:
+    """Makes the Constraint of each answer; None: nothing rules them. Raises ApiError."""
+    # Where thinking is not asked for, a grammar holds from the start.
+    thinking = state if state == "thinking" or asked.thinks else "text"
+    rules = constrain(
+        model.tokenizer,
+        model.grammars,
+        asked.functions,
+        asked.form,
+        asked.forced,
+        asked.several,
+        thinking,
+    )
+    if rules and asked.sampling.min_tokens:
+        cure = "min_tokens does not go with tools or a response format: leave it out"
+        raise ApiError(400, cure, "min_tokens")
+    return rules
+
+
+def new_reader(asked: Asked, state: str, tokenizer: Tokenizer) -> Reader:
+    """The reader of an answer."""
+    return Reader(
+        tokenizer,
+        asked.stop,
+        state,
+        functions=[function.name for function in asked.functions],
+        several=asked.several,
+        marked=not asked.forced and resembles_call(asked.form),
+        chat=asked.prompts is None,
+    )
+
+
+def answer_limit(asked: Asked, prompt: list[int], model: Model) -> int:
+    """How many tokens an answer may have.
+
+    A slot's cache is reserved for the whole answer before it starts. If the cache cannot hold the
+    full context for all slots at once, as on a card, an answer without a limit gets its slot's
+    share.
+    """
+    limit = max(model.slot_share, 1024) if asked.limit in (None, -1) else asked.limit
+    return min(limit, model.max_seq_len - len(prompt))
+
+
+def answer_state(asked: Asked, prompt: list[int], tokenizer: Tokenizer) -> str:
+    """The Reader's state at the start of the answer.
+
+    Some chat templates end the prompt with the opening tag.
+    """
+    if asked.begun or asked.prompts is not None:
+        return "text"
+    begun = tokenizer.decode(prompt[-8:]).rstrip().endswith(tokenizer.think_tags[0].encode())
+    return "thinking" if begun else "opening"
+
+
+def check_prompt(asked: Asked, prompt: list[int], model: Model) -> None:
+    """Raise ApiError for a prompt that leaves no room for an answer."""
+    if not prompt:
+        raise ApiError(400, "the prompt is empty: send text", asked.prompt_name)
+    context = model.max_seq_len
+    if len(prompt) >= context:
+        message = f"the prompt has {len(prompt)} tokens, but the context holds {context} in all: shorten the prompt"
+        raise ApiError(400, message, asked.prompt_name, "context_length_exceeded")
+
+
+def check_scores(asked: Asked, encoded: list[list[int]], model: Model) -> None:
+    """Raise ApiError if the log-probabilities of these prompts cannot be told."""
+    if not model.scores_prompts:
+        message = "echo with logprobs is not supported on a card: leave one of them out"
+        raise ApiError(400, message, "echo", "unsupported_parameter")
+    entries = sum(map(len, encoded)) * asked.n * (1 + (asked.sampling.logprobs or 0))
+    if entries > SCORED_ENTRIES:
+        allowed = f"and {SCORED_ENTRIES} are allowed"
+        message = f"these prompts have {entries} log-probabilities, {allowed}: send fewer prompts"
+        raise ApiError(400, message, "prompt")
+
+
+def tokenize(body: Any, model: Model) -> dict[str, Any]:
+    """The answer to vLLM's /tokenize: the ids of a text, or of a chat. Raises ApiError."""
+    if isinstance(body, dict) and "prompt" in body:
+        fields = check(body, {"prompt": (..., TEXT), "add_special_tokens": (True, FLAG)})
+        asked = Asked(prompts=[fields["prompt"]], special_tokens=fields["add_special_tokens"])
+    else:
+        asked = read_chat_completions(body, model)
+    (tokens,) = prompt_tokens(asked, model.tokenizer)
+    return {"count": len(tokens), "max_model_len": model.max_seq_len, "tokens": tokens}
+
+
+def detokenize(body: Any, model: Model) -> dict[str, Any]:
+    """The answer to vLLM's /detokenize: the text of token ids. Raises ApiError."""
+    tokens = check(body, {"tokens": (..., IDS)})["tokens"]
+    model.tokenizer.check_tokens(tokens, "tokens")
+    return {"prompt": model.tokenizer.decode(tokens).decode(errors="replace")}
+
+
+# ==================================================================================================
+# Writers
+# ==================================================================================================
+
+
+class Writer(Protocol):
+    """Writes the answers to one body, in one dialect.
+
+    A whole answer is what its pieces add up to. The requests may wait for long, so a writer keeps
+    what it needs of `asked`, and nothing of the body.
+    """
+
+    content_type: str  # of a stream
+
+    def begin(self) -> bytes:
+        """The start of a stream, before the first piece."""
+
+    def add(self, request: Request, piece: Piece) -> bytes:
+        """Add a piece to the answer; returns what a stream says of it."""
+
+    def close(self) -> bytes:
+        """The end of a stream."""
+
+    def whole(self) -> dict[str, Any]:
+        """The answer that is not streamed, once all pieces have been added."""
+
+    def broken(self, error: ApiError) -> bytes:
+        """The end of a stream that breaks off."""
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    """`value` as one line of JSON in UTF-8."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def long_json(value: dict[str, Any]) -> bytes:
+    """As to_json, in small steps: to write megabytes in one would stop all other threads."""
+    pieces = json.JSONEncoder(ensure_ascii=False).iterencode(value)
+    return "".join(pieces).encode(errors="replace") + b"\n"
+
+
+def server_sent(value: dict[str, Any]) -> bytes:
+    """`value` as a server-sent event."""
+    return b"data: " + to_json(value) + b"\n"
+
+
+def plain_error(error: ApiError) -> dict[str, Any]:
+    """The body of an error, in our own form."""
+    return {"error": str(error)}
+
+
+def openai_error(error: ApiError) -> dict[str, Any]:
+    """The body of an error, in OpenAI's form."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {
+        "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    }
+
+
+class ChatWriter:
+    """POST /chat: one JSON object; in a stream, one a line."""
+
+    content_type = "application/x-ndjson"
+
+    def __init__(self, model: Model, asked: Asked, requests: Sequence[Request]) -> None:
+        self.said = asked.said
+        (self.request,) = requests
+
+    def begin(self) -> bytes:
+        return b""
+
+    def add(self, request: Request, piece: Piece) -> bytes:
+        if piece.kind == "end":
+            return to_json({"done": True, **self.whole()})
+        return to_json({"thinking" if piece.kind == "thinking" else "response": piece.text})
+
+    def close(self) -> bytes:
+        return b""
+
+    def whole(self) -> dict[str, Any]:
+        request, reader = self.request, self.request.reader
+        thinking = {"thinking": reader.thinking} if reader.thinking else {}
+        return {
+            "success": True,
+            "prompt": self.said,
+            **thinking,
+            "response": reader.text,
+            "tokens_generated": reader.count,
+            "time_seconds": round(request.seconds, 3),
+            "tokens_per_second": request.speed,
+            "prompt_tokens": len(request.prompt),
+            "time_to_first_token_seconds": request.wait,
+            "finish_reason": reader.finish,
+        }
+
+    def broken(self, error: ApiError) -> bytes:
+        return to_json(plain_error(error))
+
+
+# What OpenAI's dialects have in common.
+
+
+def new_head(prefix: str, model: Model) -> dict[str, Any]:
+    """What every object of an answer repeats."""
+    return {"id": f"{prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
+
+
+def spelled(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
+    """The name of a token in lists of log-probabilities, and its UTF-8."""
+    text = tokenizer.decode([token])
+    return text.decode(
+        errors="backslashreplace"
+    ) or f"token_id:{token}", text  # vLLM's, for a special token
+
+
+class ChatChoice:
+    """A choice of POST /v1/chat/completions: a message."""
+
+    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, tokenizer: Tokenizer, asked: Asked, request: Request) -> None:
+        self.tokenizer, self.request = tokenizer, request
+        self.logprobs = asked.sampling.logprobs is not None
+        self.entries: list[dict[str, Any]] = []  # of log-probabilities
+        self.told = -1  # the number of the last call that a stream has begun
+        self.reason: str | None = None  # why the answer has ended
+
+    def begin(self) -> list[dict[str, Any]]:
+        return [self._choice("delta", {"role": "assistant", "content": ""})]
+
+    def add(self, piece: Piece) -> dict[str, Any]:
+        tokens = [token for token in piece.tokens if token.id not in self.request.stop_tokens]
+        entries = [self._entry(token) for token in tokens] if self.logprobs else []
+        self.entries += entries
+        if piece.kind == "end":
+            called = self.request.reader.calls and piece.text == "stop"
+            self.reason = "tool_calls" if called else piece.text
+        return self._choice("delta", self._delta(piece), entries)
+
+    def whole(self) -> dict[str, Any]:
+        reader = self.request.reader
+        message: dict[str, Any] = {"role": "assistant", "content": reader.text, "refusal": None}
+        if reader.thinking:
+            message["reasoning_content"] = reader.thinking  # vLLM's name
+        if reader.calls:
+            message["content"] = reader.text or None
+            message["tool_calls"] = [self._call(call, call.arguments) for call in reader.calls]
+        return self._choice("message", message, self.entries)
+
+    def _choice(
+        self, name: str, content: dict[str, Any], entries: Sequence[dict[str, Any]] = ()
+    ) -> dict[str, Any]:
+        return {
+            "index": self.request.index,
+            name: content,
+            "logprobs": {"content": entries, "refusal": None} if entries else None,
+            "finish_reason": self.reason,
+        }
+
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        """What a piece adds to the message."""
+        if piece.kind == "end":
+            return {}
+        if piece.kind in ("thinking", "text"):
+            return {"reasoning_content" if piece.kind == "thinking" else "content": piece.text}
+        more: dict[str, Any] = {"function": {"arguments": piece.text}}
+        if piece.kind == "call":
+            self.told += 1
+            more = self._call(self.request.reader.calls[self.told], "")
+        return {"tool_calls": [{"index": self.told, **more}]}
+
+    def _call(self, call: Call, arguments: str) -> dict[str, Any]:
+        function = {"name": call.name, "arguments": arguments}
+        return {"id": call.id, "type": "function", "function": function}
+
+    def _entry(self, token: Token) -> dict[str, Any]:
+        """A token's entry in the list of log-probabilities."""
+
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            name, text = spelled(self.tokenizer, token)
+            return {"token": name, "logprob": logprob, "bytes": list(text)}
+
+        top = [entry(*likely) for likely in token.likely]
+        return {**entry(token.id, token.logprob), "top_logprobs": top}
+
+
+class TextChoice:
+    """A choice of POST /v1/completions: a text, with its log-probabilities by the offset of each
+    token.
+    """
+
+    prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, tokenizer: Tokenizer, asked: Asked, request: Request) -> None:
+        self.tokenizer, self.index = tokenizer, request.index
+        self.logprobs = asked.sampling.logprobs is not None
+        self.text = ""
+        self.entries: dict[str, list[Any]] = {}  # of log-probabilities
+        self.reason: str | None = None  # why the answer has ended
+        self.echo, self.offset = "", 0  # characters up to the next token
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        if asked.echo and asked.prompts:
+            prompt = asked.prompts[request.index // asked.n]
+            decoded = tokenizer.decode(request.prompt).decode(errors="replace")
+            self.echo = prompt if isinstance(prompt, str) else decoded
+            # SentencePiece puts a space before a prompt
+            self.offset = len(self.echo) - len(decoded)
+
+    def begin(self) -> list[dict[str, Any]]:
+        return []
+
+    def add(self, piece: Piece) -> dict[str, Any]:
+        text, self.echo = self.echo, ""
+        if piece.kind == "end":
+            self.reason = piece.text
+        else:
+            text += piece.text
+        self.text += text
+        entries = self._entries(piece.tokens) if self.logprobs and piece.tokens else {}
+        for name, new in entries.items():
+            self.entries.setdefault(name, []).extend(new)
+        return self._choice(text, entries)
+
+    def whole(self) -> dict[str, Any]:
+        return self._choice(self.text, self.entries)
+
+    def _choice(self, text: str, entries: dict[str, list[Any]]) -> dict[str, Any]:
+        return {
+            "index": self.index,
+            "text": text,
+            "logprobs": entries or None,
+            "finish_reason": self.reason,
+        }
+
+    def _entries(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
+        offsets, names, tops = [], [], []
+        for token in tokens:
+            name, text = spelled(self.tokenizer, token.id)
+            names.append(name)
+            offsets.append(max(0, self.offset))
+            self.offset += len(self.decode(text))
+            likely = {spelled(self.tokenizer, other)[0]: logprob for other, logprob in token.likely}
+            own = {} if token.logprob is None else {name: token.logprob}
+            tops.append(likely | own or None)
+        return {
+            "text_offset": offsets,
+            "tokens": names,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": tops,
+        }
+
+
+class ChoicesWriter:
+    """OpenAI's JSON or server-sent events with a list of choices, one for each request."""
+
+    content_type = "text/event-stream"
+
+    def __init__(
+        self,
+        choice: type[ChatChoice] | type[TextChoice],
+        model: Model,
+        asked: Asked,
+        requests: Sequence[Request],
+    ) -> None:
+        self.head = new_head(choice.prefix, model)
+        self.choice = choice
+        self.choices = [choice(model.tokenizer, asked, request) for request in requests]
+        self.requests, self.n, self.usage = requests, asked.n, asked.usage
+
+    def begin(self) -> bytes:
+        return b"".join(self._chunk(first) for choice in self.choices for first in choice.begin())
+
+    def add(self, request: Request, piece: Piece) -> bytes:
+        return self._chunk(self.choices[request.index].add(piece))
+
+    def close(self) -> bytes:
+        usage = self._chunk(usage=self._usage()) if self.usage else b""
+        return usage + b"data: [DONE]\n\n"
+
+    def whole(self) -> dict[str, Any]:
+        choices = [choice.whole() for choice in self.choices]
+        answer = {"object": self.choice.whole_object, "choices": choices, "usage": self._usage()}
+        return {**self.head, **answer}
+
+    def broken(self, error: ApiError) -> bytes:
+        return server_sent(openai_error(error))
+
+    def _chunk(self, *choices: dict[str, Any], **more: Any) -> bytes:
+        chunk = {"object": self.choice.chunk_object, "choices": choices, **more}
+        return server_sent({**self.head, **chunk})
+
+    def _usage(self) -> dict[str, Any]:
+        """The tokens of all requests. The `n` answers to a prompt share it."""
+        first = self.requests[:: self.n]
+        prompt = sum(len(request.prompt) for request in first)
+        count = sum(request.reader.count for request in self.requests)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": count,
+            "total_tokens": prompt + count,
+            "prompt_tokens_details": {"cached_tokens": sum(request.cached for request in first)},
+        }
+
+
+# An item of text: its list of parts, its one part, and the events of both the part and the text.
+# Thinking is a summary, as all clients show that, and few show reasoning_text.
 TEXT_ITEMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "reasoning": ("summary", {"type": "summary_text"}, "reasoning_summary_part", "reasoning_summary_text"),
-    "message": ("content", {"type": "output_text", "annotations": []}, "content_part", "output_text"),
+    "reasoning": (
+        "summary",
+        {"type": "summary_text"},
+        "reasoning_summary_part",
+        "reasoning_summary_text",
+    ),
+    "message": (
+        "content",
+        {"type": "output_text", "annotations": []},
+        "content_part",
+        "output_text",
+    ),
 }
 
 
-class Responses(ChatCompletions):
-    """POST /v1/responses, OpenAI's newer API: the body becomes a chat's, and the answer a list of items.
+class ResponsesWriter:
+    """POST /v1/responses: a list of items, or the events that build it."""
 
-    Source: https://platform.openai.com/docs/api-reference/responses
-    """
+    content_type = "text/event-stream"
 
-    part: ClassVar[Table] = {
-        "type": (..., one_of(("input_text", "output_text", "text", "summary_text", "reasoning_text"))),
-        "text": (..., TEXT),
-    }
-    limit_name, messages_name = "max_output_tokens", "input"
-    example = '{"input": "Hello!"}'
-    id_prefix = "resp_"
-    close = Dialect.close
-
-    def unknown(self, name: str, value: Any, table: Table, where: str) -> None:
-        if table is RESPONSE and value not in RESPONSE_UNSUPPORTED.get(name, [value]):
-            cure = STATELESS if name in ("previous_response_id", "conversation") else "leave it out"
-            raise ApiError(400, f"{name} is not supported here: {cure}", name, "unsupported_parameter")
-        super().unknown(name, value, table, where)
-
-    def read(self, body: Any) -> list[Request]:
-        sent = self.check(body, RESPONSE)
-        sent["text"] = self.check(sent["text"], {"format": ({"type": "text"}, OBJECT)}, "text")
-        chat = {name: value for name, value in body.items() if name not in RESPONSE}
-        (request,) = super().read({**chat, **self.nested_fields(sent)})
-        fields = request.fields
-        self.response = {
-            "id": fields["id"],
+    def __init__(self, model: Model, asked: Asked, requests: Sequence[Request]) -> None:
+        (self.request,) = requests
+        self.tokenizer = model.tokenizer
+        head = new_head("resp_", model)
+        self.head = {
+            "id": head["id"],
             "object": "response",
-            "created_at": fields["created"],
-            "model": self.server.model,
-            "status": "in_progress",
-            "output": [],
-            **dict.fromkeys(("error", "incomplete_details", "usage")),
-            **{name: value for name, value in sent.items() if name not in ("input", "include")},
-            **{name: fields[name] for name in ("parallel_tool_calls", "temperature", "top_p")},
+            "created_at": head["created"],
+            "model": model.name,
         }
-        self.item: dict[str, Any] = {}  # of the output, if it is not complete
-        self.place: dict[str, Any] = {}  # of this item, as events give it
+        self.said = asked.said
+        self.output: list[dict[str, Any]] = []  # items; the last may be open
+        self.item: dict[str, Any] = {}  # the open one
+        self.place: dict[str, Any] = {}  # of it, as events give it
         self.numbers = itertools.count()  # of events
-        return [request]
 
-    def nested_fields(self, sent: dict[str, Any]) -> dict[str, Any]:
-        """Chat's fields for those of RESPONSE. Raises ApiError."""
-        form, choice, tools = sent["text"]["format"], sent["tool_choice"], []
-        named: Table = {"type": (..., TYPE), "name": (..., NONEMPTY)}
-        for i, tool in enumerate(sent["tools"]):
-            if isinstance(tool, dict) and tool.get("type") in OPTIONAL_TOOLS:
-                logger.debug("tools[%d] is left out: its type is %s", i, tool["type"])
-            else:
-                tools.append(self.nested(tool, "function", {"type": (..., TYPE), **FUNCTION}, f"tools[{i}]"))
-        schema = (... if form.get("type") == "json_schema" else None, OBJECT)
-        table: Table = {"type": RESPONSE_FORMAT["type"], "schema": schema}
-        return {
-            "messages": self.messages(sent["instructions"], sent["input"]),
-            "max_completion_tokens": sent["max_output_tokens"],
-            "tools": tools,
-            "tool_choice": choice if isinstance(choice, str) else self.nested(choice, "function", named, "tool_choice"),
-            "response_format": self.nested(form, "json_schema", table, "text.format"),
-        }
+    def begin(self) -> bytes:
+        response = self._response("in_progress")
+        return self._event("created", response=response) + self._event(
+            "in_progress", response=response
+        )
 
-    def nested(self, value: Any, name: str, table: Table, where: str) -> dict[str, Any]:
-        """Chat's form of an object: all but its type stands one level deeper, as `name`. Raises ApiError."""
-        self.check(value, table, where)
-        return {"type": value["type"], name: {k: v for k, v in value.items() if k != "type" and v is not None}}
+    def add(self, request: Request, piece: Piece) -> bytes:
+        if piece.kind == "end":
+            status = "incomplete" if piece.text == "length" else "completed"
+            data = self._close_item(status)
+            return data + self._event(status, response=self.whole())
+        if piece.kind == "call":
+            call = request.reader.calls[
+                sum(item["type"] == "function_call" for item in self.output)
+            ]
+            return self._open_item("function_call", call_id=call.id, name=call.name, arguments="")
+        if piece.kind == "arguments":
+            self.item["arguments"] += piece.text
+            return self._event("function_call_arguments.delta", **self.place, delta=piece.text)
+        return self._say("message" if piece.kind == "text" else "reasoning", piece.text)
 
-    def messages(self, instructions: str | None, items: Any) -> list[Message]:
-        """The messages of a chat: one for the items of a role in a row, as some templates want it. Raises ApiError."""
-        items = items if isinstance(items, list) else [{"role": "user", "content": items}]
-        chat: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
-        for i, item in enumerate(items):
-            message, last = self.message(item, f"input[{i}]"), chat[-1] if chat else {}
-            if message["role"] == "tool" or message["role"] != last.get("role"):
-                chat.append(message)
-                continue
-            for name in ("content", "reasoning_content"):
-                last[name] = "\n\n".join(text for text in (last.get(name), message.get(name)) if text)
-            last["tool_calls"] = last.get("tool_calls", []) + message.get("tool_calls", [])
-        return chat
+    def close(self) -> bytes:
+        return b""
 
-    def message(self, item: Any, where: str) -> Message:
-        """An item as a message of a chat. Raises ApiError."""
-        kind = self.check(item, {"type": ("message", one_of(ITEMS))}, where)["type"]
-        fields = self.check(item, ITEMS[kind], where)
-        if kind == "item_reference" and not fields["id"].startswith("reasoning_"):
-            sdk = "the AI SDK does with providerOptions: {openai: {store: false}}"
-            raise ApiError(400, f"{where} is an item_reference: {STATELESS} ({sdk})", where, "unsupported_parameter")
-        text = {name: self.text(fields.get(name, ""), f"{where}.{name}") for name in ("content", "summary", "output")}
-        if kind == "message":
-            return {"role": self.roles[fields["role"]][0], "content": text["content"]}
-        if kind in ("reasoning", "item_reference"):  # the AI SDK only refers to earlier thinking, which can be missing
-            return {"role": "assistant", "content": "", "reasoning_content": text["content"] or text["summary"]}
-        if kind == "function_call":
-            return {"role": "assistant", "content": "", "tool_calls": [{"id": fields["call_id"], "function": fields}]}
-        return {"role": "tool", "tool_call_id": fields["call_id"], "content": text["output"]}
-
-    def whole(self, requests: Sequence[Request]) -> dict[str, Any]:
-        (request,) = requests
-        self.piece(request, Piece(request.thinking, request.answer, request.calls))
-        self.end(request)
-        return self.response
-
-    def begin(self, requests: Sequence[Request]) -> bytes:
-        return self._event("created", response=self.response) + self._event("in_progress", response=self.response)
-
-    def piece(self, request: Request, piece: Piece) -> bytes:
-        data = self._say("reasoning", piece.thinking) + self._say("message", piece.text)
-        return data + b"".join(map(self._call_item, piece.calls))
-
-    def end(self, request: Request) -> bytes:
-        cut = request.finish_reason == "length"
-        status = "incomplete" if cut else "completed"
-        data = self._close_item(status)
-        self.response |= {"status": status, "incomplete_details": {"reason": "max_output_tokens"} if cut else None}
-        prompt, count = len(request.prompt), request.count
-        thinking = min(count, len(self.server.tokenizer.encode_text(request.thinking)))
-        self.response["usage"] = {
-            "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": request.cached},
-            "output_tokens": count,
-            "output_tokens_details": {"reasoning_tokens": thinking},
-            "total_tokens": prompt + count,
-        }
-        return data + self._event(status, response=self.response)
+    def whole(self) -> dict[str, Any]:
+        cut = self.request.reader.finish == "length"
+        return self._response(
+            "incomplete" if cut else "completed",
+            incomplete_details={"reason": "max_output_tokens"} if cut else None,
+            usage=self._usage(),
+        )
 
     def broken(self, error: ApiError) -> bytes:
         # OpenAI's own clients raise the first as an exception. codex knows only the second.
-        self.response |= {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
-        top = {"code": error.code or "server_error", "message": str(error), "param": error.param}
-        return self._event("error", **self.error(error), **top) + self._event("failed", response=self.response)
+        code, message = error.code or "server_error", str(error)
+        failed = self._response("failed", error={"code": "server_error", "message": message})
+        top = {"code": code, "message": message, "param": error.param}
+        return self._event("error", **openai_error(error), **top) + self._event(
+            "failed", response=failed
+        )
+
+    def _response(self, status: str, **more: Any) -> dict[str, Any]:
+        empty = dict.fromkeys(("error", "incomplete_details", "usage"))
+        said = from_json(self.said)
+        return {**self.head, "status": status, "output": self.output, **empty, **said, **more}
+
+    def _usage(self) -> dict[str, Any]:
+        reader, prompt = self.request.reader, len(self.request.prompt)
+        thinking = min(reader.count, len(self.tokenizer.encode_text(reader.thinking)))
+        return {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": self.request.cached, "cache_write_tokens": 0},
+            "output_tokens": reader.count,
+            "output_tokens_details": {"reasoning_tokens": thinking},
+            "total_tokens": prompt + reader.count,
+        }
 
     def _say(self, kind: str, text: str) -> bytes:
         """The events of text in the open item, if it is of this kind, or else in a new one."""
-        if not text:
-            return b""
         data, (parts, part, part_event, text_event) = b"", TEXT_ITEMS[kind]
         if self.item.get("type") != kind:
             role = {"role": "assistant"} if kind == "message" else {}
@@ -3621,19 +5635,19 @@ class Responses(ChatCompletions):
         self.item[parts][0]["text"] += text
         return data + self._event(f"{text_event}.delta", **self.place, delta=text, logprobs=[])
 
-    def _call_item(self, call: Call) -> bytes:
-        """The events of a tool call."""
-        data = self._open_item("function_call", call_id=call.id, name=call.name, arguments="")
-        self.item["arguments"] = call.arguments
-        data += self._event("function_call_arguments.delta", **self.place, delta=call.arguments)
-        return data + self._close_item()
-
     def _open_item(self, kind: str, **more: Any) -> bytes:
-        data, output = self._close_item(), self.response["output"]
-        self.item = {"type": kind, "id": f"{kind}_{uuid.uuid4().hex}", "status": "in_progress", **more}
-        self.place = {"output_index": len(output), "item_id": self.item["id"]}
-        output.append(self.item)
-        return data + self._event("output_item.added", output_index=len(output) - 1, item=self.item)
+        data = self._close_item()
+        self.item = {
+            "type": kind,
+            "id": f"{kind}_{uuid.uuid4().hex}",
+            "status": "in_progress",
+            **more,
+        }
+        self.place = {"output_index": len(self.output), "item_id": self.item["id"]}
+        self.output.append(self.item)
+        return data + self._event(
+            "output_item.added", output_index=len(self.output) - 1, item=self.item
+        )
 
     def _close_item(self, status: str = "completed") -> bytes:
         item, self.item = self.item, {}
@@ -3641,47 +5655,28 @@ class Responses(ChatCompletions):
             return b""
         item["status"] = status
         if "arguments" in item:
-            data = self._event("function_call_arguments.done", **self.place, arguments=item["arguments"])
+            data = self._event(
+                "function_call_arguments.done", **self.place, arguments=item["arguments"]
+            )
         else:
             parts, _, part_event, text_event = TEXT_ITEMS[item["type"]]
             (part,) = item[parts]
             data = self._event(f"{text_event}.done", **self.place, text=part["text"], logprobs=[])
             data += self._event(f"{part_event}.done", **self.place, part=part)
-        return data + self._event("output_item.done", output_index=self.place["output_index"], item=item)
+        return data + self._event(
+            "output_item.done", output_index=self.place["output_index"], item=item
+        )
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         kind = kind if kind == "error" else f"response.{kind}"
-        return f"event: {kind}\n".encode() + self.line({"type": kind, "sequence_number": next(self.numbers), **fields})
+        event = {"type": kind, "sequence_number": next(self.numbers), **fields}
+        encode = long_json if "response" in fields else to_json
+        return f"event: {kind}\n".encode() + b"data: " + encode(event) + b"\n"
 
 
-def json_object(text: str) -> dict[str, Any] | None:
-    """The object in a text of JSON; None if there is none. No text counts as an empty object."""
-    with contextlib.suppress(ValueError):
-        value = json.loads(text or "{}")
-        return value if isinstance(value, dict) else None
-    return None
-
-
-def short_id(identity: str) -> str:
-    """The id of a tool call in nine letters or digits, as Mistral's templates want it."""
-    return re.sub("[^0-9A-Za-z]", "", identity)[-9:].rjust(9, "0")
-
-
-def check_model(name: str, served: str) -> None:
-    """Raise ApiError unless `name` is the served model's. Either may be NAME or OWNER/NAME."""
-    if name.rpartition("/")[2] != served.rpartition("/")[2]:
-        message = f"there is no model {printable(name)} here: leave the model out, or ask for {served}"
-        raise ApiError(404, message, "model", "model_not_found")
-
-
-def to_json(value: dict[str, Any]) -> bytes:
-    """`value` as one line of JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n"
-
-
-# ======================================================================================================================
+# ==================================================================================================
 # Page
-# ======================================================================================================================
+# ==================================================================================================
 
 # The chat page. It inserts what people and models write as text nodes only, never as markup.
 PAGE = r"""<!doctype html>
@@ -3874,26 +5869,31 @@ poll()
 """
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # HTTP
-# ======================================================================================================================
+# ==================================================================================================
 
-T = TypeVar("T")
 MAX_BODY = 2 << 20  # bytes: several times the longest context
 
 
 class ApiHandler(BaseHTTPRequestHandler):
-    """One connection, in a thread of its own. http.server parses the requests; this class routes and answers them."""
+    """One connection, in a thread of its own. http.server parses the requests; this class routes
+    and answers them.
+    """
 
     server: ApiServer
     protocol_version = default_request_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else an answer on a kept connection can wait 40 ms for an acknowledgement
+    disable_nagle_algorithm = (
+        True  # else an answer on a kept connection can wait 40 ms for an acknowledgement
+    )
     wbufsize = -1  # buffered: an answer, or a piece of a stream, leaves in one write
 
     def setup(self) -> None:
         super().setup()
-        self.connection.settimeout(self.server.patience + 1)  # of each read and write; a deadline comes first
-        self.deadline = math.inf  # by when a whole header or body must be here; the sweep enforces it
+        # of each read and write; a deadline comes first
+        self.connection.settimeout(self.server.patience + 1)
+        # by when a whole header or body must be here; the sweep enforces it
+        self.deadline = math.inf
         self.late = False  # the deadline has passed
         self.waiting: list[Request] = []  # the requests that are being answered
         self.refused = len(self.server.handlers) >= self.server.max_connections
@@ -3902,19 +5902,30 @@ class ApiHandler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Wait for a request, answer it and log it."""
         self.command = self.path = self.endpoint = self.route = self.outcome = ""
-        self.headers, self.request_version, self.dialect = self.MessageClass(), "HTTP/1.1", Dialect(self.server)
-        self.status, self.unread = 0, self.refused
+        self.headers, self.request_version = self.MessageClass(), "HTTP/1.1"
+        self.status, self.unread, self.body = 0, self.refused, b""
+        self.writer: Writer | None = None  # of the answer that is under way
         self.deadline = time.monotonic() + self.server.patience
         try:
             self.answer()
         except OSError:
             self.hang_up()
         if self.status:
-            route = self.route if self.route in ROUTES else "other"  # or clients could add any number of counters
+            # or clients could add any number of counters
+            route = self.route if self.route in ROUTES else "other"
             self.server.responses[route, self.status] += 1
-            level = logging.DEBUG if self.command in ("GET", "HEAD") and self.status in (200, 503) else logging.INFO
+            level = (
+                logging.DEBUG
+                if self.command in ("GET", "HEAD") and self.status in (200, 503)
+                else logging.INFO
+            )
             logger.log(
-                level, "%s %s %s%s", printable(self.command), printable(self.endpoint), self.status, self.outcome
+                level,
+                "%s %s %s%s",
+                printable(self.command),
+                printable(self.endpoint),
+                self.status,
+                self.outcome,
             )
 
     def answer(self) -> None:
@@ -3925,17 +5936,23 @@ class ApiHandler(BaseHTTPRequestHandler):
             if self.read_header():
                 self.check_site()
                 self.check_key()
-                self.respond(self.read_body())
+                self.body = self.read_body()
+                self.respond()
         except ApiError as error:
             self.send_api_error(error)
         except OSError:
             raise
         except Exception:
             logger.exception("an error in the server on %s", printable(self.path))
-            self.send_api_error(ApiError(500, "the server failed on this request: its log says why"))
+            self.send_api_error(
+                ApiError(500, "the server failed on this request: its log says why")
+            )
 
     def read_header(self) -> bool:
-        """Read the header and find the endpoint; False if the client sends no more. Raises ApiError."""
+        """Read the header and find the endpoint; False if the client sends no more.
+
+        Raises ApiError.
+        """
         self.raw_requestline = self.rfile.readline(65537)
         if len(self.raw_requestline) > 65536:
             self.send_error(414)
@@ -3946,15 +5963,22 @@ class ApiHandler(BaseHTTPRequestHandler):
         with contextlib.suppress(ValueError):
             self.endpoint = urllib.parse.urlsplit(self.path).path.rstrip("/") or "/"
         self.route = "/v1/models/NAME" if self.endpoint.startswith("/v1/models/") else self.endpoint
-        if self.endpoint.startswith(("/v1", "/tokenize", "/detokenize")):
-            own = {"/v1/completions": Completions, "/v1/responses": Responses}
-            self.dialect = own.get(self.endpoint, ChatCompletions)(self.server)
         # Refuse a header that a proxy in front could understand differently (request smuggling).
         fields = [f"{name}: {value}".lower() for name, value in self.headers.items()]
-        framing = " ".join(field for field in fields if field.startswith(("content-length:", "transfer-encoding:")))
-        known = "|content-length: [0-9]{1,18}" + "|transfer-encoding: chunked" * (self.request_version != "HTTP/1.0")
+        framing = " ".join(
+            field for field in fields if field.startswith(("content-length:", "transfer-encoding:"))
+        )
+        known = "|content-length: [0-9]{1,18}" + "|transfer-encoding: chunked" * (
+            self.request_version != "HTTP/1.0"
+        )
         folded, hosts = "\n" in "".join(fields), sum(field.startswith("host:") for field in fields)
-        malformed = self.headers.defects or folded or hosts > 1 or not re.fullmatch(known, framing) or not self.endpoint
+        malformed = (
+            self.headers.defects
+            or folded
+            or hosts > 1
+            or not re.fullmatch(known, framing)
+            or not self.endpoint
+        )
         self.unread = bool(malformed) or framing not in ("", "content-length: 0")
         if malformed or self.late:
             rules = "one NAME: VALUE in each line, one Host, and one Content-Length or Transfer-Encoding: chunked"
@@ -3962,23 +5986,42 @@ class ApiHandler(BaseHTTPRequestHandler):
         return True
 
     def check_site(self) -> None:
-        """Refuse pages of other sites by their Origin and, if only this machine may ask, by Host (DNS rebinding)."""
+        """Refuse pages of other sites by their Origin and, if only this machine may ask, by Host
+        (DNS rebinding).
+        """
         host, origin, server = self.headers.get("Host"), self.headers.get("Origin"), self.server
-        if host and server.on_loopback and not server.api_key and kind_of_host(f"//{host}") != "loopback":
-            raise ApiError(403, f"the Host {printable(host)} is not this machine: use localhost, or set an API key")
+        if (
+            host
+            and server.on_loopback
+            and not server.api_key
+            and kind_of_host(f"//{host}") != "loopback"
+        ):
+            raise ApiError(
+                403,
+                f"the Host {printable(host)} is not this machine: use localhost, or set an API key",
+            )
         if origin and not self.allowed(origin):
             name = printable(origin)
-            raise ApiError(403, f"pages of {name} may not use this server: --allow-origin {name} lets them")
+            raise ApiError(
+                403, f"pages of {name} may not use this server: --allow-origin {name} lets them"
+            )
 
     def allowed(self, origin: str) -> bool:
-        """Whether pages of this origin may use the server: this machine's, its own, and those of --allow-origin."""
+        """Whether pages of this origin may use the server: this machine's, its own, and those of
+        --allow-origin.
+        """
         kind, named = kind_of_host(origin), self.server.allowed_origins
-        # Another site can make its name lead here, so the server's own page needs an IP address in the URL, or the key.
-        own = origin.partition("://")[2] == self.headers.get("Host") and (self.server.api_key or kind == "address")
+        # Another site can make its name lead here, so the server's own page needs an IP address in
+        # the URL, or the key.
+        own = origin.partition("://")[2] == self.headers.get("Host") and (
+            self.server.api_key or kind == "address"
+        )
         return bool(own) or kind == "loopback" or origin in named or "*" in named
 
     def check_key(self) -> None:
-        """Require the API key, as a Bearer token or as a Basic password, for which a browser asks its user."""
+        """Require the API key, as a Bearer token or as a Basic password, for which a browser asks
+        its user.
+        """
         key = self.server.api_key
         if key is None or self.endpoint == "/health" or self.command == "OPTIONS":
             return
@@ -3993,7 +6036,9 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise ApiError(401, message, code="invalid_api_key", **challenge)
 
     def read_body(self) -> bytes:
-        """Read the whole body, even of a request that is refused afterwards, so that the connection can go on."""
+        """Read the whole body, even of a request that is refused afterwards, so that the connection
+        can go on.
+        """
         self.wfile.flush()  # http.server's 100 Continue
         self.deadline = time.monotonic() + self.server.patience
         length, body = int(self.headers.get("Content-Length", 0)), bytearray()
@@ -4002,47 +6047,69 @@ class ApiHandler(BaseHTTPRequestHandler):
                 raise ApiError(413, f"the body has more than {MAX_BODY} bytes: send less")
             body += self.rfile.read(size)
         if len(body) < length:
-            raise ApiError(400, f"the body ends after {len(body)} of {length} bytes: send all of it")
+            raise ApiError(
+                400, f"the body ends after {len(body)} of {length} bytes: send all of it"
+            )
         self.deadline, self.unread = math.inf, False
         return bytes(body)
 
     def chunk_sizes(self) -> Iterator[int]:
-        """Yield the size of each chunk, which the caller then reads (RFC 9112, 7.1). Ignores trailer fields."""
-        malformed, size = ApiError(400, "the chunked body is malformed: send it with a Content-Length"), -1
+        """Yield the size of each chunk, which the caller then reads (RFC 9112, 7.1).
+
+        Ignores trailer fields.
+        """
+        malformed, size = (
+            ApiError(400, "the chunked body is malformed: send it with a Content-Length"),
+            -1,
+        )
         while size:
-            head = re.fullmatch(rb"([0-9a-fA-F]{1,8})[ \t]*(;[^\r\n]*)?\r\n", self.rfile.readline(1024))
+            head = re.fullmatch(
+                rb"([0-9a-fA-F]{1,8})[ \t]*(;[^\r\n]*)?\r\n", self.rfile.readline(1024)
+            )
             if not head:
                 raise malformed
             yield (size := int(head[1], 16))
             while (line := self.rfile.readline(1024)) != b"\r\n":
-                if size or not line.endswith(b"\n"):  # only the last chunk has lines after it, the trailer
+                # only the last chunk has lines after it, the trailer
+                if size or not line.endswith(b"\n"):
                     raise malformed
 
-    def respond(self, body: bytes) -> None:
+    def respond(self) -> None:
         """Call the endpoint. Raises ApiError if there is none, or for a wrong method."""
         if self.route not in ROUTES:
             near = difflib.get_close_matches(self.endpoint, ROUTES, 1, 0.7)
-            known = ", ".join(f"{method} {path}" for path, (method, _) in ROUTES.items())
+            known = ", ".join(f"{route.method} {path}" for path, route in ROUTES.items())
             hint = f"did you mean {near[0]}?" if near else f"the endpoints are {known}"
             raise ApiError(404, f"there is no {printable(self.endpoint)} here: {hint}")
-        method, endpoint = ROUTES[self.route]
-        allowed = "OPTIONS, GET, HEAD" if method == "GET" else f"OPTIONS, {method}"
+        route = ROUTES[self.route]
+        allowed = "OPTIONS, GET, HEAD" if route.method == "GET" else f"OPTIONS, {route.method}"
         if self.command == "OPTIONS":
             # The wildcard does not cover Authorization.
-            self.send(204, b"", **{"Allow": allowed, "Access-Control-Allow-Headers": "Content-Type, Authorization, *"})
+            self.send(
+                204,
+                b"",
+                **{
+                    "Allow": allowed,
+                    "Access-Control-Allow-Headers": "Content-Type, Authorization, *",
+                },
+            )
         elif self.command not in allowed.split(", "):
-            raise ApiError(405, f"{self.endpoint} takes {method}, not {self.command}", Allow=allowed)
+            raise ApiError(
+                405, f"{self.endpoint} takes {route.method}, not {self.command}", Allow=allowed
+            )
         else:
-            endpoint(self, body)
+            route.endpoint(self)
 
     # The endpoints
 
-    def page(self, body: bytes) -> None:
+    def page(self) -> None:
         self.send(200, PAGE.encode(), "text/html; charset=utf-8")
 
-    def health(self, body: bytes) -> None:
+    def health(self) -> None:
         server, scheduler, state = self.server, self.server.scheduler, self.server.scheduler.state
-        folder = server.folder if server.on_loopback and not server.api_key else Path(server.folder).name
+        folder = (
+            server.folder if server.on_loopback and not server.api_key else Path(server.folder).name
+        )
         report: dict[str, Any] = {
             "status": state,
             "model_loaded": state == "healthy",
@@ -4062,28 +6129,12 @@ class ApiHandler(BaseHTTPRequestHandler):
             report["error"] = scheduler.error
         self.send(200 if state == "healthy" else 503, to_json(report))
 
-    def metrics(self, body: bytes) -> None:
+    def metrics(self) -> None:
         """Metrics in Prometheus's format, under vLLM's names with tt_ for vllm:."""
-        server, scheduler, statistics = self.server, self.server.scheduler, self.server.scheduler.statistics
-        sums, model = statistics.sums, f"model_name={json.dumps(printable(server.model))}"
-        outcomes = {f',finished_reason="{outcome}"': count for outcome, count in statistics.finished.items()}
-        responses = {f',path="{p}",status="{s}"': count for (p, s), count in dict(server.responses).items()}
-        families: dict[str, tuple[str, Mapping[str, float]]] = {  # a name to its help and its samples by label
-            "num_requests_running": ("Requests in a slot.", {"": scheduler.busy}),
-            "num_requests_waiting": ("Requests that wait for a slot.", {"": len(scheduler.queue)}),
-            "slots": ("Requests that can run together.", {"": len(scheduler.slots)}),
-            "http_connections": ("Open connections.", {"": len(server.handlers)}),
-            "kv_cache_usage_perc": ("Part of the KV cache that is reserved; 1 is all.", {"": scheduler.kv_cache_use}),
-            "requests_accepted_total": ("Requests that were queued.", {"": statistics.accepted}),
-            "prompt_tokens_total": ("Prompt tokens of requests that got a token.", {"": sums["request_prompt_tokens"]}),
-            "prefix_cache_queries_total": ("The same, under vLLM's other name.", {"": sums["request_prompt_tokens"]}),
-            "prefix_cache_hits_total": ("Those that the KV cache had already.", {"": statistics.cached_tokens}),
-            "generation_tokens_total": ("Tokens generated.", {"": sums["request_generation_tokens"]}),
-            "request_success_total": ("Requests that ended, by outcome.", outcomes),
-            "http_responses_total": ("Answers by path and status; 499: the client left.", responses),
-        }
+        model = f"model_name={json.dumps(printable(self.server.model), ensure_ascii=False)}"
+        statistics = self.server.scheduler.statistics
         lines: list[str] = []
-        for name, (what, samples) in families.items():
+        for name, (what, samples) in self.server.figures().items():
             kind = "counter" if name.endswith("_total") else "gauge"
             lines += [f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {kind}"]
             lines += [f"tt_{name}{{{model}{labels}}} {value}" for labels, value in samples.items()]
@@ -4091,81 +6142,113 @@ class ApiHandler(BaseHTTPRequestHandler):
             bounds = [*(f"{bound:g}" for bound in BOUNDS), "+Inf"]
             counts = list(itertools.accumulate(statistics.counts[name]))
             lines += [f"# HELP tt_{name} {what}", f"# TYPE tt_{name} histogram"]
-            lines += [f'tt_{name}_bucket{{{model},le="{bound}"}} {count}' for bound, count in zip(bounds, counts)]
-            lines += [f"tt_{name}_sum{{{model}}} {sums[name]}", f"tt_{name}_count{{{model}}} {counts[-1]}"]
+            for bound, count in zip(bounds, counts):
+                lines.append(f'tt_{name}_bucket{{{model},le="{bound}"}} {count}')
+            lines.append(f"tt_{name}_sum{{{model}}} {statistics.sums[name]}")
+            lines.append(f"tt_{name}_count{{{model}}} {counts[-1]}")
         text = "\n".join([*lines, ""])
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
-    def models(self, body: bytes) -> None:
+    def models(self) -> None:
         server, name = self.server, urllib.parse.unquote(self.endpoint[len("/v1/models/") :])
         server.scheduler.check_available()
         if name:
             check_model(name, server.model)
-        model = {"id": server.model, "object": "model", "created": server.created, "owned_by": "tt_api_server"}
+        model = {
+            "id": server.model,
+            "object": "model",
+            "created": server.created,
+            "owned_by": "tt_api_server",
+        }
         model["max_model_len"] = server.scheduler.max_seq_len  # as vLLM calls it
         self.send(200, to_json(model if name else {"object": "list", "data": [model]}))
 
-    def complete(self, body: bytes) -> None:
+    def complete(self) -> None:
         """Generate text, in any dialect, streamed or not."""
         self.server.scheduler.check_available()
-        requests = self.parse(body, self.dialect.read)
+        requests, writer, stream = self.read_requests()
         self.server.scheduler.submit(*requests)
         self.waiting = requests  # from now on the sweep checks that the client is still there
+        self.writer = writer
         try:
-            if requests[0].fields["stream"]:
-                self.send_piece(self.dialect.begin(requests))
-                for request, piece in self.pieces(requests):
-                    self.send_piece(self.dialect.piece(request, piece) if piece else self.dialect.end(request))
-                self.send_piece(self.dialect.close(requests), last=True)
+            if stream:
+                self.send_piece(writer.begin())
+            eager = stream or bool(requests[0].reader.stop)
+            for request, piece in pieces_of(requests, eager):
+                data = writer.add(request, piece)
+                if piece.kind == "end":  # it may run on after a stop string
+                    self.server.scheduler.cancel(request, request.reader.finish)
+                if stream:
+                    self.send_piece(data)
+            if stream:
+                self.send_piece(writer.close(), last=True)
             else:
-                for _ in self.pieces(requests):
-                    pass  # until each request.answer is complete
-                self.send(200, to_json(self.dialect.whole(requests)))
+                self.send(200, long_json(writer.whole()))
         finally:
             self.waiting = []
             for request in requests:
-                self.server.scheduler.cancel(request, request.finish_reason or "cancelled")
-            prompt, count = sum(len(request.prompt) for request in requests), sum(request.count for request in requests)
-            first = requests[0].figures()["time_to_first_token_seconds"]
+                self.server.scheduler.cancel(request)
+            prompt = sum(len(request.prompt) for request in requests)
+            count = sum(request.reader.count for request in requests)
             speed = round(count / max(1e-9, *(request.seconds for request in requests)), 1)
-            self.outcome = f" prompt={prompt} generated={count} first={first}s {speed} tokens/s"
+            figures = f"first={requests[0].wait}s {speed} tokens/s"
+            self.outcome = f" prompt={prompt} generated={count} {figures}"
 
-    def pieces(self, requests: list[Request]) -> Iterator[tuple[Request, Piece | None]]:
-        """Yield the pieces of each request's answer as they come, and None at its end."""
-        several = len(requests) > 1
-        running = {request: request.pieces(0.0 if several else STREAM_PAUSE) for request in requests}
-        while running:
-            for request, pieces in list(running.items()):
-                if len(running) > 1 and request.tokens.empty() and not request.ended.is_set():
-                    continue  # do not wait for one while others have text
-                piece = next(pieces, None)
-                if piece is None:
-                    del running[request]
-                    self.server.scheduler.cancel(request, request.finish_reason)  # it may run on after a stop string
-                yield request, piece
-            if several:
-                time.sleep(STREAM_PAUSE)  # once for all of them
+    def read_requests(self) -> tuple[list[Request], Writer, bool]:
+        """The requests of the body, the writer of their answers, and whether it is to stream.
 
-    def tokenize(self, body: bytes) -> None:
-        dialect = ChatCompletions(self.server)
+        Raises ApiError.
+
+        Nothing of the body itself is kept while the requests wait.
+        """
+        route, model, size = ROUTES[self.route], self.server.served, len(self.body)
+        assert route.read and route.writer
+        with self.turn():
+            asked = route.read(self.read_json(), model)
+            encoded = prompt_tokens(asked, model.tokenizer)
+        # may wait for a grammar, while others parse
+        requests = make_requests(asked, encoded, model)
+        requests[0].size = size
+        return requests, route.writer(model, asked, requests), asked.stream
+
+    def tokenize(self) -> None:
         self.server.scheduler.check_available()
-        read = dialect.tokenize if self.endpoint == "/tokenize" else dialect.detokenize
-        self.send(200, to_json(self.parse(body, read)))
+        read = tokenize if self.endpoint == "/tokenize" else detokenize
+        with self.turn():
+            answer = read(self.read_json(), self.server.served)
+        self.send(200, long_json(answer))
 
-    def parse(self, body: bytes, read: Callable[[Any], T]) -> T:
-        """Read a JSON body. Raises ApiError."""
-        if self.headers.get_content_type() != "application/json" or "Content-Encoding" in self.headers:
-            raise ApiError(415, "the body must be uncompressed JSON: send it with -H 'Content-Type: application/json'")
+    def turn(self) -> threading.Semaphore:
+        """What to hold while the body is read: JSON and text."""
+        server = self.server
+        return server.parsing if len(self.body) <= LARGE else server.parsing_large
+
+    def read_json(self) -> Any:
+        """The body's JSON, which is not kept. Raises ApiError."""
+        body, self.body = self.body, b""
+        if hung_up(self.connection):  # while others had their turn
+            raise ConnectionError("the client has left")
+        if (
+            self.headers.get_content_type() != "application/json"
+            or "Content-Encoding" in self.headers
+        ):
+            raise ApiError(
+                415,
+                "the body must be uncompressed JSON: send it with -H 'Content-Type: application/json'",
+            )
         logger.debug("%s", printable(body.decode(errors="replace")))
         try:
-            with self.server.parsing:
-                return read(json.loads(body))
-        except (ValueError, RecursionError) as error:  # RecursionError: it is nested too deeply
-            raise ApiError(400, f"the body is not valid JSON ({error}): send {self.dialect.example}") from error
+            return from_json(body)
+        except ValueError as error:
+            example = ROUTES[self.route].example
+            message = f"the body cannot be read as JSON ({error}): send {example}"
+            raise ApiError(400, message) from error
 
     # Answers
 
-    def send(self, status: int, body: bytes, content_type: str = "application/json", **headers: str) -> None:
+    def send(
+        self, status: int, body: bytes, content_type: str = "application/json", **headers: str
+    ) -> None:
         """Send a whole answer."""
         if status != 204:
             headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **headers}
@@ -4179,11 +6262,16 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Send a piece of a stream; the header leaves with the first."""
         chunked = self.request_version != "HTTP/1.0"
         if not self.status:
+            content_type = self.writer.content_type if self.writer else ""
             self.close_connection = self.close_connection or not chunked
             framing = {"Transfer-Encoding": "chunked"} if chunked else {}
-            self.send_head(200, {"Content-Type": self.dialect.content_type, "Cache-Control": "no-cache", **framing})
+            self.send_head(
+                200, {"Content-Type": content_type, "Cache-Control": "no-cache", **framing}
+            )
         if chunked:
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (
+                b"0\r\n\r\n" if last else b""
+            )
         self.wfile.write(data)
         self.wfile.flush()
 
@@ -4191,7 +6279,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Write the status line and the header."""
         self.status = status
         self.send_response_only(status)
-        # The rest of an unread body would be taken for the next request. http.server acts on this header.
+        # The rest of an unread body would be taken for the next request. http.server acts on this
+        # header.
         connection = "close" if self.unread or self.close_connection else "keep-alive"
         headers |= {"Date": self.date_time_string(), "Connection": connection}
         origin = self.headers.get("Origin")
@@ -4207,28 +6296,40 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Send an error in the dialect's form; in a stream that has begun, as its last item."""
         if self.late:
             error = ApiError(408, "the request did not come in time: send it again")
-        if self.status:
-            self.send_piece(self.dialect.broken(error), last=True)
+        if self.status and self.writer:
+            self.send_piece(self.writer.broken(error), last=True)
         else:
-            self.send(error.status, to_json(self.dialect.error(error)), **error.headers)
+            form = openai_error if self.endpoint.startswith(OPENAI_PATHS) else plain_error
+            self.send(error.status, to_json(form(error)), **error.headers)
         logger.debug("%s %s: %s", printable(self.command), printable(self.path), error)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> NoReturn:
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> NoReturn:
         """http.server calls this for a first line or a header that it cannot parse."""
         self.unread = True
         too_long = "a line of the header has more than 65536 bytes, or the header has more than 100 fields: send less"
-        raise ApiError(code, too_long if code in (414, 431) else f"send HTTP/1.1 without TLS: {printable(message)}")
+        raise ApiError(
+            code,
+            too_long if code in (414, 431) else f"send HTTP/1.1 without TLS: {printable(message)}",
+        )
 
     def hang_up(self) -> None:
-        """The client has left or does not read: end the connection without waiting until it takes the rest."""
+        """The client has left or does not read: end the connection without waiting until it takes
+        the rest.
+        """
         self.close_connection = True
         if self.command:  # not between two requests
-            self.status, self.outcome = 499, f"{self.outcome} the client has left"  # 499 is nginx's, for the log
+            # 499 is nginx's, for the log
+            self.status, self.outcome = (499, f"{self.outcome} the client has left")
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def finish(self) -> None:
-        """Close the connection. Unread input would reset it, and the client could lose the answer: drain it first."""
+        """Close the connection.
+
+        Unread input would reset it, and the client could lose the answer: drain it first.
+        """
         self.deadline, self.late = time.monotonic() + 2, False
         with contextlib.suppress(OSError):
             super().finish()
@@ -4238,26 +6339,54 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.server.handlers.discard(self)
 
 
-ROUTES: dict[str, tuple[str, Callable[[ApiHandler, bytes], None]]] = {
-    "/": ("GET", ApiHandler.page),
-    "/health": ("GET", ApiHandler.health),
-    "/metrics": ("GET", ApiHandler.metrics),
-    "/chat": ("POST", ApiHandler.complete),
-    "/v1/chat/completions": ("POST", ApiHandler.complete),
-    "/v1/responses": ("POST", ApiHandler.complete),
-    "/v1/completions": ("POST", ApiHandler.complete),
-    "/v1/models": ("GET", ApiHandler.models),
-    "/tokenize": ("POST", ApiHandler.tokenize),
-    "/detokenize": ("POST", ApiHandler.tokenize),
-    "/v1/models/NAME": ("GET", ApiHandler.models),
+class Route(NamedTuple):
+    """What answers a path."""
+
+    method: str
+    endpoint: Callable[[ApiHandler], None]
+    read: Callable[[Any, Model], Asked] | None = None  # the body
+    writer: Callable[[Model, Asked, Sequence[Request]], Writer] | None = None  # of the answer
+    example: str = ""  # a body
+
+
+chat_writer = functools.partial(ChoicesWriter, ChatChoice)
+text_writer = functools.partial(ChoicesWriter, TextChoice)
+CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "Hello!"}]}'
+PROMPT_EXAMPLE = '{"prompt": "Hello!"}'
+OPENAI_PATHS = ("/v1", "/tokenize", "/detokenize")  # their errors have OpenAI's form
+ROUTES: dict[str, Route] = {
+    "/": Route("GET", ApiHandler.page),
+    "/health": Route("GET", ApiHandler.health),
+    "/metrics": Route("GET", ApiHandler.metrics),
+    "/chat": Route("POST", ApiHandler.complete, read_chat, ChatWriter, PROMPT_EXAMPLE),
+    "/v1/chat/completions": Route(
+        "POST", ApiHandler.complete, read_chat_completions, chat_writer, CHAT_EXAMPLE
+    ),
+    "/v1/responses": Route(
+        "POST", ApiHandler.complete, read_responses, ResponsesWriter, '{"input": "Hello!"}'
+    ),
+    "/v1/completions": Route(
+        "POST", ApiHandler.complete, read_completions, text_writer, PROMPT_EXAMPLE
+    ),
+    "/v1/models": Route("GET", ApiHandler.models),
+    "/tokenize": Route("POST", ApiHandler.tokenize, example=PROMPT_EXAMPLE),
+    "/detokenize": Route("POST", ApiHandler.tokenize, example='{"tokens": [9906]}'),
+    "/v1/models/NAME": Route("GET", ApiHandler.models),
 }
 
 
 def kind_of_host(url: str) -> str:
-    """What the host of a URL, or of //host:port, is: "loopback" (this machine only), another "address", or a "name"."""
+    """What the host of a URL, or of //host:port, is:
+
+    "loopback" (this machine only), another "address", or a "name".
+    """
     with contextlib.suppress(ValueError):
         host = urllib.parse.urlsplit(url).hostname or ""
-        if host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback:
+        if (
+            host == "localhost"
+            or host.endswith(".localhost")
+            or ipaddress.ip_address(host).is_loopback
+        ):
             return "loopback"
         return "address"
     return "name"
@@ -4267,7 +6396,8 @@ def hung_up(connection: socket.socket) -> bool:
     """Whether the client has closed the connection, or its sending side. Never waits."""
     poll = select.poll()
     try:
-        poll.register(connection, select.POLLIN | getattr(select, "POLLRDHUP", 0))  # Linux sees it behind unread input
+        # Linux sees it behind unread input
+        poll.register(connection, select.POLLIN | getattr(select, "POLLRDHUP", 0))
         events = sum(event for _, event in poll.poll(0))
         return events > select.POLLIN or (events > 0 and not connection.recv(1, socket.MSG_PEEK))
     except (OSError, ValueError):  # this side has closed it
@@ -4287,11 +6417,16 @@ class ApiServer(ThreadingHTTPServer):
     """The listening socket, and the state that its handlers share."""
 
     request_queue_size = 1024
-    allow_reuse_port = False  # from Python 3.14 on http.server sets it, and two servers could share a port unnoticed
-    server_bind = socketserver.TCPServer.server_bind  # http.server's looks up this machine's name, for seconds
+    TRIM_SECONDS = 20
+    # from Python 3.14 on http.server sets it, and two servers could share a port unnoticed
+    allow_reuse_port = False
+    # http.server's looks up this machine's name, for seconds
+    server_bind = socketserver.TCPServer.server_bind
 
     def __init__(self, host: str, port: int, patience: float = 60.0) -> None:
-        """`patience`: seconds that a client may take for a header, for a body, for each write, and between requests."""
+        """`patience`: seconds that a client may take for a header, for a body, for each write, and
+        between requests.
+        """
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), ApiHandler)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
@@ -4299,6 +6434,8 @@ class ApiServer(ThreadingHTTPServer):
         self.on_loopback = kind_of_host(f"//[{host}]" if ":" in host else f"//{host}") == "loopback"
         self.scheduler: Scheduler
         self.tokenizer: Tokenizer
+        self.grammars: Grammars
+        self.defaults: Mapping[str, float] = {}  # of the sampling, by the checkpoint
         self.model = self.folder = self.note = ""
         self.api_key: str | None = None
         self.allowed_origins: list[str] = []
@@ -4306,13 +6443,15 @@ class ApiServer(ThreadingHTTPServer):
         self.cut_short = False  # a stop has cancelled requests
         self.created, self.started = int(time.time()), time.monotonic()
         self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
-        self.parsing = threading.Semaphore(2)  # more threads that parse JSON and text at once would delay /health
+        # More threads that read JSON and text at once would delay /health.
+        # Large bodies do not delay small ones.
+        self.parsing, self.parsing_large = threading.Semaphore(2), threading.Semaphore(1)
         self.handlers: set[ApiHandler] = set()  # one for each open connection
         # Answered without a thread, since the last sweep and before it. They stay open for a while:
         # closing a connection whose client still sends would reset it before the answer is read.
         self.leaving: list[socket.socket] = []
         self.left: list[socket.socket] = []
-        self._next_sweep = self._next_line = 0.0
+        self._next_sweep = self._next_line = self._next_trim = 0.0
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread. If the system gives none, answer here, without waiting."""
@@ -4339,7 +6478,9 @@ class ApiServer(ThreadingHTTPServer):
             logger.error(problem)
 
     def service_actions(self) -> None:
-        """Sweep twice a second: end waits that are over their deadline, and answers whose client has left."""
+        """Sweep twice a second: end waits that are over their deadline, and answers whose client
+        has left.
+        """
         now = time.monotonic()
         if now < self._next_sweep:
             return
@@ -4356,7 +6497,66 @@ class ApiServer(ThreadingHTTPServer):
                     handler.connection.shutdown(socket.SHUT_RDWR)  # the handler's next write fails
                 for request in requests:
                     self.scheduler.cancel(request)
+        if now > self._next_trim:  # a large body's memory would stay with this process
+            self._next_trim = now + self.TRIM_SECONDS
+            return_freed_memory()
         self._next_sweep = time.monotonic() + 0.5
+
+    def figures(self) -> dict[str, tuple[str, Mapping[str, float]]]:
+        """What /metrics tells beside histograms: a name to its help, and to its samples by
+        label.
+        """
+        scheduler, statistics = self.scheduler, self.scheduler.statistics
+        prompt_tokens = {"": statistics.sums["request_prompt_tokens"]}
+        outcomes = statistics.finished.items()
+        ended = {f',finished_reason="{outcome}"': count for outcome, count in outcomes}
+        answered = dict(self.responses).items()
+        responses = {f',path="{path}",status="{status}"': n for (path, status), n in answered}
+        return {
+            "num_requests_running": ("Requests in a slot.", {"": scheduler.busy}),
+            "num_requests_waiting": ("Requests that wait for a slot.", {"": len(scheduler.queue)}),
+            "slots": ("Requests that can run together.", {"": len(scheduler.slots)}),
+            "http_connections": ("Open connections.", {"": len(self.handlers)}),
+            "kv_cache_usage_perc": (
+                "Part of the KV cache that is reserved; 1 is all.",
+                {"": scheduler.kv_cache_use},
+            ),
+            "requests_accepted_total": ("Requests that were queued.", {"": statistics.accepted}),
+            "prompt_tokens_total": ("Prompt tokens of requests that got a token.", prompt_tokens),
+            "prefix_cache_queries_total": ("The same, under vLLM's other name.", prompt_tokens),
+            "prefix_cache_hits_total": (
+                "Those that the KV cache had already.",
+                {"": statistics.cached_tokens},
+            ),
+            "generation_tokens_total": (
+                "Tokens generated.",
+                {"": statistics.sums["request_generation_tokens"]},
+            ),
+            "request_success_total": ("Requests that ended, by outcome.", ended),
+            "http_responses_total": (
+                "Answers by path and status; 499: the client left.",
+                responses,
+            ),
+        }
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Serve a model with this tokenizer."""
+        self.tokenizer = tokenizer
+        self.grammars = Grammars(tokenizer.token_bytes)
+
+    @property
+    def served(self) -> Model:
+        """The model, as requests see it."""
+        scheduler = self.scheduler
+        return Model(
+            self.model,
+            self.tokenizer,
+            self.grammars,
+            self.defaults,
+            scheduler.max_seq_len,
+            scheduler.slot_share,
+            scheduler.scores_prompts,
+        )
 
     @property
     def under_way(self) -> int:
@@ -4364,9 +6564,9 @@ class ApiServer(ThreadingHTTPServer):
         return sum(bool(handler.waiting) for handler in list(self.handlers))
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # CLI
-# ======================================================================================================================
+# ==================================================================================================
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DRAIN_SECONDS = 60  # time for the requests under way when the server is asked to stop
@@ -4380,7 +6580,9 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {low} to {high}, not {text!r}"
+            )
         return int(text)
 
     return parse
@@ -4389,62 +6591,114 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 def origin(text: str) -> str:
     """An option's type: a site as browsers and apps name it in the header Origin."""
     if not (match := re.fullmatch(r"(\*|null|[A-Za-z][\w+.-]*://[^/\s]*)/?", text)):
-        raise argparse.ArgumentTypeError(f"must be *, null, or scheme and host as in https://app.example, not {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be *, null, or scheme and host as in https://app.example, not {text!r}"
+        )
     return match[1]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; end the program if it is wrong."""
     about = (__doc__ or "").partition("\nThe rooms of this file")[0]
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--verbose", action="store_true", help="log prompts, refusals, requests to /health, and what ttnn logs")
-    add("--version", action="version", version=f"tt_api_server {__version__}")
-    add = parser.add_argument_group("model").add_argument
-    count = whole_number(1, 1024)
-    add("--model", metavar="DIR", help="or OWNER/NAME in Hugging Face's cache (default: $HF_MODEL, $LLAMA_DIR, a demo)")
-    add("--served-model-name", metavar="NAME", help="the model's name in /v1 (default: its folder's)")
-    add("--device", choices=("auto", "tt", "cpu"), default="auto", help="auto: the card if there is one, else the CPU")
-    add("--max-batch-size", type=count, default=32, metavar="N", help="requests that run together (default: 32)")
-    add("--max-seq-len", type=whole_number(32, 10**6), metavar="N", help="tokens of prompt and answer (default: 8192)")
-    add("--max-queue", type=whole_number(0, 10**6), default=256, metavar="N", help="requests that wait (default: 256)")
-    add = parser.add_argument_group("network").add_argument
-    add("--port", type=whole_number(0, 65535), default=8080, help="0 is any free port (default: 8080)")
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, only this machine)")
-    add("--api-key", metavar="KEY", default=os.environ.get("TT_API_KEY"), help="better in $TT_API_KEY: `ps` shows this")
-    add("--allow-origin", action="append", type=origin, default=[], metavar="URL", help="pages that may ask; * is any")
-    add = parser.add_argument_group("card (MESH_DEVICE: the board, TT_METAL_HOME: the tt-metal checkout)").add_argument
-    add("--accuracy", action="store_true", help="tt-metal's settings for accuracy instead of performance")
-    add("--data-parallel", type=whole_number(1, 32), default=1, metavar="N", help="copies of the model (default: 1)")
-    add("--no-trace", action="store_true", help="run without traces, for debugging; slower")
-    add("--trace-region-size", type=whole_number(1, 10**9 - 1), default=0, metavar="N", help="bytes for traces")
-    add = parser.add_argument_group("CPU").add_argument
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="arithmetic; auto is the fastest")
-    add("--threads", type=count, default=0, metavar="N", help="default: all cores, or one for a tiny model")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=form)
+    verbose = "log prompts, refusals, requests to /health, and what ttnn logs"
+    parser.add_argument("--verbose", action="store_true", help=verbose)
+    parser.add_argument("--version", action="version", version=f"tt_api_server {__version__}")
+    add_model_options(parser.add_argument_group("model").add_argument)
+    add_network_options(parser.add_argument_group("network").add_argument)
+    card = "card (MESH_DEVICE: the board, TT_METAL_HOME: the tt-metal checkout)"
+    add_card_options(parser.add_argument_group(card).add_argument)
+    add_cpu_options(parser.add_argument_group("CPU").add_argument)
     return parser.parse_args(arguments)
 
 
+AddArgument = Callable[..., argparse.Action]
+
+
+def add_model_options(add: AddArgument) -> None:
+    """What is served, and to how many at once."""
+    count, many = whole_number(1, 1024), whole_number(0, 10**6)
+    model = "or OWNER/NAME in Hugging Face's cache (default: $HF_MODEL, $LLAMA_DIR, a demo)"
+    add("--model", metavar="DIR", help=model)
+    add("--served-model-name", metavar="NAME", help="its name in /v1 (default: its folder's)")
+    device = "auto: the card if there is one, else the CPU"
+    add("--device", choices=("auto", "tt", "cpu"), default="auto", help=device)
+    batch = "requests that run together (default: 32)"
+    add("--max-batch-size", type=count, default=32, metavar="N", help=batch)
+    length = "tokens of prompt and answer (default: 8192)"
+    add("--max-seq-len", type=whole_number(32, 10**6), metavar="N", help=length)
+    waiting = "requests that wait (default: 256)"
+    add("--max-queue", type=many, default=256, metavar="N", help=waiting)
+
+
+def add_network_options(add: AddArgument) -> None:
+    """Who may ask, and where."""
+    port = "0 is any free port (default: 8080)"
+    add("--port", type=whole_number(0, 65535), default=8080, help=port)
+    host = "address to listen on (default: 127.0.0.1, only this machine)"
+    add("--host", default="127.0.0.1", help=host)
+    key = "better in $TT_API_KEY: `ps` shows this"
+    add("--api-key", metavar="KEY", default=os.environ.get("TT_API_KEY"), help=key)
+    pages = "pages that may ask; * is any"
+    add("--allow-origin", action="append", type=origin, default=[], metavar="URL", help=pages)
+
+
+def add_card_options(add: AddArgument) -> None:
+    """How a card runs the model."""
+    accuracy = "tt-metal's settings for accuracy instead of performance"
+    add("--accuracy", action="store_true", help=accuracy)
+    copies = "copies of the model (default: 1)"
+    add("--data-parallel", type=whole_number(1, 32), default=1, metavar="N", help=copies)
+    add("--no-trace", action="store_true", help="run without traces, for debugging; slower")
+    size = whole_number(1, 10**9 - 1)
+    add("--trace-region-size", type=size, default=0, metavar="N", help="bytes for traces")
+
+
+def add_cpu_options(add: AddArgument) -> None:
+    """How the CPU runs the model."""
+    dtype = "arithmetic; auto is the fastest"
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help=dtype)
+    threads = "default: all cores, or one for a tiny model"
+    add("--threads", type=whole_number(1, 1024), default=0, metavar="N", help=threads)
+
+
 def bind(options: argparse.Namespace) -> ApiServer:
-    """Listen, before anything is loaded. Raises UserError if the address or the port is not available."""
-    if not options.host or options.api_key == "":  # an empty host means all addresses; an empty key would mean no key
-        raise UserError("--host, --api-key or TT_API_KEY is empty: give it a value, or leave it out")
+    """Listen, before anything is loaded.
+
+    Raises UserError if the address or the port is not available.
+    """
+    # an empty host means all addresses; an empty key would mean no key
+    if not options.host or options.api_key == "":
+        raise UserError(
+            "--host, --api-key or TT_API_KEY is empty: give it a value, or leave it out"
+        )
     try:
         server = ApiServer(options.host, options.port)
     except OSError as error:
-        problem = f"cannot listen on {options.host}, port {options.port} ({error.strerror or error})"
-        raise UserError(f"{problem}: choose another --host or --port (0 is any free port)") from error
+        problem = (
+            f"cannot listen on {options.host}, port {options.port} ({error.strerror or error})"
+        )
+        raise UserError(
+            f"{problem}: choose another --host or --port (0 is any free port)"
+        ) from error
     server.api_key, server.allowed_origins = options.api_key, options.allow_origin
-    # One connection, which is one open file, for each request that runs or waits, and some to spare.
+    # One connection, which is one open file, for each request that runs or waits, and some to
+    # spare.
     wanted = options.max_batch_size * options.data_parallel + options.max_queue + 256
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS has a limit of its own below `hard`
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted + 128, hard)), hard))
-    server.max_connections = max(min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128), 16)
+    server.max_connections = max(
+        min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128), 16
+    )
     return server
 
 
 def start_logging(verbose: bool) -> queue.Queue[Any]:
-    """Write log and banner in a thread, so that a blocked terminal stops nothing; returns the lines still to write."""
+    """Write log and banner in a thread, so that a blocked terminal stops nothing; returns the lines
+    still to write.
+    """
     logging.raiseExceptions = False  # losing a line is no error
     lines: queue.Queue[Any] = queue.Queue(10_000)  # lines beyond are lost
     for source, line in ((logger, "%(asctime)s %(message)s\n"), (terminal, "%(message)s")):
@@ -4467,7 +6721,8 @@ def progress_on_terminal() -> Progress:
         nonlocal last_stage
         if live:
             bar = "" if done is None else f" [{'#' * round(30 * done):30}] {done:4.0%}"
-            line = f"\r\x1b[K  {stage}{bar}  {time.monotonic() - began:.0f} s"  # \x1b[K clears the rest of the line
+            # \x1b[K clears the rest of the line
+            line = f"\r\x1b[K  {stage}{bar}  {time.monotonic() - began:.0f} s"
             terminal.info(line + "\n" * (stage == "ready"))
         elif stage != last_stage:
             terminal.info(f"  {stage}\n")
@@ -4477,35 +6732,56 @@ def progress_on_terminal() -> Progress:
 
 
 def complete_options(options: argparse.Namespace, found: Checkpoint | None) -> None:
-    """Set --device and --max-seq-len. Raises UserError if an option does not fit, or the card is missing."""
+    """Set --device and --max-seq-len.
+
+    Raises UserError if an option does not fit, or the card is missing.
+    """
     longest = found.config.max_position if found else DEMO_CONFIG.max_position
     if (options.max_seq_len or 0) > longest:
-        raise UserError(f"--max-seq-len is {options.max_seq_len}, and the model's limit is {longest}: lower it")
+        raise UserError(
+            f"--max-seq-len is {options.max_seq_len}, and the model's limit is {longest}: lower it"
+        )
     options.max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
     if options.device == "auto":
         options.device = "tt" if found and card_present() else "cpu"
     if options.device == "cpu":
-        if options.accuracy or options.no_trace or options.trace_region_size or options.data_parallel > 1:
+        if (
+            options.accuracy
+            or options.no_trace
+            or options.trace_region_size
+            or options.data_parallel > 1
+        ):
             card_options = "--accuracy, --data-parallel, --no-trace and --trace-region-size"
-            raise UserError(f"{card_options} are for a card, and this model runs on the CPU: leave them out")
+            raise UserError(
+                f"{card_options} are for a card, and this model runs on the CPU: leave them out"
+            )
         return
     if not card_present():
-        raise UserError("found no Tenstorrent card in /dev/tenstorrent: install its driver, or use --device cpu")
+        raise UserError(
+            "found no Tenstorrent card in /dev/tenstorrent: install its driver, or use --device cpu"
+        )
     if found is None:
-        raise UserError("--device tt needs a model: add --model, as in --model ~/models/Llama-3.1-8B-Instruct")
+        raise UserError(
+            "--device tt needs a model: add --model, as in --model ~/models/Llama-3.1-8B-Instruct"
+        )
     if options.dtype != "auto" or options.threads:
-        raise UserError("--dtype and --threads are for the CPU, and this model runs on a card: leave them out")
+        raise UserError(
+            "--dtype and --threads are for the CPU, and this model runs on a card: leave them out"
+        )
     find_tt_metal()
 
 
-def load(server: ApiServer, options: argparse.Namespace, found: Checkpoint | None, progress: Progress) -> Engine:
+def load(
+    server: ApiServer, options: argparse.Namespace, found: Checkpoint | None, progress: Progress
+) -> Engine:
     """Load the tokenizer and the model. The scheduler's thread calls this."""
     progress("importing PyTorch")
     import_torch()
     checkpoint = found or demo_checkpoint(progress)
     server.folder = str(checkpoint.folder)
     progress("loading the tokenizer")
-    server.tokenizer = open_tokenizer(checkpoint)
+    server.use_tokenizer(open_tokenizer(checkpoint))
+    server.defaults = checkpoint.defaults
     size = (options.max_batch_size, options.max_seq_len, progress)
     if options.device == "cpu":
         return TorchEngine(checkpoint, *size, dtype=options.dtype, threads=options.threads)
@@ -4524,8 +6800,9 @@ def load(server: ApiServer, options: argparse.Namespace, found: Checkpoint | Non
 
 def announce(server: ApiServer, url: str) -> None:
     """Say that the model is loaded."""
-    gc.freeze()  # a garbage collection of all loaded modules would stop all threads for 0.2 s, again and again
-    endpoints = "\n".join(f"  {method:4} {url}{path}" for path, (method, _) in ROUTES.items())
+    # a garbage collection of all loaded modules would stop all threads for 0.2 s, again and again
+    gc.freeze()
+    endpoints = "\n".join(f"  {route.method:4} {url}{path}" for path, route in ROUTES.items())
     key = " -H 'Authorization: Bearer KEY'" if server.api_key else ""
     terminal.info(f"""
 Server ready on {url} ({server.scheduler.device})
@@ -4554,17 +6831,25 @@ def serve(options: argparse.Namespace) -> int:
     about = f"Model:  {server.model}, {server.folder or server.note}\nHealth: {url}/health, also during the load"
     terminal.info(f"Language model server on Tenstorrent\n{'=' * 60}\n{about}\n\n")
     if not server.on_loopback and not server.api_key:
-        logger.warning("anyone who can reach this machine can use this server: set TT_API_KEY to require a key")
+        logger.warning(
+            "anyone who can reach this machine can use this server: set TT_API_KEY to require a key"
+        )
     scheduler = server.scheduler = Scheduler(options.max_queue)
     sys.setswitchinterval(0.0005)  # or each new connection may wait 5 ms for a thread that computes
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     threading.Thread(target=stop_on_signals, args=(server,), name="signals", daemon=True).start()
     if supervised := "NOTIFY_SOCKET" in os.environ:
-        threading.Thread(target=exit_if_stuck, args=(scheduler,), name="watchdog", daemon=True).start()
-    loading, ready = functools.partial(load, server, options, found), functools.partial(announce, server, url)
+        threading.Thread(
+            target=exit_if_stuck, args=(scheduler,), name="watchdog", daemon=True
+        ).start()
+    loading, ready = (
+        functools.partial(load, server, options, found),
+        functools.partial(announce, server, url),
+    )
     scheduler.run(loading, progress_on_terminal(), ready)
     if scheduler.slots and not supervised:
-        scheduler.wait_for_stop()  # if the engine has failed, /health reports it until the user stops the server
+        # if the engine has failed, /health reports it until the user stops the server
+        scheduler.wait_for_stop()
     while server.under_way and not server.cut_short:
         time.sleep(0.05)
     logger.info("Stopped.")
@@ -4572,21 +6857,30 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def exit_if_stuck(scheduler: Scheduler) -> None:
-    """End the process if a step hangs, so that systemd starts another one, which can reset the card."""
+    """End the process if a step hangs, so that systemd starts another one, which can reset the
+    card.
+    """
     while not scheduler.error:
         time.sleep(1)
     logger.error("%s", scheduler.error)
-    time.sleep(10)  # if steps fail and do not hang, the main thread now closes the card and ends the process
+    # if steps fail and do not hang, the main thread now closes the card and ends the process
+    time.sleep(10)
     os._exit(1)
 
 
 def stop_on_signals(server: ApiServer) -> None:
-    """Stop at a signal, even if the main thread hangs. A second one, or DRAIN_SECONDS, cuts the requests short."""
+    """Stop at a signal, even if the main thread hangs.
+
+    A second one, or DRAIN_SECONDS, cuts the requests short.
+    """
     scheduler = server.scheduler
     signal.sigwait(STOP_SIGNALS)
     notify_systemd("STOPPING=1")
     if scheduler.state == "healthy":
-        logger.info("Stopping. Requests under way: %d. Press CTRL+C again to cut them short.", server.under_way)
+        logger.info(
+            "Stopping. Requests under way: %d. Press CTRL+C again to cut them short.",
+            server.under_way,
+        )
         scheduler.stop(drain=True)
         threading.Timer(DRAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
         signal.sigwait(STOP_SIGNALS)
@@ -4608,7 +6902,10 @@ def notify_systemd(state: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program. Exit status: 0 stopped, 1 the engine failed, 2 a UserError, 130 requests were cut short."""
+    """Run the program.
+
+    Exit status: 0 stopped, 1 the engine failed, 2 a UserError, 130 requests were cut short.
+    """
     # Every thread inherits this and leaves the signals to stop_on_signals, which waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     options = parse_arguments(arguments)
@@ -4625,5 +6922,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Python's own exit would wait for threads, and ttnn would print pages about objects that still exist.
+    # Python's own exit would wait for threads, and ttnn would print pages about objects that still
+    # exist.
     os._exit(main())
