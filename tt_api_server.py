@@ -3053,10 +3053,9 @@ class TTEngine:
         trace_region_size: int = 0,
         verbose: bool = False,
     ) -> None:
-        """Open the card, load the model, compile and trace it.
+        """Open the card, load the model, compile and trace it. Raises UserError with the cure.
 
-        Raises UserError with the cure. After any exception, KeyboardInterrupt too, the card is
-        closed.
+        After any exception, KeyboardInterrupt too, the card is closed.
         """
         if max_batch_size not in BATCH_SIZES:
             must = f"must be one of {', '.join(map(str, BATCH_SIZES))} on a card"
