@@ -1694,7 +1694,7 @@ def file_tokenizer(folder: Path, template: str, ends: Iterable[int] = (2,)) -> s
     """A checkpoint's tokenizer.json with another chat template."""
     vocabulary = server.FileVocabulary(folder / "tokenizer.json")
     names = {"bos_token": "<s>", "eos_token": "</s>"}
-    return server.Tokenizer(vocabulary, template, vocabulary.size, ends, names)
+    return server.Tokenizer(vocabulary, template, vocabulary.size, ends, **names)
 
 
 def family_tokenizer(family: str) -> Any:
@@ -5388,10 +5388,9 @@ class ToolTest(unittest.TestCase):
             source = (Path(folder) / "chat_templates" / f"{name}.jinja").read_text()
             with self.subTest(name), serving(Speaker("")) as api:
                 if name == "llama3_2":
-                    names = {"bos_token": "<|begin_of_text|>"}
-                    api.use_tokenizer(
-                        server.Tokenizer(server.Llama3Vocabulary(), source, names=names)
-                    )
+                    llama3 = server.Llama3Vocabulary()
+                    begin = "<|begin_of_text|>"
+                    api.use_tokenizer(server.Tokenizer(llama3, source, bos_token=begin))
                 elif name != "llama3_1":
                     api.use_tokenizer(file_tokenizer(qwen, source, frozenset()))
                 for i, chat in enumerate(conversations(50)):
@@ -6354,7 +6353,7 @@ def scripted_tokenizer(
     folder = byte_tokenizer(tuple(special), tuple(plain))
     vocabulary = server.FileVocabulary(folder / "tokenizer.json")
     names = {"bos_token": "<s>", "eos_token": "</s>"}
-    return server.Tokenizer(vocabulary, template, vocabulary.size, [], names)
+    return server.Tokenizer(vocabulary, template, vocabulary.size, [], **names)
 
 
 class Actor(Speaker):

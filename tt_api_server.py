@@ -958,7 +958,7 @@ class Tokenizer:
         template: str = "",
         size: int = LLAMA3_VOCABULARY,
         stop_tokens: Iterable[int] = (),
-        names: Mapping[str, str] | None = None,
+        **names: str,
     ) -> None:
         """`size` is how many token ids the model has, and `names` are bos_token and its like.
 
@@ -966,7 +966,6 @@ class Tokenizer:
         """
         self.size = size
         self.vocabulary = vocabulary
-        names = dict(names or {})
         self.template = ChatTemplate(template, vocabulary.special, **names)
         ends = vocabulary.added.get(names.get("eos_token", ""))
         self.stop_tokens = frozenset(stop_tokens) | frozenset(() if ends is None else (ends,))
@@ -1043,10 +1042,9 @@ def read_template(folder: Path, settings: Mapping[str, Any]) -> str:
     `settings` is the content of its tokenizer_config.json.
     """
     template = settings.get("chat_template") or ""
-    entries = (
-        template if isinstance(template, list) else [{"name": "default", "template": template}]
-    )
-    named = {entry["name"]: entry["template"] for entry in entries}
+    named = {"default": template}
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
     files = [
         folder / "chat_template.jinja",
         *sorted(folder.glob("additional_chat_templates/*.jinja")),
@@ -1089,7 +1087,7 @@ def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
             vocabulary.added[token] for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
         }
         template = template or LLAMA_TEMPLATE
-    return Tokenizer(vocabulary, template, config.vocab_size, ends, names)
+    return Tokenizer(vocabulary, template, config.vocab_size, ends, **names)
 
 
 # ==================================================================================================
