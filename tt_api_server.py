@@ -3638,10 +3638,8 @@ def demo_conversations(tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[b
         for form in (phrasing, phrasing.lower())
         for mark in ("", "?", ".", "!")
     ]
-    unknown, words = (
-        encode(DEMO_UNKNOWN),
-        [token for pair in pairs for text in pair for token in text],
-    )
+    unknown = encode(DEMO_UNKNOWN)
+    words = [token for pair in pairs for text in pair for token in text]
     # stands for all tokens that are in no question and no answer
     words += [LLAMA3_VOCABULARY - 1] * (len(words) // 9)
     empty = tokenizer.encode_chat([{"role": role, "content": ""} for role in ("system", "user")])
@@ -3659,10 +3657,8 @@ def demo_conversations(tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[b
                     question[i] = rng.choice(words)
             # To choose the right answer is harder than to continue it: most answers are cut after 4
             # tokens.
-            prompt, said = (
-                [*before, *question, *after],
-                [*answer, end] if rng.random() < 0.2 else answer[:4],
-            )
+            prompt = [*before, *question, *after]
+            said = [*answer, end] if rng.random() < 0.2 else answer[:4]
             tokens += prompt + said
             learned += [False] * len(prompt) + [True] * len(said)
         yield tokens[:DEMO_LENGTH], learned[:DEMO_LENGTH]
@@ -3692,11 +3688,8 @@ def train_demo(tokenizer: Tokenizer, progress: Progress) -> dict[str, torch.Tens
         loss = F.cross_entropy(hidden @ weights["output.weight"].T, inputs[:, 1:][learned])
         # Adam (Kingma and Ba 2014), by hand: to import torch.optim takes a third of the training's
         # time.
-        rate = (
-            DEMO_RATE
-            * min(1.0, (step + 1) / 20)
-            * (0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS))
-        )
+        rate = DEMO_RATE * min(1.0, (step + 1) / 20)
+        rate *= 0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS)
         with torch.no_grad():
             for weight, slope, (mean, square) in zip(
                 parameters, torch.autograd.grad(loss, parameters), moments
@@ -3724,18 +3717,12 @@ def demo_weights(known: int) -> dict[str, torch.Tensor]:
     shapes |= dict.fromkeys(("output.weight", "tok_embeddings.weight"), (known, config.dim))
     weights = {}
     for name, shape in shapes.items():
-        scale = (
-            0.25
-            if "tok_" in name
-            else 0.0
-            if name.endswith(("wo.weight", "w2.weight"))
-            else shape[-1] ** -0.5
-        )
-        weights[name] = (
-            torch.randn(shape, generator=generator) * scale
-            if len(shape) == 2
-            else torch.ones(shape)
-        )
+        scale = 0.25 if "tok_" in name else shape[-1] ** -0.5
+        if name.endswith(("wo.weight", "w2.weight")):
+            scale = 0.0
+        weights[name] = torch.ones(shape)
+        if len(shape) == 2:
+            weights[name] = torch.randn(shape, generator=generator) * scale
         if name.endswith(("wq.weight", "wk.weight")):
             weights[name].view(-1, config.head_dim // 2, 2, config.dim)[:, 3:10, 0, 0] = 1.2
     weights["tok_embeddings.weight"][:, 0] = 0.75
@@ -3770,11 +3757,8 @@ def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torc
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + attended.transpose(1, 2).flatten(2) @ layer["attention.wo"]
         rows = rms_norm(x, layer["ffn_norm"], config.norm_eps)
-        x = (
-            x
-            + (F.silu(rows @ layer["feed_forward.w1"]) * (rows @ layer["feed_forward.w3"]))
-            @ layer["feed_forward.w2"]
-        )
+        gate = F.silu(rows @ layer["feed_forward.w1"])
+        x = x + (gate * (rows @ layer["feed_forward.w3"])) @ layer["feed_forward.w2"]
     return rms_norm(x, weights["norm.weight"], config.norm_eps)
 
 
