@@ -351,9 +351,8 @@ class ModelConfig:
             "rope_theta": settings["rope_theta"],
             "max_position": min(settings["max_position_embeddings"], window or math.inf),
         }
-        scaling = (
-            {name: rope[name] for name in ROPE_SCALING} if settings["rope_type"] == "llama3" else {}
-        )
+        scaled = settings["rope_type"] == "llama3"
+        scaling = {name: rope[name] for name in ROPE_SCALING if scaled}
         for name, value in {**numbers, **scaling}.items():
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f"{name} is {shown(value)}")
@@ -463,11 +462,9 @@ class Checkpoint:
         for name, (_, shape) in weights.items():
             tensor = stored.get(own_names[name])
             if tensor is None or tensor.shape != shape:
-                problem = (
-                    "is missing"
-                    if tensor is None
-                    else f"has the shape {list(tensor.shape)}, not {list(shape)}"
-                )
+                problem = "is missing"
+                if tensor is not None:
+                    problem = f"has the shape {list(tensor.shape)}, not {list(shape)}"
                 cure = "download the checkpoint again, or save it as an AutoModelForCausalLM"
                 raise UserError(f"{self.folder}: the tensor {own_names[name]} {problem}: {cure}")
 
@@ -1182,8 +1179,7 @@ class Reader:
         self._functions = list(functions)
         self._several = several
         self._bare = not marked  # so a call may begin without a mark
-        # the call is Mistral's newer form: no object stands around its arguments
-        self._named = False
+        self._named = False  # the call is name[ARGS]{...}: no object is around its arguments
         self._ignored = False  # the call is one too many
         self._depth = 0  # of the brackets in its arguments
         self._quoted = self._escaped = False  # inside a string there, and after a backslash
@@ -2130,9 +2126,8 @@ def constrain(
     if form and not forced:
         answer, answer_schemas = form_rules(form)
         rules, schemas = rules + answer, schemas + answer_schemas
-    think = {"thinking": 'text over "\\n\\n"?', "opening": 'begin text over "\\n\\n"?'}.get(
-        state, ""
-    )
+    thinking = 'text over "\\n\\n"?'
+    think = {"thinking": thinking, "opening": f"begin {thinking}"}.get(state, "")
     opening, closing = tokenizer.think_tags
     rules += [
         f"begin: {token_rule(tokenizer, opening)}",
