@@ -6904,6 +6904,19 @@ class StructuredTest(FormCase):
                             self.assertIsInstance(json.loads(arguments), dict)
                             self.assertEqual(said.text, "")
 
+    def test_the_current_folder_is_not_searched(self) -> None:
+        """By the process for grammars: anyone may have written there."""
+        program = "import sys, tt_api_server as s; s.Grammars(lambda: ([b'a', b'b'], [1]))"
+        program += ".compile(['start: \"a\"'])"
+        with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
+            script = Path(folder, "home", "run.py")
+            script.parent.mkdir()
+            script.write_text(program)
+            Path(folder, "runpy.py").write_text("open('hit', 'w')")
+            variables = {**os.environ, "PYTHONPATH": str(SERVER.parent)}
+            subprocess.run([sys.executable, script], cwd=folder, env=variables, check=True)
+            self.assertFalse(Path(folder, "hit").exists())
+
     def test_many_tools(self) -> None:
         """Served."""
         fields = {f"parameter_{i}": {"type": "string", "description": "x" * 40} for i in range(8)}
@@ -7294,6 +7307,14 @@ class ReaderTest(unittest.TestCase):
         told = [[piece.kind, piece.text] for piece in server.merged([*pieces, *reader.end("stop")])]
         calls = [(call.name, call.arguments) for call in reader.calls]
         return told, (reader.text, reader.thinking, calls, reader.finish)
+
+    def test_members_around_a_call(self) -> None:
+        """They may be of any kind."""
+        for member in ('"id": "x"', '"index": 0', '"strict": null'):
+            call = f'<tool_call>{{"name": "now", "arguments": {{}}, {member}}}</tool_call>Hi'
+            for cuts in ([], list(range(1, len(call)))):
+                _, (text, _, calls, _) = self.read(call.encode(), cuts, False)
+                self.assertEqual((text, calls), ("Hi", [("now", "{}")]), call)
 
     def test_how_an_answer_is_cut_does_not_matter(self) -> None:
         """Random answers, byte by byte, in random pieces, and in one."""
