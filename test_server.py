@@ -6946,6 +6946,10 @@ class StructuredTest(FormCase):
             actor.say('{"age": 21}')
             tokens.stop_tokens = frozenset()
             self.assertEqual(self.post(api, **schema_form(AGE)), Said('{"age": 21}'))
+            asked = {"prompt": "Hi", "logprobs": 1, "max_tokens": 50, **schema_form(AGE)}
+            (choice,) = ask(api.server_port, "/v1/completions", asked).json["choices"]
+            self.assertEqual(choice["text"], '{"age": 21}')
+            self.assertEqual("".join(choice["logprobs"]["tokens"]), choice["text"])
 
     def test_fields_that_change_the_answer(self) -> None:
         """Their effect, or a refusal by name."""
