@@ -4358,10 +4358,7 @@ LIMIT: Check = (
     "a whole number from 1, or -1 for no limit",
     lambda v: type(v) is int and (v == -1 or v >= 1),
 )
-LIMIT_OR_0: Check = (
-    "a whole number from 0, or -1 for no limit",
-    lambda v: type(v) is int and v >= -1,
-)
+LIMIT_OR_0: Check = "a whole number from 0, or -1 for no limit", whole_from(-1)[1]
 SEED: Check = (
     "a whole number that fits in 64 bits",
     lambda v: type(v) is int and -(2**63) <= v < 2**64,
@@ -4402,12 +4399,7 @@ ASSISTANT: Table = {
     "tool_calls": ([], LIST),
 }
 TOOL_RESULT: Table = {**MESSAGE, "tool_call_id": (..., TEXT)}
-CHAT_ROLES: Mapping[str, Table] = {
-    "system": MESSAGE,
-    "developer": MESSAGE,
-    "user": MESSAGE,
-    "assistant": MESSAGE,
-}
+CHAT_ROLES = dict.fromkeys(("system", "developer", "user", "assistant"), MESSAGE)
 OPENAI_ROLES: Mapping[str, Table] = {**CHAT_ROLES, "assistant": ASSISTANT, "tool": TOOL_RESULT}
 
 TYPE: Check = '"function"', lambda v: v == "function"
@@ -4472,9 +4464,7 @@ CHAT: Table = {  # POST /chat
 }
 OPENAI: Table = {  # what OpenAI's dialects have in common
     "model": (None, TEXT),
-    "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
     **SAMPLING,
-    "n": (1, whole_from(1, 16)),
     "stream_options": ({}, OBJECT),
     "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
     "stop_token_ids": ([], IDS),
@@ -4484,12 +4474,14 @@ OPENAI: Table = {  # what OpenAI's dialects have in common
     "repetition_penalty": (None, number(0.01, 100)),
     "frequency_penalty": (0, PENALTY),
     "presence_penalty": (0, PENALTY),
-    "response_format": ({"type": "text"}, OBJECT),
     "structured_outputs": ({}, OBJECT),
 }
 CHAT_COMPLETIONS: Table = {
     "messages": (..., MESSAGES),
+    "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
     "max_completion_tokens": (None, LIMIT),
+    "n": (1, whole_from(1, 16)),
+    "response_format": ({"type": "text"}, OBJECT),
     "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
     **OPENAI,
     "logprobs": (False, FLAG),
@@ -4504,6 +4496,8 @@ COMPLETIONS: Table = {
     "prompt": (..., PROMPT),
     **OPENAI,
     "max_tokens": (16, LIMIT_OR_0),  # OpenAI's default
+    "n": (1, whole_from(1, 16)),
+    "response_format": ({"type": "text"}, OBJECT),
     "logprobs": (False, LOGPROBS),
     "echo": (False, FLAG),
     "add_special_tokens": (True, FLAG),
@@ -4531,11 +4525,7 @@ RESPONSES: Table = {
         ("a list without message.output_text.logprobs", lambda v: "logprobs" not in str(v)),
     ),
     "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
-    **{
-        name: rule
-        for name, rule in OPENAI.items()
-        if name not in ("n", "max_tokens", "response_format")
-    },
+    **OPENAI,
 }
 ITEMS: dict[str, Table] = {  # of a response's input
     "message": {"role": (..., one_of(CHAT_ROLES)), **MESSAGE},
@@ -4552,56 +4542,66 @@ ITEM_PART: Table = {
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any
 # level, with the values that ask for nothing.
 UNSUPPORTED: dict[str, list[Any]] = {
+    **dict.fromkeys(
+        (
+            "allowed_token_ids",
+            "audio",
+            "chat_template",
+            "ebnf",
+            "guided_choice",
+            "guided_grammar",
+            "guided_json",
+            "guided_regex",
+            "json_schema",
+            "n_predict",
+            "prompt_logprobs",
+            "regex",
+            "structural_tag",
+            "truncate_prompt_tokens",
+            "web_search_options",
+        ),
+        [],
+    ),
     "add_special_tokens": [False],
-    "allowed_token_ids": [],
-    "audio": [],
     "bad_words": [[]],
     "best_of": [1],
-    "chat_template": [],
     "chat_template_kwargs": [{}],
     "documents": [[]],
     "dry_multiplier": [0],
-    "ebnf": [],
     "echo": [False],
     "function_call": ["none", "auto"],
     "functions": [[]],
     "grammar": [""],
-    "guided_choice": [],
-    "guided_grammar": [],
-    "guided_json": [],
-    "guided_regex": [],
     "include_stop_str_in_output": [False],
-    "json_schema": [],
     "mirostat": [0],
     "mirostat_mode": [0],
     "modalities": [["text"]],
-    "n_predict": [],
-    "prompt_logprobs": [],
-    "regex": [],
     "repeat_penalty": [1],
     "return_token_ids": [False],
     "skip_special_tokens": [True],
     "stop_regex": [[], ""],
-    "structural_tag": [],
     "suffix": [""],
     "top_logprobs": [0],
-    "truncate_prompt_tokens": [],
     "typical_p": [1],
     "use_beam_search": [False],
-    "web_search_options": [],
     "xtc_probability": [0],
 }
 RESPONSES_UNSUPPORTED: dict[str, list[Any]] = {
     **UNSUPPORTED,
+    **dict.fromkeys(
+        (
+            "conversation",
+            "max_tokens",
+            "messages",
+            "previous_response_id",
+            "prompt",
+            "response_format",
+        ),
+        [],
+    ),
     "background": [False],
-    "conversation": [],
     "logprobs": [False],
-    "max_tokens": [],
-    "messages": [],
     "n": [1],
-    "previous_response_id": [],
-    "prompt": [],
-    "response_format": [],
     "store": [False],
     "truncation": ["disabled"],
 }
@@ -4763,7 +4763,17 @@ def read_chat_completions(body: Any, model: Model) -> Asked:
     asked.sampling = read_sampling(
         fields, model.defaults, fields["top_logprobs"] if fields["logprobs"] else None
     )
-    read_tools(asked, fields, model)
+    asked.n = fields["n"]
+    asked.form = read_form(fields, fields["response_format"])
+    functions = [
+        (f"tools[{i}].function", check(tool, TOOL, f"tools[{i}]")["function"])
+        for i, tool in enumerate(fields["tools"])
+    ]
+    choice = fields["tool_choice"]
+    if isinstance(choice, dict):
+        named = check(choice, TOOL, "tool_choice")["function"]
+        choice = check(named, NAMED, "tool_choice.function")
+    read_tools(asked, functions, choice, fields["parallel_tool_calls"], model)
     return asked
 
 
@@ -4777,6 +4787,8 @@ def read_completions(body: Any, model: Model) -> Asked:
     asked.sampling = read_sampling(
         fields, model.defaults, None if fields["logprobs"] is False else fields["logprobs"]
     )
+    asked.n = fields["n"]
+    asked.form = read_form(fields, fields["response_format"])
     asked.echo = fields["echo"]
     asked.prompt_name = "prompt"
     return asked
@@ -4791,24 +4803,19 @@ def read_responses(body: Any, model: Model) -> Asked:
         if isinstance(tool, dict) and tool.get("type") in OPTIONAL_TOOLS:
             logger.debug("tools[%d] is left out: its type is %s", i, tool["type"])
         else:
-            functions.append(
-                nested(tool, "function", {"type": (..., TYPE), **FUNCTION}, f"tools[{i}]")
-            )
-    choice, form = fields["tool_choice"], text["format"]
+            check(tool, {"type": (..., TYPE)}, f"tools[{i}]")
+            functions.append((f"tools[{i}]", tool))
+    choice = fields["tool_choice"]
     if isinstance(choice, dict):
-        choice = nested(choice, "function", {"type": (..., TYPE), **NAMED}, "tool_choice")
-    table = {
-        "type": RESPONSE_FORMAT["type"],
-        **(JSON_SCHEMA if form.get("type") == "json_schema" else {}),
-    }
-    form = nested(form, "json_schema", table, "text.format")
-    asked = read_common({**fields, "response_format": form}, model)
+        choice = check(choice, {"type": (..., TYPE), **NAMED}, "tool_choice")
+    asked = read_common(fields, model)
     asked.messages = read_items(fields["instructions"], fields["input"])
     asked.thinks = read_thinking(fields, model)
     asked.limit = fields["max_output_tokens"]
     asked.sampling = read_sampling(fields, model.defaults)
+    asked.form = read_form(fields, text["format"], "text.format")
     asked.prompt_name = "input"
-    read_tools(asked, {**fields, "tools": functions, "tool_choice": choice}, model)
+    read_tools(asked, functions, choice, fields["parallel_tool_calls"], model)
     repeated = (
         "instructions",
         "max_output_tokens",
@@ -4833,11 +4840,9 @@ def read_common(fields: dict[str, Any], model: Model) -> Asked:
     model.tokenizer.check_tokens(fields["stop_token_ids"], "stop_token_ids")
     model.tokenizer.check_tokens(map(int, fields["logit_bias"]), "logit_bias")
     return Asked(
-        form=read_form(fields),
         stop=as_list(fields["stop"]),
         stop_tokens=frozenset(fields["stop_token_ids"]),
         ignore_eos=fields["ignore_eos"],
-        n=fields.get("n", 1),
         stream=fields["stream"],
         usage=options["include_usage"],
     )
@@ -4912,68 +4917,65 @@ def read_call(call: Any, where: str) -> Message:
     return {"id": short_id(fields["id"]), "type": "function", "function": function}
 
 
-def read_tools(asked: Asked, fields: dict[str, Any], model: Model) -> None:
-    """The functions that the model may call, by tools and tool_choice."""
-    functions, tools = [], []
-    for i, tool in enumerate(fields["tools"]):
-        function = check(tool, TOOL, f"tools[{i}]")["function"]
-        functions.append(Function(**check(function, FUNCTION, f"tools[{i}].function")))
-        # `strict` is not for the model.
-        tools.append(
-            {
-                **tool,
-                "function": {name: value for name, value in function.items() if name != "strict"},
-            }
-        )
-    choice = fields["tool_choice"]
+def read_tools(
+    asked: Asked,
+    tools: Sequence[tuple[str, dict[str, Any]]],
+    choice: str | dict[str, Any],
+    several: bool,
+    model: Model,
+) -> None:
+    """The functions that the model may call. `tools` says where each stands, and `choice` is none,
+    auto, required, or an object with a name.
+    """
+    functions = [Function(**check(tool, FUNCTION, where)) for where, tool in tools]
     if choice == "none" or (not functions and choice == "auto"):
         return
     if "tools" not in model.tokenizer.template.source:
         raise ApiError(400, "this model's chat template has no tools: leave them out", "tools")
     if isinstance(choice, dict):
-        named = check(choice, TOOL, "tool_choice")["function"]
-        name = check(named, NAMED, "tool_choice.function")["name"]
-        functions = [function for function in functions if function.name == name]
+        functions = [function for function in functions if function.name == choice["name"]]
     if not functions:
         raise ApiError(
             400, "tool_choice asks for a function that is not in tools: add it there", "tool_choice"
         )
-    asked.tools, asked.functions = tools, functions
+    for _, tool in tools:
+        # `strict` is not for the model
+        function = {
+            name: value
+            for name, value in tool.items()
+            if value is not None and name not in ("type", "strict")
+        }
+        asked.tools.append({"type": "function", "function": function})
+    asked.functions = functions
     asked.forced = choice != "auto"
-    asked.several = fields["parallel_tool_calls"] and not isinstance(choice, dict)
+    asked.several = several and not isinstance(choice, dict)
 
 
-def read_form(fields: dict[str, Any]) -> Form | None:
-    """What the answer must be, by response_format or structured_outputs; None: any text."""
-    asked = check(fields["response_format"], RESPONSE_FORMAT, "response_format")
-    where = "structured_outputs"
-    outputs = check(fields[where], STRUCTURED_OUTPUTS, where)
+def read_form(
+    fields: dict[str, Any], response_format: dict[str, Any], where: str = "response_format"
+) -> Form | None:
+    """What the answer must be, by its format or structured_outputs; None: any text."""
+    asked = check(response_format, RESPONSE_FORMAT, where)
+    outputs = check(fields["structured_outputs"], STRUCTURED_OUTPUTS, "structured_outputs")
     if outputs.pop("json_object"):
         outputs["json"] = outputs["json"] or {"type": "object"}
     forms = [Form(kind, value) for kind, value in outputs.items() if value is not None]  # type: ignore[arg-type]
     if asked["type"] == "json_object":
         forms.append(Form("json", asked["schema"], strict=False))
     if asked["type"] == "json_schema":
-        inner = check(asked["json_schema"], JSON_SCHEMA, "response_format.json_schema")
+        if where == "response_format":  # a response has it without this level
+            response_format, where = asked["json_schema"], f"{where}.json_schema"
+        inner = check(response_format, JSON_SCHEMA, where)
         forms.append(Form("json", inner["schema"], inner["strict"]))
     if len(forms) > 1:
-        raise ApiError(400, f"{where} and response_format ask for several forms: send one", where)
+        name = "structured_outputs"
+        message = f"{name} and the response format ask for several forms: send one"
+        raise ApiError(400, message, name)
     return forms[0] if forms else None
 
 
 # codex sends them to every model, and works without them
 OPTIONAL_TOOLS = ("namespace", "web_search")
-
-
-def nested(value: Any, name: str, table: Table, where: str) -> dict[str, Any]:
-    """Chat's form of an object of a response: all but its type stands one level deeper, as
-    `name`.
-    """
-    check(value, table, where)
-    return {
-        "type": value["type"],
-        name: {k: v for k, v in value.items() if k != "type" and v is not None},
-    }
 
 
 def read_items(instructions: str | None, items: Any) -> list[Message]:
@@ -6034,10 +6036,8 @@ class ApiHandler(BaseHTTPRequestHandler):
 
         Ignores trailer fields.
         """
-        malformed, size = (
-            ApiError(400, "the chunked body is malformed: send it with a Content-Length"),
-            -1,
-        )
+        malformed = ApiError(400, "the chunked body is malformed: send it with a Content-Length")
+        size = -1
         while size:
             head = re.fullmatch(
                 rb"([0-9a-fA-F]{1,8})[ \t]*(;[^\r\n]*)?\r\n", self.rfile.readline(1024)
