@@ -6939,6 +6939,14 @@ class StructuredTest(FormCase):
                         said = self.post(api, tools=tools, tool_choice=choice, max_tokens=500)
                         self.assertEqual(said, Said(calls=(("tool_41", arguments),)))
 
+    def test_a_machine_without_processes(self) -> None:
+        """That is the server's failure: the client is told, and did not leave."""
+        failing = mock.patch.object(server.subprocess, "Popen", side_effect=BlockingIOError)
+        with acting(family("qwen")) as (api, _), failing:
+            asked = {"messages": QUESTION, **schema_form(AGE)}
+            reply = ask(api.server_port, "/v1/chat/completions", asked)
+            check_error(reply, 500, "the server failed on this request")
+
     def test_no_end_tokens(self) -> None:
         """A model without them is served."""
         tokens = scripted_tokenizer(QWEN, ("<|im_start|>", "<|im_end|>"), TAGS)

@@ -6182,8 +6182,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         with self.turn():
             asked = route.read(self.read_json(), model)
             encoded = prompt_tokens(asked, model.tokenizer)
-        # may wait for a grammar, while others parse
-        requests = make_requests(asked, encoded, model)
+        try:  # may wait for a grammar, while others parse
+            requests = make_requests(asked, encoded, model)
+        except OSError as error:  # of this machine: `answer` would take it for the connection's
+            raise RuntimeError("a process for grammars cannot be started") from error
         requests[0].size = size
         return requests, route.writer(model, asked, requests), asked.stream
 
