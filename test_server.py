@@ -3866,7 +3866,7 @@ def refused_bodies() -> Iterator[tuple[Any, str]]:
     yield from {
         b"": "Expecting.*send {",
         b"\xe9": "utf-8",
-        b"[" * 100_000: "recursion depth",
+        b"[" * 100_000: "nested more than 64 deep",
     }.items()
     yield from {b'{"prompt": "a\nb"}': "control", b"9" * 5000: "digits", b" ": "Expecting"}.items()
 
