@@ -190,6 +190,14 @@ def fits_depth(value: Any, most: int) -> bool:
     return True
 
 
+def long_json(value: dict[str, Any]) -> bytes:
+    """`value` as one line of JSON in UTF-8, in small steps: to write megabytes in one would stop all
+    other threads.
+    """
+    pieces = json.JSONEncoder(ensure_ascii=False).iterencode(value)
+    return "".join(pieces).encode(errors="replace") + b"\n"
+
+
 def as_list(value: Any) -> list[Any]:
     """A list as it is, and anything else as the one item of a list."""
     return value if isinstance(value, list) else [value]
@@ -3927,12 +3935,8 @@ class Statistics:
 
     def finish(self, request: Request) -> None:
         """Count a request that has ended."""
-        now, submitted, admitted, first = (
-            time.monotonic(),
-            request.submitted,
-            request.admitted,
-            request.first_token,
-        )
+        now, submitted = time.monotonic(), request.submitted
+        admitted, first = request.admitted, request.first_token
         self.finished[request.outcome] += 1
         self.observe("e2e_request_latency_seconds", now - submitted)
         if admitted:
@@ -4826,7 +4830,7 @@ def read_responses(body: Any, model: Model) -> Asked:
     )
     said = {name: fields[name] for name in repeated}
     said |= {"text": text, "temperature": asked.sampling.temperature, "top_p": asked.sampling.top_p}
-    asked.said = "".join(json.JSONEncoder().iterencode(said))
+    asked.said = long_json(said).decode()
     return asked
 
 
@@ -5074,8 +5078,7 @@ def prompt_tokens(asked: Asked, tokenizer: Tokenizer) -> list[list[int]]:
 
 def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[Request]:
     """The requests of a body: `n` for each prompt, whose tokens are `encoded`. Raises ApiError."""
-    for prompt in encoded:
-        check_prompt(asked, prompt, model)
+    limits = [answer_limit(asked, prompt, model) for prompt in encoded]
     scored = asked.echo and asked.sampling.logprobs is not None
     if scored:
         check_scores(asked, encoded, model)
@@ -5086,14 +5089,15 @@ def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[
         stop_tokens |= model.tokenizer.stop_tokens
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     requests = []
-    for index, prompt in enumerate(prompt for prompt in encoded for _ in range(asked.n)):
+    for index in range(len(encoded) * asked.n):
+        prompt = encoded[index // asked.n]
         sampling = asked.sampling
         if sampling.seed is not None:  # as in vLLM, the `n` answers differ
             sampling = dataclasses.replace(sampling, seed=sampling.seed + index % asked.n)
         constraint = rules() if rules else None
         request = Request(
             prompt=prompt,
-            max_tokens=answer_limit(asked, prompt, model),
+            max_tokens=limits[index // asked.n],
             sampler=Sampler(sampling, prompt, stop_tokens, constraint),
             stop_tokens=stop_tokens,
             reader=new_reader(asked, state, model.tokenizer),
@@ -5140,14 +5144,21 @@ def new_reader(asked: Asked, state: str, tokenizer: Tokenizer) -> Reader:
 
 
 def answer_limit(asked: Asked, prompt: list[int], model: Model) -> int:
-    """How many tokens an answer may have.
+    """How many tokens an answer may have. Raises ApiError if the prompt leaves no room for one.
 
     A slot's cache is reserved for the whole answer before it starts. If the cache cannot hold the
     full context for all slots at once, as on a card, an answer without a limit gets its slot's
     share.
     """
+    if not prompt:
+        raise ApiError(400, "the prompt is empty: send text", asked.prompt_name)
+    context = model.max_seq_len
+    if len(prompt) >= context:
+        message = f"the prompt has {len(prompt)} tokens, but the context holds {context} in all"
+        name, code = asked.prompt_name, "context_length_exceeded"
+        raise ApiError(400, f"{message}: shorten the prompt", name, code)
     limit = max(model.slot_share, 1024) if asked.limit in (None, -1) else asked.limit
-    return min(limit, model.max_seq_len - len(prompt))
+    return min(limit, context - len(prompt))
 
 
 def answer_state(asked: Asked, prompt: list[int], tokenizer: Tokenizer) -> str:
@@ -5159,16 +5170,6 @@ def answer_state(asked: Asked, prompt: list[int], tokenizer: Tokenizer) -> str:
         return "text"
     begun = tokenizer.decode(prompt[-8:]).rstrip().endswith(tokenizer.think_tags[0].encode())
     return "thinking" if begun else "opening"
-
-
-def check_prompt(asked: Asked, prompt: list[int], model: Model) -> None:
-    """Raise ApiError for a prompt that leaves no room for an answer."""
-    if not prompt:
-        raise ApiError(400, "the prompt is empty: send text", asked.prompt_name)
-    context = model.max_seq_len
-    if len(prompt) >= context:
-        message = f"the prompt has {len(prompt)} tokens, but the context holds {context} in all: shorten the prompt"
-        raise ApiError(400, message, asked.prompt_name, "context_length_exceeded")
 
 
 def check_scores(asked: Asked, encoded: list[list[int]], model: Model) -> None:
@@ -5232,14 +5233,8 @@ class Writer(Protocol):
 
 
 def to_json(value: dict[str, Any]) -> bytes:
-    """`value` as one line of JSON in UTF-8."""
+    """As long_json, for short values."""
     return json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n"
-
-
-def long_json(value: dict[str, Any]) -> bytes:
-    """As to_json, in small steps: to write megabytes in one would stop all other threads."""
-    pieces = json.JSONEncoder(ensure_ascii=False).iterencode(value)
-    return "".join(pieces).encode(errors="replace") + b"\n"
 
 
 def server_sent(value: dict[str, Any]) -> bytes:
