@@ -3242,7 +3242,7 @@ class TTServerTest(unittest.TestCase):
                     self.assertEqual(ask(port, "/chat", {"prompt": "Hello"}).status, 500)
                 if not supervised:
                     process.wait_for("on fire")
-                    wait_until(lambda: ask(port, "/health").json["status"] == "unhealthy")
+                    wait_until(lambda: ask(port, "/health").json["status"] == "unhealthy")  # noqa: B023
                     self.assertNotIn("on fire", ask(port, "/health").json["error"])
                     process.process.send_signal(signal.SIGTERM)
                 self.assertEqual(process.wait(), 1, process.output)
@@ -6941,7 +6941,7 @@ class StructuredTest(FormCase):
 
     def test_a_machine_without_processes(self) -> None:
         """That is the server's failure: the client is told, and did not leave."""
-        failing = mock.patch.object(server.subprocess, "Popen", side_effect=BlockingIOError)
+        failing = mock.patch.object(subprocess, "Popen", side_effect=BlockingIOError)
         with acting(family("qwen")) as (api, _), failing:
             asked = {"messages": QUESTION, **schema_form(AGE)}
             reply = ask(api.server_port, "/v1/chat/completions", asked)

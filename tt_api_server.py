@@ -4408,15 +4408,15 @@ OPENAI_ROLES: Mapping[str, Table] = {**CHAT_ROLES, "assistant": ASSISTANT, "tool
 
 TYPE: Check = '"function"', lambda v: v == "function"
 TOOL: Table = {"type": (..., TYPE), "function": (..., OBJECT)}
+NAMED: Table = {"name": (..., NONEMPTY)}
 FUNCTION: Table = {
-    "name": (..., NONEMPTY),
+    **NAMED,
     "parameters": ({"type": "object", "additionalProperties": False}, OBJECT),
     "strict": (False, FLAG),
 }
-NAMED: Table = {"name": (..., NONEMPTY)}
 CALL: Table = {"id": (..., TEXT), "type": ("function", TYPE), "function": (..., OBJECT)}
 CALLED: Table = {
-    "name": (..., NONEMPTY),
+    **NAMED,
     "arguments": (
         ...,
         ("a JSON object in a string", lambda v: isinstance(v, str) and json_object(v) is not None),
@@ -4545,7 +4545,7 @@ ITEM_PART: Table = {
 
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any
 # level, with the values that ask for nothing.
-UNSUPPORTED: dict[str, list[Any]] = {
+UNSUPPORTED: dict[str, Sequence[Any]] = {
     **dict.fromkeys(
         (
             "allowed_token_ids",
@@ -4564,7 +4564,7 @@ UNSUPPORTED: dict[str, list[Any]] = {
             "truncate_prompt_tokens",
             "web_search_options",
         ),
-        [],
+        (),
     ),
     "add_special_tokens": [False],
     "bad_words": [[]],
@@ -4590,7 +4590,7 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "use_beam_search": [False],
     "xtc_probability": [0],
 }
-RESPONSES_UNSUPPORTED: dict[str, list[Any]] = {
+RESPONSES_UNSUPPORTED: dict[str, Sequence[Any]] = {
     **UNSUPPORTED,
     **dict.fromkeys(
         (
@@ -4601,7 +4601,7 @@ RESPONSES_UNSUPPORTED: dict[str, list[Any]] = {
             "prompt",
             "response_format",
         ),
-        [],
+        (),
     ),
     "background": [False],
     "logprobs": [False],
