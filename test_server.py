@@ -1711,7 +1711,12 @@ def family_tokenizer(family: str) -> Any:
             tokenizers.normalizers.Replace(" ", "\u2581"),
         ]
         made.normalizer, alphabet = tokenizers.normalizers.Sequence(steps), []
-        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        parts = [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
         made.decoder = decoders.Sequence(parts)
     else:
         made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -676,7 +676,8 @@ LLAMA_TEMPLATE = """\
 {{- "<|begin_of_text|>" }}
 {%- if tools or messages | selectattr("tool_calls") | list %}
     {%- set dates = "Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n" %}
-    {{- turn("system", "Environment: ipython\\n" + dates + system) }}
+    {%- set environment = "Environment: ipython\\n" if tools else "" %}
+    {{- turn("system", environment + dates + system) }}
 {%- elif given %}
     {{- turn("system", system) }}
 {%- endif %}
