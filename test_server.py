@@ -761,6 +761,17 @@ def tokenizer() -> server.Tokenizer:
     return server.Tokenizer(vocabulary, server.LLAMA_TEMPLATE, server.LLAMA3_VOCABULARY, ends)
 
 
+@functools.cache
+def grammars_of(tokens: server.Tokenizer) -> server.Grammars:
+    """For all servers with this tokenizer: llguidance reads a vocabulary for half a second."""
+    return server.Grammars(tokens.token_bytes)
+
+
+def use(api: server.ApiServer, tokens: server.Tokenizer) -> None:
+    """Let the server serve a model with this tokenizer."""
+    api.tokenizer, api.grammars = tokens, grammars_of(tokens)
+
+
 class Speaker(FakeEngine):
     """A fake engine that answers every prompt with the same text, and then ends its turn."""
 
@@ -855,7 +866,7 @@ def serving(
         scheduling(engine, max_queue, load) as api.scheduler,
     ):
         api.model, api.max_connections = "fake-llama", connections
-        api.use_tokenizer(tokenizer())
+        use(api, tokenizer())
         threading.Thread(
             target=api.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         ).start()
@@ -1806,7 +1817,7 @@ def family_server(family: str) -> Iterator[server.ApiServer]:
     """A server of that family's random checkpoint."""
     folder = family_checkpoint(family)
     with serving(float32_engine(folder, length=200)) as api:
-        api.use_tokenizer(server.open_tokenizer(server.read_checkpoint(folder)))
+        use(api, server.open_tokenizer(server.read_checkpoint(folder)))
         yield api
 
 
@@ -1965,9 +1976,7 @@ class FamilyTest(unittest.TestCase):
             )
             # the body is right, and the template is not
             for number in ('"x".index("y")', "1 // 0"):
-                api.use_tokenizer(
-                    file_tokenizer(family_checkpoint("mistral"), f"{{{{ {number} }}}}")
-                )
+                use(api, file_tokenizer(family_checkpoint("mistral"), f"{{{{ {number} }}}}"))
                 check_error(
                     ask(api.server_port, "/chat", {"prompt": "Hi"}),
                     400,
@@ -1980,7 +1989,7 @@ class FamilyTest(unittest.TestCase):
             ):
                 server.open_tokenizer(server.read_checkpoint(base))
             (base / "chat_template.jinja").unlink()
-            api.use_tokenizer(server.open_tokenizer(server.read_checkpoint(base)))
+            use(api, server.open_tokenizer(server.read_checkpoint(base)))
             check_error(
                 ask(api.server_port, "/chat", {"prompt": "Hi"}),
                 400,
@@ -1998,7 +2007,7 @@ class FamilyTest(unittest.TestCase):
             ("<think>forever", "forever", ""),
         ):
             with self.subTest(script), serving(Speaker(script, tokens=tokenizer)) as api:
-                api.use_tokenizer(tokenizer)
+                use(api, tokenizer)
                 asked: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": True}}
                 reply = chat(api.server_port, **asked)
                 self.assertEqual((reply.get("thinking", ""), reply["response"]), (thinking, answer))
@@ -5394,9 +5403,9 @@ class ToolTest(unittest.TestCase):
                 if name == "llama3_2":
                     llama3 = server.Llama3Vocabulary()
                     begin = "<|begin_of_text|>"
-                    api.use_tokenizer(server.Tokenizer(llama3, source, bos_token=begin))
+                    use(api, server.Tokenizer(llama3, source, bos_token=begin))
                 elif name != "llama3_1":
-                    api.use_tokenizer(file_tokenizer(qwen, source, frozenset()))
+                    use(api, file_tokenizer(qwen, source, frozenset()))
                 for i, chat in enumerate(conversations(50)):
                     tools = (
                         TOOLS
@@ -5542,7 +5551,7 @@ class ToolTest(unittest.TestCase):
                     self.subTest(family, choice=choice, schemas=schemas),
                     serving(Rambler(script, tokens)) as api,
                 ):
-                    api.use_tokenizer(tokens)
+                    use(api, tokens)
                     message = self.post(
                         api, tools=tools, tool_choice=choice, max_tokens=900, temperature=1
                     )
@@ -5636,7 +5645,7 @@ class ToolTest(unittest.TestCase):
         ):
             tokens = family_tools("qwen3", "<tool_call>", ending)
             with self.subTest(how), serving(Rambler("", tokens)) as api:
-                api.use_tokenizer(tokens)
+                use(api, tokens)
                 # or a random model thinks for long
                 more: Body = {} if how == "never" else {"logit_bias": {over: 5}}
                 more |= (
@@ -5666,7 +5675,7 @@ class ToolTest(unittest.TestCase):
         with serving(
             Rambler("<think>a<tool_call>b</think><tool_call>", tokens)
         ) as api:  # a thought of a call is none
-            api.use_tokenizer(tokens)
+            use(api, tokens)
             thought = self.post(api, tools=tools, chat_template_kwargs={"enable_thinking": True})
             self.assertEqual(thought["reasoning_content"], "a<tool_call>b")
             self.assertEqual({call["function"]["name"] for call in thought["tool_calls"]}, {"f"})
@@ -5738,7 +5747,7 @@ class ToolTest(unittest.TestCase):
         self.assertEqual(ask(port, "/v1/chat/completions", extreme).status, 200)
         many = ask(port, "/v1/completions", {"prompt": ["Hi"] * 64, "n": 16})
         check_error(many, 400, "1024 answers are more than the queue can hold")
-        with mock.patch.dict(sys.modules, {"llguidance": None}), serving(Rambler("Hi")) as api:
+        with without_llguidance(), serving(Rambler("Hi")) as api:
             for body in (
                 {"tools": TOOLS, "tool_choice": "required"},
                 {"response_format": {"type": "json_object"}},
@@ -5746,7 +5755,7 @@ class ToolTest(unittest.TestCase):
                 reply = ask(api.server_port, "/v1/chat/completions", {"messages": QUESTION, **body})
                 check_error(reply, 400, "pip install llguidance")
         with serving(Speaker("Hi")) as api:
-            api.use_tokenizer(file_tokenizer(family_checkpoint("qwen3"), CHATML))
+            use(api, file_tokenizer(family_checkpoint("qwen3"), CHATML))
             reply = ask(
                 api.server_port, "/v1/chat/completions", {"messages": QUESTION, "tools": TOOLS}
             )
@@ -5877,7 +5886,7 @@ class ResponsesTest(unittest.TestCase):
             ),
         ):
             with self.subTest(script), serving(Speaker(script, tokens)) as api:
-                api.use_tokenizer(tokens)
+                use(api, tokens)
                 whole = self.post(api, **fields).json
                 streamed = replay(self.post(api, **fields, stream=True).body)
                 for response in (whole, streamed):
@@ -5968,7 +5977,7 @@ class ResponsesTest(unittest.TestCase):
                     "Yes", tokens, before_step=lambda batch, seen=seen: seen.extend(batch[0].tokens)
                 )
                 with self.subTest(items=items), serving(engine) as api:
-                    api.use_tokenizer(tokens)
+                    use(api, tokens)
                     reply = self.post(api, input=items, instructions=instructions).json
                 prompt = tokens.decode(seen[: reply["usage"]["input_tokens"]]).decode()
                 expected = json.loads(json.dumps(messages))
@@ -6405,7 +6414,7 @@ def acting(tokens: server.Tokenizer, **options: Any) -> Iterator[tuple[server.Ap
     """A server of a scripted model."""
     actor = Actor(tokens, **options)
     with serving(actor) as api:
-        api.use_tokenizer(tokens)
+        use(api, tokens)
         yield api, actor
 
 
@@ -6662,8 +6671,10 @@ def schema_form(schema: object, **more: object) -> Body:
 @contextlib.contextmanager
 def without_llguidance() -> Iterator[None]:
     """As where the package is not installed."""
+    grammars_of.cache_clear()  # those that have started their process
     with mock.patch.dict(sys.modules, {"llguidance": None}):
         yield
+    grammars_of.cache_clear()
 
 
 class FormCase(unittest.TestCase):
@@ -6762,7 +6773,7 @@ class FormTest(FormCase):
 
     def test_arguments_are_streamed(self) -> None:
         """They arrive as they are generated, in all dialects."""
-        long = {"city": "x" * 400}
+        long = {"city": "x" * 100}
         scripts = {
             "qwen": HERMES_CALL.replace(json.dumps(PARIS), json.dumps(long)),
             "devstral": f"[TOOL_CALLS]get_weather[ARGS]{json.dumps(long)}",
@@ -6946,6 +6957,7 @@ class StructuredTest(FormCase):
     def test_a_machine_without_processes(self) -> None:
         """That is the server's failure: the client is told, and did not leave."""
         failing = mock.patch.object(subprocess, "Popen", side_effect=BlockingIOError)
+        grammars_of.cache_clear()
         with acting(family("qwen")) as (api, _), failing:
             asked = {"messages": QUESTION, **schema_form(AGE)}
             reply = ask(api.server_port, "/v1/chat/completions", asked)
@@ -7040,7 +7052,7 @@ def checkpoint_server(folder: Path, script: str | None = None) -> Iterator[serve
     if script is not None:
         engine.say(script)
     with serving(engine) as api:
-        api.use_tokenizer(tokens)
+        use(api, tokens)
         api.defaults = checkpoint.defaults
         yield api
 
@@ -7493,7 +7505,7 @@ class SiblingTest(FormCase):
     def test_the_last_message_goes_on(self) -> None:
         """With tools and thinking, what has begun is text."""
         chat = [*QUESTION, {"role": "assistant", "content": "It"}]
-        with acting(family("qwen")) as (api, actor), without_llguidance():
+        with without_llguidance(), acting(family("qwen")) as (api, actor):
             actor.say(" is <think> here.")
             self.assertEqual(
                 self.post(api, tools=TOOLS, messages=chat, continue_final_message=True),
