@@ -1708,6 +1708,14 @@ def file_tokenizer(folder: Path, template: str, ends: Iterable[int] = (2,)) -> s
     return server.Tokenizer(vocabulary, template, vocabulary.size, ends, **names)
 
 
+def sentencepiece_decoder() -> Any:
+    """As of a tokenizer.json that was made from a SentencePiece model."""
+    from tokenizers import decoders
+
+    spaces, first = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+    return decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), first])
+
+
 def family_tokenizer(family: str) -> Any:
     """A tokenizer of that family's kind, trained on the server's file."""
     import tokenizers
@@ -1722,13 +1730,7 @@ def family_tokenizer(family: str) -> Any:
             tokenizers.normalizers.Replace(" ", "\u2581"),
         ]
         made.normalizer, alphabet = tokenizers.normalizers.Sequence(steps), []
-        parts = [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-        made.decoder = decoders.Sequence(parts)
+        made.decoder = sentencepiece_decoder()
     else:
         made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
@@ -7275,14 +7277,7 @@ def spaced_tokenizer() -> Path:
     made.normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.Prepend("\u2581"), space]
     )
-    decoders = tokenizers.decoders
-    parts = [
-        decoders.Replace("\u2581", " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ]
-    made.decoder = decoders.Sequence(parts)
+    made.decoder = sentencepiece_decoder()
     special = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "[TOOL_CALLS]"]
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=500, special_tokens=special, show_progress=False

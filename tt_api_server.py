@@ -866,7 +866,6 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[Message] = (),
         thinking: bool = False,
-        generation_prompt: bool = True,
     ) -> list[str]:
         """The prompt in parts, which are encoded one by one.
 
@@ -881,7 +880,7 @@ class ChatTemplate:
                 messages=self.inert(list(messages)),
                 tools=self.inert(list(tools)) or None,
                 enable_thinking=thinking,
-                add_generation_prompt=generation_prompt,
+                add_generation_prompt=True,
                 limited=limited_to(PROMPT_CHARACTERS),
             )
             return prompt.split(self.CUT)
@@ -987,15 +986,12 @@ class Tokenizer:
         messages: Sequence[Message],
         tools: Sequence[Message] = (),
         thinking: bool = False,
-        generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of a conversation, up to the start of the assistant's answer.
 
         Raises ApiError.
         """
-        return self.vocabulary.encode(
-            self.template.render(messages, tools, thinking, generation_prompt)
-        )
+        return self.vocabulary.encode(self.template.render(messages, tools, thinking))
 
     def encode_document(self, text: str) -> list[int]:
         """Token ids of plain text at the start of a document."""
