@@ -663,13 +663,13 @@ class FakeEngine:
 
     It knows what every slot holds, and notes each breach of the contract.
 
-    `pool` is how many tokens all slots together have room for. `before_step` is called with each
+    `pool` is how many tokens all slots together have room for, in blocks of `block` tokens, which
+    slots share by counting; `pools` divides slots and blocks. `before_step` is called with each
     batch, and may wait or raise; `steps` records (answers, prompt tokens) of each step. Once it is
     `broken`, no call works but close.
     """
 
     device = "fake"
-    resume_align = 1
     scores_prompts = False
 
     def __init__(
@@ -679,16 +679,23 @@ class FakeEngine:
         prompt_chunk: int = 512,
         pool: int | None = None,
         before_step: Callable[[Sequence[server.Work]], object] = lambda batch: None,
+        pools: int = 1,
+        block: int = 1,
+        align: int = 1,
     ) -> None:
         self.max_batch_size, self.max_seq_len, self.prompt_chunk = slots, max_seq_len, prompt_chunk
-        self.pool = self.kv_cache_tokens = slots * max_seq_len if pool is None else pool
+        self.kv_cache_tokens = slots * max_seq_len if pool is None else pool
+        self.kv_pools, self.resume_align, self.block = pools, align, block
         self.before_step = before_step
         self.held: list[list[int]] = [[] for _ in range(slots)]
-        self.reserved = [0] * slots
+        self.room = [0] * slots
+        self.blocks: list[list[int]] = [[] for _ in range(slots)]  # their numbers
+        self.uses = [collections.Counter[int]() for _ in range(pools)]  # slots that have a block
+        self.resets: set[int] = set()  # steps before which blocks changed: a card's decode is reset
         self.steps: list[tuple[int, int]] = []
         self.breaches: list[str] = []
-        self.copy = self._copy if prompt_chunk else None
         self.closed = self.broken = False
+        self._numbers = itertools.count()
         self._thread: int | None = None
 
     def _must(self, condition: bool, duty: str) -> None:
@@ -705,18 +712,43 @@ class FakeEngine:
     def reserve(self, slot: int, length: int) -> bool:
         self._enter()
         self._must(0 <= length <= self.max_seq_len, "no slot reserves more than max_seq_len")
-        if sum(self.reserved) - self.reserved[slot] + length > self.pool:
+        blocks, uses = self.blocks[slot], self.uses[self._pool(slot)]
+        more = -(-length // self.block) - len(blocks)
+        if more > self.kv_cache_tokens // self.kv_pools // self.block - len(uses):
             return False
-        self.reserved[slot] = length
+        if more:
+            self.resets.add(len(self.steps))
+        new = list(itertools.islice(self._numbers, max(more, 0)))
+        self._exchange(slot, len(blocks) + min(more, 0), len(blocks), new)
+        self.room[slot] = length
         del self.held[slot][length:]
         return True
 
-    def _copy(self, source: int, slot: int, begin: int, end: int) -> None:
+    def copy(self, source: int, slot: int, length: int) -> None:
         self._enter()
-        self._must(begin < end <= len(self.held[source]), "only what a slot holds is copied")
-        self._must(begin <= len(self.held[slot]), "positions leave no gap")
-        self._must(end <= self.reserved[slot], "room is reserved before its use")
-        self.held[slot][begin:] = self.held[source][begin:end]
+        self._must(self.prompt_chunk > 0, "an engine that reads prompts whole shares nothing")
+        self._must(self._pool(source) == self._pool(slot), "slots of one pool share")
+        self._must(length % self.resume_align == 0, "whole steps of resume_align are shared")
+        self._must(length <= len(self.held[source]), "only what a slot holds is copied")
+        self._must(length > len(self.held[slot]), "a copy adds to what a slot holds")
+        self.resets.add(len(self.steps))
+        count = length // self.block
+        self._exchange(slot, 0, count, self.blocks[source][:count])
+        self.held[slot] = self.held[source][:length]
+        self.room[slot] = max(self.room[slot], length)
+
+    def _pool(self, slot: int) -> int:
+        return slot * self.kv_pools // self.max_batch_size
+
+    def _exchange(self, slot: int, begin: int, end: int, new: list[int]) -> None:
+        """Give a slot these blocks for those that it had there."""
+        uses, blocks = self.uses[self._pool(slot)], self.blocks[slot]
+        uses.update(new)
+        for block in blocks[begin:end]:
+            uses[block] -= 1
+            if not uses[block]:
+                del uses[block]
+        blocks[begin:end] = new
 
     def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
         self._enter()
@@ -740,10 +772,11 @@ class FakeEngine:
             held = self.held[work.slot]
             self._must(len(work.tokens) > 0, "every item has tokens")
             self._must(work.position <= len(held), "positions leave no gap")
-            self._must(
-                work.position + len(work.tokens) <= self.reserved[work.slot],
-                "room is reserved before its use",
-            )
+            end = work.position + len(work.tokens)
+            self._must(end <= self.room[work.slot], "room is reserved before its use")
+            written = self.blocks[work.slot][work.position // self.block : -(-end // self.block)]
+            uses = self.uses[self._pool(work.slot)]
+            self._must(all(uses[block] == 1 for block in written), "no shared block is written")
             held[work.position :] = work.tokens
             result.append(server.Result(server.Token(fake_next(held)) if work.sampler else None))
         return result
@@ -751,6 +784,24 @@ class FakeEngine:
     def close(self) -> None:
         self._must(not self.closed, "it is closed once")
         self.closed = True
+
+
+class Narrow(FakeEngine):
+    """A real engine that has as little room as a fake one, and is held to the contract by it."""
+
+    scores_prompts = True
+
+    def __init__(self, engine: server.Engine, **options: Any) -> None:
+        super().__init__(engine.max_batch_size, engine.max_seq_len, **options)
+        self.engine = engine
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        super().copy(source, slot, length)
+        self.engine.copy(source, slot, length)
+
+    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+        super().step(batch)
+        return self.engine.step(batch)
 
 
 @functools.cache
@@ -787,7 +838,8 @@ class Speaker(FakeEngine):
         return server.Token(min(self.tokens.stop_tokens))
 
     def reserve(self, slot: int, length: int) -> bool:
-        self._said[slot] = 0
+        if length <= self.room[slot]:  # given back: the next answer begins
+            self._said[slot] = 0
         return super().reserve(slot, length)
 
     def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
@@ -1628,9 +1680,9 @@ class TorchEngineTest(unittest.TestCase):
             server.Work(7, PROMPT[1:], 1, GREEDY),  # ... and the rest of one
         ]
         logits = logits_of(engine, *random.Random(0).sample(batch, len(batch)))
-        engine.copy(0, 3, 0, 39)  # ... and two that go on from other slots'
-        engine.copy(1, 6, 0, 10)
-        engine.copy(0, 6, 10, 18)
+        engine.copy(0, 3, 39)  # ... and two that go on from other slots'
+        engine.copy(1, 6, 10)
+        engine.copy(0, 6, 18)
         rest = logits_of(
             engine,
             server.Work(5, PROMPT[33:], 33, GREEDY),
@@ -3525,13 +3577,265 @@ class SchedulerTest(unittest.TestCase):
             FakeEngine(8, max_seq_len=96),
             FakeEngine(8, max_seq_len=96, prompt_chunk=0, pool=400),
         ):
-            with self.subTest(pool=engine.pool), scheduling(engine) as scheduler:
+            with self.subTest(pool=engine.kv_cache_tokens), scheduling(engine) as scheduler:
                 with concurrent.futures.ThreadPoolExecutor(8) as pool:
                     list(pool.map(functools.partial(client, scheduler), range(8)))
                 wait_until(functools.partial(lambda s: s.busy == 0, scheduler))
                 counted = scheduler.statistics
                 self.assertEqual((counted.accepted, sum(counted.finished.values())), (1000, 1000))
                 self.assertEqual((len(scheduler.queue), scheduler.state), (0, "healthy"))
+
+    def check_use(self, engine: FakeEngine, scheduler: server.Scheduler) -> None:
+        """What is told of the room is what requests have, up to the rounding to blocks."""
+        busy = [slot.index for slot in scheduler.slots if slot.request]
+        blocks = {block for slot in busy for block in engine.blocks[slot]}
+        used = len(blocks) * engine.block / engine.kv_cache_tokens
+        rounding = len(busy) * engine.block / engine.kv_cache_tokens
+        self.assertLessEqual(abs(scheduler.kv_cache_use - used), rounding)
+
+    def test_agents_that_allow_long_answers(self) -> None:
+        """They get room as they write, and so seldom that a card's decode is seldom reset."""
+
+        class Agents(FakeEngine):
+            """Ends each answer after 200 tokens."""
+
+            def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+                test.check_use(self, scheduler)
+                ends = [work.position + len(work.tokens) >= 1700 for work in batch]
+                end = server.Result(server.Token(server.END))
+                return [end if last else one for last, one in zip(ends, super().step(batch))]
+
+        test, engine = self, Agents(32, 32768, 1024, pool=32768, block=32, align=128)
+        agents = [request([i] * 1500, 32768 - 1500, frozenset({server.END})) for i in range(16)]
+        with scheduling(engine) as scheduler:
+            scheduler.submit(*agents)
+            for asked in agents:
+                self.assertEqual(collect(asked), fake_answer(asked.prompt, 200))
+        self.assertEqual(max(answers for answers, _ in engine.steps), 16)
+        self.assertLess(len(engine.resets), 25)
+
+    def test_interruptions(self) -> None:
+        """What becomes of a request that waits in the queue after it has begun."""
+
+        def fail(scheduler: server.Scheduler, young: server.Request) -> None:
+            if not scheduler.statistics.finished["error"]:
+                raise RuntimeError("the card is on fire")
+
+        for name, action, outcomes in (
+            ("nothing", lambda scheduler, young: None, ("length", "length")),
+            (
+                "cancelled",
+                lambda scheduler, young: scheduler.cancel(young),
+                ("length", "cancelled"),
+            ),
+            ("read", lambda scheduler, young: scheduler.cancel(young, "stop"), ("length", "stop")),
+            ("drained", lambda scheduler, young: scheduler.stop(drain=True), ("length", "length")),
+            ("stopped", lambda scheduler, young: scheduler.stop(drain=False), ["cancelled"] * 2),
+            ("alone after an error", fail, ("error", "length")),
+        ):
+            logs = self.assertLogs(server.logger) if action is fail else contextlib.nullcontext()
+            with self.subTest(name), logs:
+                self.interrupt(action, tuple(outcomes))
+
+    def interrupt(
+        self, action: Callable[[server.Scheduler, server.Request], None], outcomes: tuple[str, ...]
+    ) -> None:
+        """Two requests run, the younger is interrupted, and in each step until it goes on the
+        action is done.
+        """
+        old, young, last = request([1] * 150, 500), request([1] * 150, 400), request([3], 5)
+        waited: list[server.Request] = []
+
+        def step(batch: Sequence[server.Work]) -> None:
+            if waiting := [asked for asked in scheduler.queue if asked.generated]:
+                waited.extend(waiting)
+                self.assertFalse(last.admitted)
+                action(scheduler, young)
+
+        engine = FakeEngine(2, 700, pool=700, before_step=step, block=4, align=16)
+        with scheduling(engine) as scheduler:
+            scheduler.submit(old, young, last)
+            for asked in (old, young, last):
+                self.assertTrue(asked.ended.wait(PATIENCE))
+        self.assertEqual(((old.outcome, young.outcome), set(waited)), (outcomes, {young}))
+        for asked in (old, young):
+            answer, expected = received(asked), fake_answer(asked.prompt, asked.max_tokens)
+            self.assertEqual(answer, expected[: len(answer)])
+            self.assertEqual(len(answer) == len(expected), asked.outcome == "length")
+            self.assertEqual(len(answer), asked.generated)
+        self.assertEqual((old.cached, young.cached), (0, 144))
+        counted = scheduler.statistics
+        self.assertEqual((counted.accepted, sum(counted.finished.values())), (3, 3))
+        self.assertEqual(counted.sums["request_prompt_tokens"] - bool(last.generated), 300)
+
+    def test_what_interruptions_cost(self) -> None:
+        """Who was interrupted comes back to stay: little is read twice."""
+        engine = FakeEngine(16, 900, pool=1500)
+        agents = [request([i] * 100, 60 + 53 * i % 300) for i in range(24)]
+        with mock.patch.object(server, "GROWTH", 32), scheduling(engine) as scheduler:
+            scheduler.submit(*agents)
+            for asked in agents:
+                self.assertEqual(collect(asked), fake_answer(asked.prompt, asked.max_tokens))
+        self.assertLess(sum(tokens for _, tokens in engine.steps), 1.5 * 24 * 100)
+
+    def test_a_prefix_that_many_wait_for(self) -> None:
+        """A long system prompt is read once, and all its users fit into a pool that could not hold
+        it four times.
+        """
+        for count, read in ((8, 0), (1, 3000), (1, 10002)):
+            with self.subTest(at_once=count, others_come_after=read):
+                self.read_prefix(count, read)
+
+    def read_prefix(self, count: int, read: int) -> None:
+        """The first `count` of 8 users come at once, the others when the first has read so much."""
+        users = [
+            request([*range(10000), 20000 + i, 7], 20000, frozenset(range(4))) for i in range(8)
+        ]
+
+        def step(batch: Sequence[server.Work]) -> None:
+            self.check_use(engine, scheduler)
+            if users[count:] and scheduler.slots[0].held >= read and not users[-1].submitted:
+                scheduler.submit(*users[count:])
+
+        engine = FakeEngine(8, 32768, 1024, 32768, step, block=32, align=128)
+        with scheduling(engine) as scheduler:
+            scheduler.submit(*users[:count])
+            for asked in users:
+                self.assertEqual(collect(asked), fake_answer(asked.prompt, 100, asked.stop_tokens))
+        self.assertEqual([asked.cached for asked in users], [0] + [9984] * 7)
+        self.assertEqual(sum(tokens for _, tokens in engine.steps), 10002 + 7 * 18)
+
+    def test_torture(self) -> None:
+        """Requests of all kinds over pools that are too small, many given up on the way."""
+        chance = random.Random(3)
+        bases = [[chance.randrange(94) for _ in range(length)] for length in (30, 64, 100, 150)]
+
+        def client(scheduler: server.Scheduler, number: int) -> None:
+            chance = random.Random(number)
+            for _ in range(12):
+                base = bases[chance.randrange(4)]
+                prompt = base[: chance.randint(1, 200)] + [
+                    chance.randrange(94) for _ in range(chance.choice((0, 1, 40)))
+                ]
+                count = chance.randint(0, 250 - len(prompt))
+                requests = [request(prompt, count) for _ in range(chance.choice((1, 1, 4)))]
+                scheduler.submit(*requests)
+                given_up = [asked for asked in requests if chance.random() < 0.3]
+                if given_up:
+                    time.sleep(chance.random() * 0.05)
+                for asked in given_up:
+                    scheduler.cancel(asked)
+                for asked in requests:
+                    self.assertTrue(asked.ended.wait(PATIENCE))
+                    answer, expected = received(asked), fake_answer(prompt, count)
+                    if asked.outcome == "cancelled":
+                        self.assertIn(asked, given_up)
+                        expected = expected[: len(answer)]
+                    self.assertEqual(answer, expected)
+
+        options: dict[str, Any]
+        for options in (
+            {"pool": 300, "block": 4, "align": 16},
+            {"pool": 700, "block": 4, "align": 16, "pools": 2},
+            {"pool": 600, "pools": 2},
+            {"pool": 300, "prompt_chunk": 0},
+        ):
+            options = {"max_seq_len": 256, "prompt_chunk": 64, **options}
+            engine = FakeEngine(8, **options)
+            with (
+                self.subTest(**options),
+                mock.patch.object(server, "GROWTH", 8),
+                scheduling(engine) as scheduler,
+            ):
+                with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                    list(pool.map(functools.partial(client, scheduler), range(8)))
+                wait_until(functools.partial(lambda s: s.busy == 0, scheduler))
+                # What is left is what idle slots keep, and it goes for one that needs all.
+                self.assertEqual(engine.room, [len(held) for held in engine.held])
+                whole = request([95] * 255, 1)
+                scheduler.submit(whole)
+                self.assertEqual(collect(whole), fake_answer(whole.prompt, 1))
+                counted = scheduler.statistics
+                self.assertEqual(counted.accepted, sum(counted.finished.values()))
+                self.assertEqual((len(scheduler.queue), scheduler.kv_cache_use), (0, 0))
+
+    @needs("llguidance")
+    def test_an_interrupted_answer_is_the_same(self) -> None:
+        """Token for token, with its log-probabilities: seeds, penalties and grammars go on where
+        they were.
+        """
+        sampling = {"temperature": 1, "frequency_penalty": 0.5, "repetition_penalty": 1.3}
+        shared: dict[str, Any] = {**sampling, "max_tokens": 50, "logprobs": True, "top_logprobs": 3}
+        shared["structured_outputs"] = {"regex": "[a-z ]{300}"}
+        bodies: list[dict[str, Any]] = [
+            {**shared, "messages": [{"role": "user", "content": f"Number {i}"}], "seed": i}
+            for i in range(4)
+        ]
+        waited: list[int] = []
+
+        def step(batch: Sequence[server.Work]) -> None:
+            waited.extend(asked.generated for asked in api.scheduler.queue)
+
+        def answer(body: dict[str, Any]) -> Any:
+            choice = ask(api.server_port, "/v1/chat/completions", body).json["choices"][0]
+            return [choice["message"]["content"], choice["logprobs"]]
+
+        options: dict[str, Any] = {"prompt_chunk": 64, "block": 4, "align": 4}
+        slots = float32_engine(random_checkpoint("meta", Shape()), 4, 100)
+        with serving(Narrow(slots, **options)) as api:
+            alone = [answer(body) for body in bodies]
+        engine = Narrow(slots, pool=100, before_step=step, **options)
+        with (
+            mock.patch.object(server, "GROWTH", 4),
+            serving(engine) as api,
+            concurrent.futures.ThreadPoolExecutor(4) as pool,
+        ):
+            together = []
+            for count, body in enumerate(bodies, 1):
+                together.append(pool.submit(answer, body))
+                wait_for_figure(api.server_port, "requests_accepted_total", count)
+            for one, other in zip(alone, together):
+                self.assert_alike(one, other.result())
+        self.assertTrue(any(waited))
+
+    def test_scores_of_a_prompt_that_is_read_twice(self) -> None:
+        """Each is told once."""
+        slots = float32_engine(random_checkpoint("meta", Shape()), 4, 256)
+        told = []
+        for others in (0, 2):
+            asked = [request([i] * 10, 100) for i in range(others)]
+            young = request([i * i for i in range(218)], 1)
+            young.sampler = server.Sampler(server.SamplingParams(temperature=0, logprobs=1))
+            young.scored = True
+            waited: list[int] = []
+
+            def step(batch: Sequence[server.Work]) -> None:
+                waited.extend(one.told for one in scheduler.queue)  # noqa: B023
+
+            engine = Narrow(slots, pool=256, prompt_chunk=64, before_step=step)
+            with mock.patch.object(server, "GROWTH", 4), scheduling(engine) as scheduler:
+                scheduler.submit(*asked, young)
+                self.assertTrue(young.ended.wait(PATIENCE))
+            events = [young.events.get() for _ in range(219)]
+            self.assertEqual(
+                [event.what for event in events], ["prompt"] * 217 + ["token", "length"]
+            )
+            tokens = [event.token for event in events[:218]]
+            self.assertEqual([token.id for token in tokens[:217] if token], young.prompt[1:])
+            told.append([token.logprob for token in tokens if token])
+            self.assertEqual(bool(others), any(0 < count < 217 for count in waited))
+        self.assert_alike(*told)
+
+    def assert_alike(self, one: Any, other: Any) -> None:
+        """The same, but for the last digits of numbers."""
+        if isinstance(one, float):
+            self.assertAlmostEqual(one, other, delta=1e-3)
+        elif isinstance(one, (dict, list)):
+            self.assertEqual(len(one), len(other))
+            for key in one if isinstance(one, dict) else range(len(one)):
+                self.assert_alike(one[key], other[key])
+        else:
+            self.assertEqual(one, other)
 
     def test_seeds(self) -> None:
         """Equal seeds give equal answers beside any other requests, in float32; -1 is no seed."""
@@ -4668,22 +4972,41 @@ class OpenAITest(unittest.TestCase):
         self.assertEqual(self.post("completions", **warm).json["choices"][0]["text"], plain)
 
     def test_an_answer_without_a_limit(self) -> None:
-        """It has the context, or where the KV cache does not hold that for all slots, a slot's
-        share of it.
-        """
-        for pool, count in ((4 * 1500, 1500), (4 * 1100, 1100)):
-            with serving(FakeEngine(4, max_seq_len=1500, prompt_chunk=0, pool=pool)) as api:
-                for limit in (
+        """It has the rest of the context, also where all slots together have no more room."""
+        for pool in (4 * 600, 600):
+            with serving(FakeEngine(4, max_seq_len=600, prompt_chunk=0, pool=pool)) as api:
+                bodies: tuple[dict[str, int], ...] = (
                     {},
                     {"max_tokens": -1},
                     {"max_completion_tokens": -1, "max_tokens": 5},
-                ):
-                    usage = ask(
-                        api.server_port, "/v1/chat/completions", {"messages": QUESTION, **limit}
-                    ).json["usage"]
-                    self.assertEqual(
-                        usage["completion_tokens"], min(count, 1500 - usage["prompt_tokens"])
-                    )
+                )
+                with concurrent.futures.ThreadPoolExecutor(3) as threads:
+                    for reply in threads.map(
+                        lambda limit: ask(
+                            api.server_port,
+                            "/v1/chat/completions",
+                            {"messages": QUESTION, **limit},
+                        ),
+                        bodies,
+                    ):
+                        usage = reply.json["usage"]
+                        self.assertEqual(usage["total_tokens"], 600)
+
+    def test_answers_of_one_prompt(self) -> None:
+        """A card reads a long prompt once for all of them, and its pool holds it once."""
+        engine = FakeEngine(8, 8192, 1024, pool=8192, block=32, align=128)
+        body = {"prompt": "word " * 4000, "n": 8, "max_tokens": 20, "seed": 1}
+        with serving(engine) as api:
+            reply = ask(api.server_port, "/v1/completions", body).json
+            usage, port = reply["usage"], api.server_port
+            again = ask(port, "/v1/completions", {**body, "prompt": "word " * 4000 + "more"}).json
+        texts = {choice["text"] for choice in reply["choices"]}
+        self.assertEqual((len(reply["choices"]), len(texts)), (8, 1))
+        self.assertEqual(max(answers for answers, _ in engine.steps), 8)
+        read = usage["prompt_tokens"] + 7 * (usage["prompt_tokens"] % 128)
+        self.assertLess(sum(tokens for _, tokens in engine.steps), read + 8 * 128)
+        cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+        self.assertGreater(cached, usage["prompt_tokens"] - 2 * 128)
 
     def test_completions(self) -> None:
         prompt, tokens = "Once upon a time", tokenizer().encode_document("Once upon a time")
@@ -6943,7 +7266,7 @@ class StructuredTest(FormCase):
         with acting(family("qwen")) as (api, actor):
             actor.max_seq_len = 10**6
             api.scheduler.max_seq_len = 10**6
-            actor.pool = 10**7
+            actor.kv_cache_tokens = 10**7
             for tools, arguments in (
                 (ordinary, '{"parameter_1": "x"}'),
                 (enums, '{"w": "word 77"}'),

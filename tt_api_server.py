@@ -97,6 +97,7 @@ import urllib.parse
 import uuid
 import warnings
 import weakref
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -2371,6 +2372,8 @@ class Engine(Protocol):
     max_batch_size: int  # slots that run in one step
     max_seq_len: int  # tokens that a slot can hold, prompt and answer
     kv_cache_tokens: int  # that all slots together can hold
+    # The slots are divided equally, in order, among so many pools of KV cache.
+    kv_pools: int
     # Prompt tokens that a step may prefill. A prompt may then be prefilled in pieces, and go on
     # from the tokens that an earlier request left in its slot. 0: prompts are prefilled whole, from
     # the start.
@@ -2379,18 +2382,19 @@ class Engine(Protocol):
     scores_prompts: bool  # so Work.scores is supported
 
     def reserve(self, slot: int, length: int) -> bool:
-        """Keep room for `length` tokens in the slot; False while there is none.
+        """Make the slot's room `length` tokens, also while it runs. False, and nothing changed,
+        while its pool has no more.
 
-        A length of 0 gives all room back.
-
-        A slot that alone keeps room can always have max_seq_len.
+        What the slot holds beyond its new room is lost. A slot that alone keeps room in its pool
+        can always have max_seq_len.
         """
 
-    @property
-    def copy(self) -> Callable[[int, int, int, int], None] | None:
-        """copy(source, slot, begin, end): copy the KV cache of these positions to a slot.
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """Let a slot hold the first `length` positions that another slot of its pool holds.
 
-        None: not supported.
+        It gets room for them if it has less. `length` is a multiple of resume_align. A card shares
+        the memory: no slot writes what it shares without giving it back first, by `reserve`. Called
+        only if prompts can be prefilled in pieces.
         """
 
     def step(self, batch: Sequence[Work]) -> list[Result]:
@@ -2468,7 +2472,7 @@ class TorchEngine:
         config = self.config = checkpoint.config
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
-        self.kv_cache_tokens = max_batch_size * max_seq_len
+        self.kv_cache_tokens, self.kv_pools = max_batch_size * max_seq_len, 1
         size = sum(math.prod(shape) for _, shape in config.weights().values())
         if threads or size < self.SMALL:
             torch.set_num_threads(threads or 1)
@@ -2656,9 +2660,9 @@ class TorchEngine:
     def reserve(self, slot: int, length: int) -> bool:
         return length <= self.max_seq_len
 
-    def copy(self, source: int, slot: int, begin: int, end: int) -> None:
+    def copy(self, source: int, slot: int, length: int) -> None:
         for cache in (*self.keys, *self.values):
-            cache[slot, begin:end] = cache[source, begin:end]
+            cache[slot, :length] = cache[source, :length]
 
     def close(self) -> None:
         """Nothing to do: the memory goes with the process."""
@@ -3036,7 +3040,7 @@ class TTEngine:
     the other kind idle, and the card's call is a reset.
     """
 
-    scores_prompts, copy = False, None
+    scores_prompts = False
 
     def __init__(
         self,
@@ -3062,6 +3066,7 @@ class TTEngine:
         self.max_seq_len = max_seq_len
         self.note = ""  # why this is slower than the card could be
         self._slots_per_copy = max_batch_size
+        self.kv_pools = data_parallel
         self._traced = trace and "TT_METAL_SLOW_DISPATCH_MODE" not in os.environ
         self._tracing = False  # until all is compiled
         self._generator: Any = None
@@ -3294,6 +3299,9 @@ class TTEngine:
         self._page_table[slot, :wanted] = torch.tensor(blocks)
         self._decoding = {}
         return True
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        raise NotImplementedError
 
     def step(self, batch: Sequence[Work]) -> list[Result]:
         """Prefill the batch's prompts, those of one padded length together, then decode its other
@@ -3768,6 +3776,7 @@ def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torc
 
 
 STREAM_PAUSE = 0.006  # seconds that a handler's thread lets tokens gather before it looks for more
+GROWTH = 128  # tokens that a request gets room for ahead; on a card, each new room costs a reset
 
 
 class Event(NamedTuple):
@@ -3797,13 +3806,36 @@ class Request:
     admitted: float = 0.0  # when it got a slot
     first_token: float = 0.0  # a stop token counts
     last_token: float = 0.0
-    generated: int = 0  # tokens, without the stop token
+    told: int = 0  # log-probabilities of the prompt
     cached: int = 0  # prompt tokens that were in the KV cache already
     outcome: str = ""  # "stop", "length", "cancelled" or "error", once it has ended
     cancelled: str = ""  # if set, the request ends before the next step, with this outcome
     late: bool = False  # its grammar did not know in time what may come next
     ended: threading.Event = field(default_factory=threading.Event)
     seconds: float = 0.0  # from submission to the last token that the handler has read
+
+    def __post_init__(self) -> None:
+        self.tokens = array("i", self.prompt)  # prompt and answer; an array is compared quickly
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer, without the stop token."""
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def most(self) -> int:
+        """Tokens that prompt and answer may have."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
+    def ahead(self) -> int:
+        """Tokens that it should have room for by now."""
+        return min(len(self.tokens) + GROWTH, self.most)
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be told."""
+        return self.scored and self.told < len(self.prompt) - 1
 
     def read(self, event: Event) -> list[Piece]:
         """The pieces of the answer that an event adds."""
@@ -3873,7 +3905,7 @@ def pieces_of(requests: Sequence[Request], stream: bool) -> Iterator[tuple[Reque
                 running.discard(request)
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """One place in the engine's batch.
 
@@ -3881,9 +3913,11 @@ class Slot:
     """
 
     index: int
+    pool: list[Slot] = field(repr=False)  # the slots that share its pool of KV cache, and itself
     request: Request | None = None
-    tokens: list[int] = field(default_factory=list)  # prompt and answer
+    tokens: array[int] = field(default_factory=lambda: array("i"))  # prompt and answer
     held: int = 0  # how many of them are in the KV cache
+    room: int = 0  # how many the engine has room for
     used: float = 0.0  # when the last request left
 
     @property
@@ -3891,14 +3925,20 @@ class Slot:
         """Tokens that are not in the KV cache yet: 1 during decode, more during prefill."""
         return len(self.tokens) - self.held
 
-    def common(self, request: Request) -> int:
-        """How many tokens of the prompt are in the KV cache.
 
-        A token whose logits are needed does not count.
-        """
-        most = 0 if request.scored else min(self.held, len(request.prompt) - 1)
-        differs = lambda i: self.tokens[: i + 1] != request.prompt[: i + 1]  # noqa: E731
-        return bisect.bisect_left(range(most), True, key=differs)
+def common_prefix(first: array[int], second: array[int], most: int) -> int:
+    """How many tokens both begin with, up to `most`, which neither is shorter than."""
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        if first[least:middle] == second[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+by_age = operator.attrgetter("request.submitted")  # of slots with a request, the oldest first
 
 
 HISTOGRAMS = {  # vLLM's names
@@ -3965,14 +4005,13 @@ class Scheduler:
 
     def __init__(self, max_queue: int) -> None:
         self.max_queue = max_queue
-        self.max_seq_len = self.slot_share = (
-            0  # tokens that one slot can hold, and that all can at the same time
-        )
+        self.max_seq_len = 0  # tokens that one slot can hold
         self.device = ""
         self.scores_prompts = True
         self.doing: tuple[str, float | None] = ("starting", None)
         self.statistics = Statistics()
         self.slots: list[Slot] = []
+        self._pools: list[list[Slot]] = []  # the slots, by pool of KV cache
         self.queue: deque[Request] = deque()
         self._state, self._error = "loading", ""
         # Guards the state, the queue and the statistics. Only the scheduler's thread changes the
@@ -4067,10 +4106,22 @@ class Scheduler:
 
     @property
     def kv_cache_use(self) -> float:
-        """The share of the KV cache that requests have reserved, 0 to 1."""
-        requests = [slot.request for slot in self.slots if slot.request]
-        reserved = sum(len(request.prompt) + request.max_tokens for request in requests)
-        return reserved / self._engine.kv_cache_tokens if reserved else 0.0
+        """The share of the KV cache that requests have room in, 0 to 1.
+
+        What several hold alike counts once: next to each other in this order are those that have
+        most in common.
+        """
+        busy = [
+            (slot.pool[0].index, slot.tokens[: slot.held], slot)
+            for slot in self.slots
+            if slot.request
+        ]
+        busy.sort(key=operator.itemgetter(0, 1))
+        room = sum(slot.room for _, _, slot in busy)
+        for (pool, held, _), (other, tokens, _) in itertools.pairwise(busy):
+            if pool == other:
+                room -= self._align(common_prefix(held, tokens, min(len(held), len(tokens))))
+        return min(room / self._engine.kv_cache_tokens, 1.0) if room else 0.0
 
     def _in_flight(self) -> list[Request]:
         return list(filter(None, [*self.queue, *(slot.request for slot in self.slots)]))
@@ -4103,10 +4154,13 @@ class Scheduler:
                 report("ready", 1.0)
                 self._engine = engine
                 with self._wake:
-                    self.slots = [Slot(index) for index in range(engine.max_batch_size)]
+                    self._pools = [[] for _ in range(engine.kv_pools)]
+                    for index in range(engine.max_batch_size):
+                        pool = self._pools[index * engine.kv_pools // engine.max_batch_size]
+                        pool.append(Slot(index, pool))
+                    self.slots = [slot for pool in self._pools for slot in pool]
                     self.max_seq_len, self.device = engine.max_seq_len, engine.device
                     self.scores_prompts = engine.scores_prompts
-                    self.slot_share = engine.kv_cache_tokens // engine.max_batch_size
                     self._state = "healthy" if self._state == "loading" else self._state
                 ready()
                 self._serve()
@@ -4126,60 +4180,120 @@ class Scheduler:
                 for slot in self.slots:
                     if slot.request and slot.request.cancelled:
                         self._leave(slot, slot.request.cancelled)
+                        self._share(slot)
+                self._grow()
                 self._admit()
                 if self._state != "healthy" and not self._in_flight():
                     return
-            self._share_prefixes()
             if batch := self._plan():
                 self._step(batch)
             elif self.busy:
                 time.sleep(0.002)  # until a grammar knows what may come next
 
+    def _grow(self) -> None:
+        """Give running answers room for their next tokens, all at once.
+
+        Where a pool has no more, its youngest request goes back to the queue.
+        """
+        full = [slot for slot in self.slots if slot.request and len(slot.tokens) > slot.room]
+        for slot in sorted(full, key=by_age):
+            while slot.request and not (
+                self._reserve(slot, slot.request.ahead) or self._resize(slot, len(slot.tokens))
+            ):
+                self._interrupt(max((other for other in slot.pool if other.request), key=by_age))
+        for slot in self.slots if full else ():
+            if slot.request:
+                self._resize(slot, slot.request.ahead)
+
+    def _interrupt(self, slot: Slot) -> None:
+        """Put the slot's request back to the front of the queue, to go on from its text so far."""
+        assert slot.request is not None
+        self.queue.appendleft(slot.request)
+        slot.request = None
+        self._keep(slot, 0)
+
     def _admit(self) -> None:
         """Give free slots to the oldest requests, while the engine has room for them."""
-        align = self._engine.resume_align
-        while self.queue and (free := [slot for slot in self.slots if slot.request is None]):
-            request = self.queue[0]
-            length = len(request.prompt) + request.max_tokens
-            # Best is the slot with most of this prompt, unless it mostly holds another chat; then
-            # an empty slot; then the least recently used. An engine may have several memory pools,
-            # so the next best may have room when the best has none.
-            common = {slot.index: slot.common(request) for slot in free}
-            own = {
-                slot.index: common[slot.index] if 2 * common[slot.index] > slot.held else 0
-                for slot in free
-            }
-            free.sort(key=lambda slot: (-own[slot.index], bool(slot.held), slot.used))
-            # If none has room, idle slots give up what they keep: the least recently used first,
-            # the best match last.
-            kept = sorted(
-                (slot for slot in free if slot.held), key=lambda slot: (own[slot.index], slot.used)
-            )
-            while (
-                not (slot := next((s for s in free if self._engine.reserve(s.index, length)), None))
-                and kept
-            ):
-                self._keep(kept.pop(0), 0)
-            if slot is None:
-                return  # until another request has ended
+        while self.queue and self.busy < len(self.slots) and self._place(self.queue[0]):
             self.queue.popleft()
-            request.admitted = time.monotonic()
-            slot.held = request.cached = min(common[slot.index], slot.held) // align * align
-            slot.request, slot.tokens = request, list(request.prompt)
 
-    def _share_prefixes(self) -> None:
-        """Copy to each prompt what other slots hold of it already."""
-        if not (copy := self._engine.copy):
-            return
-        for slot in self.slots:
-            if slot.request and slot.pending > 1:
-                others = [other for other in self.slots if other.held > slot.held]
-                commons = [(other.common(slot.request), other.index) for other in others]
-                common, source = max(commons, default=(0, 0))
-                if common > slot.held:
-                    copy(source, slot.index, slot.held, common)
-                    slot.request.cached += common - slot.held
-                    slot.held = common
+    def _place(self, request: Request) -> bool:
+        """Give a request a slot, best in the pool that holds most of its prompt, idle or busy; of
+        equal pools, in the emptiest. False: there is no room.
+        """
+        common = {slot: self._common(request, slot) for slot in self.slots}
+
+        def rank(pool: list[Slot]) -> tuple[int, int]:
+            return -max(common[slot] for slot in pool), sum(slot.room for slot in pool)
+
+        return any(self._fit(request, pool, common) for pool in sorted(self._pools, key=rank))
+
+    def _align(self, count: int) -> int:
+        """The last position up to this one at which a prompt can go on."""
+        return count // self._engine.resume_align * self._engine.resume_align
+
+    def _common(self, request: Request, slot: Slot) -> int:
+        """How many tokens of a request the slot holds, for it to go on from.
+
+        A token whose logits are needed does not count.
+        """
+        if request.scoring or not self._engine.prompt_chunk:
+            return 0
+        most = min(slot.held, len(request.tokens) - 1)
+        return self._align(common_prefix(request.tokens, slot.tokens, most))
+
+    def _fit(self, request: Request, pool: list[Slot], common: Mapping[Slot, int]) -> bool:
+        """Give a request a slot of this pool, and what is held there of its prompt. False: there is
+        no slot, or no room.
+        """
+
+        def rank(slot: Slot) -> tuple[int, bool, float]:
+            """Best is the slot with most of this prompt, unless it mostly holds another chat; then
+            an empty slot; then the least recently used.
+            """
+            own = common[slot] if 2 * common[slot] > slot.held else 0
+            return -own, bool(slot.held), slot.used
+
+        slot = min((slot for slot in pool if not slot.request), key=rank, default=None)
+        if slot is None:
+            return False
+        self._keep(slot, common[slot])
+        source = max(pool, key=common.__getitem__)
+        if common[source] > slot.held:
+            self._copy(source, slot, common[source])
+            slot.tokens = request.tokens[: slot.held]
+        # What the others of the pool may soon need stays free, or one would be interrupted soon.
+        others = [other.request.most - other.room for other in pool if other.request]
+        wanted = request.ahead + sum(min(GROWTH, more) for more in others)
+        if not self._reserve(slot, min(wanted, self.max_seq_len)):
+            return False
+        self._resize(slot, request.ahead)
+        slot.request, slot.tokens = request, request.tokens
+        request.admitted = request.admitted or time.monotonic()
+        if not request.first_token:
+            request.cached = slot.held
+        return True
+
+    def _waits(self, slot: Slot, other: Slot) -> bool:
+        """Whether a prompt waits until an older one of its pool has read what both begin with."""
+        if not (slot.request and other.request and other.pending > 1 and slot.pool is other.pool):
+            return False
+        if slot.request.scoring or other.request.submitted >= slot.request.submitted:
+            return False
+        now = max(slot.held, self._align(other.held))  # what it can go on from already
+        # So many more are worth a step, or the last ones.
+        end = min(now + max(self._engine.resume_align, 16), self._align(len(slot.tokens) - 1))
+        return end > now and slot.tokens[:end] == other.tokens[:end]
+
+    def _share(self, source: Slot) -> None:
+        """Copy what a slot holds to the prompts that waited for it."""
+        for slot in source.pool:
+            if slot.request and slot.pending > 1 and slot.held < source.held:
+                common = self._common(slot.request, source)
+                if common > slot.held and not self._waits(slot, source):
+                    if not slot.request.first_token:
+                        slot.request.cached += common - slot.held
+                    self._copy(source, slot, common)
 
     def _plan(self) -> list[Work]:
         """The next step: the last token of every running answer, then the oldest prompts within the
@@ -4187,7 +4301,7 @@ class Scheduler:
         """
         busy = [(slot, slot.request) for slot in self.slots if slot.request]
         batch = [
-            Work(slot.index, slot.tokens[-1:], slot.held, request.sampler)
+            Work(slot.index, slot.tokens[-1:].tolist(), slot.held, request.sampler)
             for slot, request in busy
             if slot.pending == 1 and (not request.late or request.sampler.ready)
         ]
@@ -4198,27 +4312,27 @@ class Scheduler:
         align = max(self._engine.resume_align, 16)
         few = max(self.PROMPT_BUDGET + answers, align)
         budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > answers else few
-        begun: list[list[int]] = []
         for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
-            if self._engine.copy and request.prompt in begun and not request.scored:
-                continue  # until the other prefill of this prompt is done, and can be copied
-            begun.append(request.prompt)
-            if request.scored and answers:
+            if chunk and any(self._waits(slot, other) for other, _ in prompts):
+                continue
+            if request.scoring and answers:
                 budget = min(budget, self.SCORES_BUDGET)
             end = len(slot.tokens)
             if chunk and slot.pending > budget:
                 end = (slot.held + budget) // align * align
-            if budget <= 0 or end <= slot.held:
+            if end <= slot.held:
                 break
             # a card pads shorter ones to that
             budget -= max(end - slot.held, self._engine.resume_align)
             sampler = request.sampler if end == len(slot.tokens) else None
             scores = None
-            if request.scored:
-                scores = Scores(
-                    slot.tokens[slot.held + 1 : end + 1], request.sampler.params.logprobs or 0
-                )
-            batch.append(Work(slot.index, slot.tokens[slot.held : end], slot.held, sampler, scores))
+            if request.scoring:
+                following = slot.tokens[slot.held + 1 : end + 1].tolist()
+                scores = Scores(following, request.sampler.params.logprobs or 0)
+            tokens = slot.tokens[slot.held : end].tolist()
+            batch.append(Work(slot.index, tokens, slot.held, sampler, scores))
+            if budget <= 0:
+                break
         return batch
 
     def _step(self, batch: list[Work]) -> None:
@@ -4241,12 +4355,17 @@ class Scheduler:
         for work, result in zip(batch, results):
             slot = self.slots[work.slot]
             slot.held += len(work.tokens)
-            if not slot.request:
+            if not (request := slot.request):
                 continue
-            for token in result.scores:
-                slot.request.events.put(Event(slot.request.index, "prompt", token))
+            # after an interruption they come again
+            for token in result.scores[max(request.told - work.position, 0) :]:
+                request.events.put(Event(request.index, "prompt", token))
+                request.told += 1
             if work.sampler:
-                self._take(slot, slot.request, result.token)
+                self._take(slot, request, result.token)
+        for work in batch:
+            if len(work.tokens) > 1:
+                self._share(self.slots[work.slot])
 
     def _take(self, slot: Slot, request: Request, token: Token | None) -> None:
         """Add the next token to an answer, and end the answer if it is complete."""
@@ -4265,8 +4384,7 @@ class Scheduler:
             elif not request.max_tokens:
                 self._leave(slot, "length")
             else:
-                slot.tokens.append(token.id)
-                request.generated += 1
+                request.tokens.append(token.id)  # the slot's, too
                 request.sampler.push(token.id)
                 request.events.put(Event(request.index, "token", token))
                 if request.generated >= request.max_tokens:
@@ -4287,9 +4405,32 @@ class Scheduler:
         """Keep `held` tokens of an idle slot for a request that starts with them, and give back the
         other room.
         """
-        slot.held = held
-        del slot.tokens[held:]
-        self._engine.reserve(slot.index, held)
+        slot.held, slot.tokens = held, slot.tokens[:held]
+        self._resize(slot, held)
+
+    def _copy(self, source: Slot, slot: Slot, length: int) -> None:
+        """Let a slot hold what another one of its pool holds."""
+        self._engine.copy(source.index, slot.index, length)
+        slot.held, slot.room = length, max(slot.room, length)
+
+    def _resize(self, slot: Slot, length: int) -> bool:
+        """Give a slot this room. False: its pool has no more."""
+        if length != slot.room and not self._engine.reserve(slot.index, length):
+            return False
+        slot.room = length
+        return True
+
+    def _reserve(self, slot: Slot, length: int) -> bool:
+        """Give a slot this room. Idle slots of its pool give up what they keep for it, the least
+        recently used first.
+        """
+        idle = [other for other in slot.pool if not other.request and other is not slot]
+        idle.sort(key=lambda other: other.used)
+        while not self._resize(slot, length):
+            if not idle:
+                return False
+            self._keep(idle.pop(0), 0)
+        return True
 
     def _mark_broken(self, error: str) -> None:
         """The engine cannot go on: end all requests."""
@@ -4704,7 +4845,6 @@ class Model(NamedTuple):
     grammars: Grammars
     defaults: Mapping[str, float]  # of the sampling, by the checkpoint
     max_seq_len: int
-    slot_share: int  # tokens that all slots can hold at the same time
     scores_prompts: bool
 
 
@@ -5141,12 +5281,7 @@ def new_reader(asked: Asked, state: str, tokenizer: Tokenizer) -> Reader:
 
 
 def answer_limit(asked: Asked, prompt: list[int], model: Model) -> int:
-    """How many tokens an answer may have. Raises ApiError if the prompt leaves no room for one.
-
-    A slot's cache is reserved for the whole answer before it starts. If the cache cannot hold the
-    full context for all slots at once, as on a card, an answer without a limit gets its slot's
-    share.
-    """
+    """How many tokens an answer may have. Raises ApiError if the prompt leaves no room for one."""
     if not prompt:
         raise ApiError(400, "the prompt is empty: send text", asked.prompt_name)
     context = model.max_seq_len
@@ -5154,8 +5289,8 @@ def answer_limit(asked: Asked, prompt: list[int], model: Model) -> int:
         message = f"the prompt has {len(prompt)} tokens, but the context holds {context} in all"
         name, code = asked.prompt_name, "context_length_exceeded"
         raise ApiError(400, f"{message}: shorten the prompt", name, code)
-    limit = max(model.slot_share, 1024) if asked.limit in (None, -1) else asked.limit
-    return min(limit, context - len(prompt))
+    room = context - len(prompt)
+    return room if asked.limit in (None, -1) else min(asked.limit, room)
 
 
 def answer_state(asked: Asked, prompt: list[int], tokenizer: Tokenizer) -> str:
@@ -6524,7 +6659,6 @@ class ApiServer(ThreadingHTTPServer):
             self.grammars,
             self.defaults,
             scheduler.max_seq_len,
-            scheduler.slot_share,
             scheduler.scores_prompts,
         )
 
