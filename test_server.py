@@ -671,6 +671,7 @@ class FakeEngine:
 
     device = "fake"
     scores_prompts = False
+    sampling = "by addition"
 
     def __init__(
         self,
@@ -1474,10 +1475,15 @@ def nucleus(logits: list[float], params: server.SamplingParams) -> list[float]:
     return [shares.get(i, 0.0) for i in range(len(logits))]
 
 
+def draw_ids(draws: list[tuple[server.Sampler, Any, int]]) -> list[int]:
+    """The tokens' ids, where all can be drawn."""
+    return [token.id for token in server.draw_tokens(draws) if token]
+
+
 class SamplingTest(unittest.TestCase):
     def setUp(self) -> None:
         chance = random.Random(5)
-        self.logits = [chance.gauss(0, 2) for _ in range(50)]
+        self.logits = [chance.gauss(0, 2) for _ in range(150)]
 
     def draw(self, count: int, temperature: float, top_p: float = 1.0, top_k: int = 0) -> list[int]:
         """Tokens by the seeds 0, 1, 2 ... from the same logits."""
@@ -1485,7 +1491,7 @@ class SamplingTest(unittest.TestCase):
         params = [
             server.SamplingParams(temperature, top_p, top_k, seed=seed) for seed in range(count)
         ]
-        return [server.draw(logits, one, 7) for one in params]
+        return draw_ids([(server.Sampler(one), logits, 7) for one in params])
 
     def test_frequencies(self) -> None:
         """Pearson's chi-square of 4,000 draws; seeds are fixed, so this always goes as it went
@@ -1516,12 +1522,12 @@ class SamplingTest(unittest.TestCase):
 
     def test_greedy(self) -> None:
         """Among equals too, which bfloat16 logits are now and then: greedy must not draw lots."""
-        best = max(range(50), key=lambda i: self.logits[i])
+        best = max(range(149), key=lambda i: self.logits[i])
         for settings in ((0.0, 0.9, 0), (2.0, 1.0, 1), (2.0, 0.0, 0)):
             with self.subTest(settings):
-                self.logits[49] = 0.0
+                self.logits[149] = 0.0
                 self.assertEqual(set(self.draw(50, *settings)), {best})
-                self.logits[49] = self.logits[best]
+                self.logits[149] = self.logits[best]
                 self.assertEqual(len(set(self.draw(50, *settings))), 1)
 
     def test_numbers_that_overflow(self) -> None:
@@ -1531,9 +1537,55 @@ class SamplingTest(unittest.TestCase):
         for temperature in (1e-4, 1e-6, 1e-37, 1e-40, 1e-300):
             params = server.SamplingParams(temperature)
             self.assertEqual(server.draw(torch.tensor([1.0, 7.0, 3.0]), params, 0), 1)
+        row = torch.tensor(self.logits)
+        row[70] = math.nan
         for settings in ((0.0, 0.9, 0), (0.7, 0.9, 0), (0.7, 0.9, 2)):
-            with self.assertRaises(ArithmeticError):
-                server.draw(torch.full((3,), float("nan")), server.SamplingParams(*settings), 0)
+            sampler = server.Sampler(server.SamplingParams(*settings))
+            for logits in (row, torch.full((3,), math.nan)):
+                with self.assertRaises(ArithmeticError):
+                    server.draw_tokens([(sampler, logits, 0)])
+
+    def test_a_row_alone(self) -> None:
+        """A row's token is the same alone and beside others, however many threads PyTorch has, which
+        then has them again.
+        """
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+        logits = torch.randn(12, 100_001, generator=torch.manual_seed(3)).bfloat16() * 2
+        asked = [
+            server.SamplingParams(temperature, top_p, top_k, seed=seed)
+            for temperature, top_p, top_k in ((0.7, 0.9, 0), (1, 1, 0), (1, 0.9, 40), (0, 1, 0))
+            for seed in range(3)
+        ]
+        asked[4] = server.SamplingParams(0.9, min_p=1e-3, repetition_penalty=1.3, seed=4)
+        samplers = [server.Sampler(params, [1, 2]) for params in asked]
+        draws = [(sampler, row, 7) for sampler, row in zip(samplers, logits)]
+        alone = [draw_ids([one])[0] for one in draws]
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            self.assertEqual(draw_ids(draws), alone)
+            self.assertEqual(draw_ids(draws[::-1]), alone[::-1])
+            self.assertEqual(torch.get_num_threads(), threads)
+
+    def test_where_it_is_drawn(self) -> None:
+        """A card has temperature, top_p and top_k; all else is drawn on the host."""
+        self.assertFalse(server.Sampler(server.SamplingParams(0.7, 0.9, 40)).on_host)
+        for others in ({"seed": 1}, {"min_p": 0.1}, {"logprobs": 0}, {"presence_penalty": 1}):
+            self.assertTrue(server.Sampler(server.SamplingParams(**others)).on_host, others)
+
+    def test_log_probabilities(self) -> None:
+        """Those of the logits as they come from the model, whatever the token is drawn by."""
+        row = torch.tensor(self.logits)
+        params = server.SamplingParams(temperature=0, logit_bias={149: 100}, logprobs=9)
+        (token,) = server.draw_tokens([(server.Sampler(params), row, 0)])
+        assert token
+        logprobs = row.double().log_softmax(0)
+        expected = [(149, float(logprobs[149]))]
+        expected += [(int(i), float(logprobs[i])) for i in logprobs.argsort(descending=True)[:9]]
+        for (one, logprob), (other, wanted) in zip(
+            [(token.id, token.logprob), *token.likely], expected, strict=True
+        ):
+            self.assertEqual(one, other)
+            self.assertAlmostEqual(logprob or 0, wanted, places=5)
 
     def test_penalties_and_bias(self) -> None:
         """vLLM's definitions, computed here one token at a time in its order, as greedy decoding
@@ -1565,7 +1617,7 @@ class SamplingTest(unittest.TestCase):
                         expected[i] = logit / repetition if logit > 0 else logit * repetition
                     expected[i] -= frequency * answer.count(i) + presence * (i in answer)
                     expected[i] = -math.inf if i in stop and len(answer) < 6 else expected[i]
-                token = sampler.draw(torch.tensor(logits), position)
+                (token,) = server.draw_tokens([(sampler, torch.tensor(logits), position)])
                 assert token
                 sampler.push(token.id)
                 answer.append(token.id)
@@ -1579,9 +1631,7 @@ class SamplingTest(unittest.TestCase):
             drawn = set()
             for seed in range(2000):
                 sampler = server.Sampler(server.SamplingParams(temperature, min_p=min_p, seed=seed))
-                token = sampler.draw(torch.tensor(self.logits), 7)
-                assert token
-                drawn.add(token.id)
+                drawn |= set(draw_ids([(sampler, torch.tensor(self.logits), 7)]))
             chances = nucleus(self.logits, server.SamplingParams(temperature, 1.0))
             self.assertEqual(drawn, {i for i, p in enumerate(chances) if p >= min_p * max(chances)})
 
@@ -8848,9 +8898,7 @@ class CliTest(unittest.TestCase):
         ended = run_to_end("--help")
         self.assertEqual((ended.returncode, ended.stderr), (0, ""))
         words = "--port --host --model --device --max-batch-size --max-seq-len --max-queue --api-key --allow-origin "
-        words += (
-            "--dtype --threads --verbose --version 8080 HF_MODEL LLAMA_DIR TT_API_KEY MESH_DEVICE"
-        )
+        words += "--dtype --threads --verbose --version --check 8080 HF_MODEL LLAMA_DIR TT_API_KEY MESH_DEVICE"
         self.assertEqual([word for word in words.split() if word not in ended.stdout], [])
         version = run_to_end("--version")
         self.assertEqual(
@@ -9006,6 +9054,117 @@ class CliTest(unittest.TestCase):
                 self.assertEqual(ask(port, "/health").status, 200)
             os.close(reading)
         os.close(output)
+
+
+class FaultyEngine(server.TorchEngine):
+    """The CPU engine with a fault of those that a card may have."""
+
+    fault = ""
+    room: dict[int, int] = {}  # noqa: RUF012
+
+    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+        # a block of slot 6 stays as it is
+        block = [cache[6, 32:64].clone() for cache in (*self.keys, *self.values)]
+        results = super().step(batch)
+        if self.fault == "a stale block":
+            for cache, old in zip((*self.keys, *self.values), block):
+                cache[6, 32:64] = old
+        slots = [work.slot for work in batch]
+        if self.fault == "two slots exchanged" and {2, 3} <= set(slots):
+            one, other = slots.index(2), slots.index(3)
+            results[one], results[other] = results[other], results[one]
+        return results
+
+    def reserve(self, slot: int, length: int) -> bool:
+        # gives back a block too many of several
+        if self.fault == "a wrong prefix in the slot" and 0 < length < self.room.get(slot, 0) - 16:
+            for cache in (*self.keys, *self.values):
+                cache[slot, length - 32 : length] = 0
+        self.room[slot] = length
+        return super().reserve(slot, length)
+
+    def copy(self, source: int, slot: int, length: int) -> None:
+        super().copy(source, slot, length - 32 * (self.fault == "a wrong prefix shared"))
+
+    def _logits(self, *run: Any) -> torch.Tensor:
+        return super()._logits(*run) * (2 if self.fault == "a wrong scale" else 1)
+
+
+class CheckTest(unittest.TestCase):
+    """`--check` finds nothing wrong with a right engine, and the fault of a wrong one."""
+
+    def test_each_fault(self) -> None:
+        """What it says is wrong is what the fault makes wrong, and no more."""
+        slots = {"the same text in every slot, alone", "the same text in every slot, together"}
+        left = "the same text from a prefix left in its slot"
+        shared = "the same text from a prefix of another slot"
+        five, scale = "one of the CPU's five likeliest", "the CPU's scale of log-probabilities"
+        checkpoint = server.read_checkpoint(family_checkpoint("mistral"))
+        engine = FaultyEngine(checkpoint, 8, 512, no_progress, dtype="float32")
+        words = server.open_tokenizer(checkpoint)
+        for fault, wrong in (
+            ("", set[str]()),
+            ("two slots exchanged", {"the same text in every slot, together", five}),
+            ("a stale block", slots),
+            ("a wrong prefix in the slot", {left}),
+            ("a wrong prefix shared", {shared}),
+            ("a wrong scale", {scale}),
+        ):
+            with self.subTest(fault):
+                engine.fault = fault
+                check = server.EngineCheck(engine, words, 0.001)
+                check.run(no_progress)
+                engine.fault = ""
+                check.compare(engine)
+                self.assertEqual(set(check.wrong), wrong, check)
+                self.assertEqual(str(check).splitlines()[-1][:5], "WRONG" if wrong else "RIGHT")
+
+    def test_the_demo(self) -> None:
+        """Without a model and a card it checks the demo. It needs no port."""
+        shared_server("demo")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            ended = run_to_end("--check", "--port", port, "--max-batch-size", "8")
+        self.assertEqual(ended.returncode, 0, ended.stdout + ended.stderr)
+        *table, space, verdict = ended.stdout.splitlines()
+        self.assertEqual((space, verdict), ("", "RIGHT"))
+        rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+        self.assertEqual({len(row) for row in rows}, {3})
+        found = {what: value for _, what, value in rows}
+        self.assertEqual(found["model"], f"{server.DEMO_NAME} on cpu")
+        self.assertIn("dtype float32", found["options"])
+        self.assertIn(torch.__version__, found["versions"])
+        self.assertRegex(found["users: 8"], r"^\d+\.\d tokens/s, \d+\.\d ms a step$")
+
+    def test_the_exit_status(self) -> None:
+        """1, and the last line names what is wrong."""
+        wrong = "tt_api_server.TorchEngine.copy = lambda *_: None"
+        code = f"import os, tt_api_server; {wrong}; os._exit(tt_api_server.main())"
+        model = str(random_checkpoint("meta", Shape()))
+        options = ["--check", "--max-batch-size", "2", "--max-seq-len", "512", "--model", model]
+        ended = subprocess.run(
+            [sys.executable, "-c", code, *options],
+            env=environment(**ONE_THREAD, PYTHONPATH=str(SERVER.parent)),
+            capture_output=True,
+            text=True,
+        )
+        last = "WRONG: the same text from a prefix of another slot\n"
+        self.assertEqual((ended.returncode, ended.stdout[-len(last) :]), (1, last), ended.stderr)
+
+    def test_ctrl_c(self) -> None:
+        """It ends at once, and says nothing that could be taken for a verdict."""
+        model = str(random_checkpoint("meta", Shape()))
+        command = [sys.executable, str(SERVER), "--check", "--model", model]
+        process = subprocess.Popen(
+            command, env=environment(**ONE_THREAD), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        with process:
+            assert process.stdout and process.stderr
+            while b"checking" not in (line := process.stderr.readline()):
+                self.assertTrue(line, "it ended too early")
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(process.wait(PATIENCE), 130)
+            self.assertEqual((process.stdout.read(), process.stderr.read()), (b"", b""))
 
 
 # ==================================================================================================
