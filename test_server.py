@@ -2140,8 +2140,9 @@ class FamilyTest(unittest.TestCase):
 # stands here.
 
 # Of 2026-09 there are three: prefill behind a wrapper; and decode by the contract of reload
-# commands; and with the wrapper in a renamed folder.
-RELEASES = ("2026-02", "2026-06", "2026-09", "2026-09 contract", "2026-09 renamed")
+# commands; and with the wrapper in a renamed folder. The newest wants all traces prepared before
+# the first is captured.
+RELEASES = ("2026-06", "2026-09", "2026-09 contract", "2026-09 renamed", "newest")
 TT_SHAPE = Shape(dim=32, n_layers=2)
 # the log of a card that was used and closed
 TWO_CHIPS = "fabric FABRIC_1D\nopen 1x2\nclose 1x2\nfabric DISABLED"
@@ -2167,6 +2168,8 @@ class Card:
     """
 
     bfloat8_b = "bfloat8_b"
+    get_device_tensors = staticmethod(lambda tensor: [tensor])
+    to_torch = staticmethod(lambda tensor: tensor)
     FabricConfig = types.SimpleNamespace(
         FABRIC_1D="FABRIC_1D", FABRIC_1D_RING="FABRIC_1D_RING", DISABLED="DISABLED"
     )
@@ -2174,13 +2177,16 @@ class Card:
     MeshShape = staticmethod(lambda rows, columns: (rows, columns))
 
     def __init__(
-        self, release: str, chips: int, samples: bool = True, folder: Path | None = None
+        self, release: str, chips: int, samples: bool | None = True, folder: Path | None = None
     ) -> None:
-        self.new, self.newest, self.contract = (
-            release >= "2026-06",
-            release >= "2026-09",
-            "contract" in release,
-        )
+        self.resumes, self.contract = release >= "2026-09", "contract" in release
+        self.prepares = release == "newest"
+        self.traced_lengths: tuple[int, ...] = (128, 1024)
+        # what a decode step takes, and each row of logits that comes to the host; the clock that
+        # these move is this process's time.perf_counter
+        self.seconds = {"greedy": 0.01, "sampled": 0.02, "logits": 0.03, "row": 0.0}
+        self.now = 0.0
+        self.captures: list[str] = []
         self.chips, self.samples, self.folder = chips, samples, folder
         self.get_num_devices = lambda: chips
         self.log: list[str] = []  # what was opened and closed
@@ -2227,15 +2233,7 @@ class Card:
     def close_mesh_device(self, mesh: Mesh) -> None:
         if mesh.open:  # closing it twice is harmless
             mesh.open = False
-            self.note(
-                f"close {mesh.rows}x{mesh.columns}{' with traces' if self.traced and self.new else ''}"
-            )
-
-
-class ModelArgs:
-    """What model_config.ModelArgs says where the server has not changed it."""
-
-    salt_duplicate_seeds = True
+            self.note(f"close {mesh.rows}x{mesh.columns}{' with traces' if self.traced else ''}")
 
 
 DecodersPrecision = types.SimpleNamespace(
@@ -2270,21 +2268,42 @@ def create_tt_model(
     return model, model, model.cache, model.checkpoint
 
 
+class SamplingTraces:
+    """`model.sampling`: a trace for greedy sampling, and one for the other.
+
+    On one chip a change from one to the other drops both.
+    """
+
+    def __init__(self, card: Card) -> None:
+        self.card, self.greedy = card, False
+        self.traces: set[bool] = set()
+
+    def reset_trace(self) -> None:
+        self.traces.clear()
+
+    def run(self, greedy: bool, traced: bool) -> None:
+        if self.card.chips == 1 and greedy != self.greedy:
+            self.reset_trace()
+        self.greedy, kind = greedy, "greedy sampling" if greedy else "sampling"
+        self.card.runs[kind] += 1
+        if traced and greedy not in self.traces:
+            self.traces.add(greedy)
+            self.card.captures.append(kind)
+
+
 class PagedLlama:
     """A Llama 3 whose KV cache is blocks [blocks, 32, KV heads, head_dim], and its own ModelArgs.
 
     What nobody has written is large, so that reading it is not overlooked.
     """
 
-    max_prefill_chunk_size = 1024
+    max_prefill_chunk_size, vocab_size = 1024, server.LLAMA3_VOCABULARY
 
     def __init__(
         self, mesh: Mesh, max_batch_size: int, max_seq_len: int, paged_attention_config: Any
     ) -> None:
         assert max_batch_size in (1, 2, 4, 8, 16, 32), "Batch size not supported"
-        assert not mesh.card.new or max_seq_len.bit_count() == 1, (
-            "max_seq_len must be a power of two"
-        )
+        assert max_seq_len.bit_count() == 1, "max_seq_len must be a power of two"
         assert "LLAMA_DIR" not in os.environ, "Only one of LLAMA_DIR or HF_MODEL should be set"
         folder = Path(os.environ["HF_MODEL"])
         assert (folder / "config.json").is_file()
@@ -2296,24 +2315,38 @@ class PagedLlama:
         shape = (paged.max_num_blocks, paged.block_size, *heads)
         # of the keys, and of the values
         self.cache = [torch.full(shape, 100.0) for _ in range(2 * self.n_layers)]
-        self._supports_on_device_sampling = mesh.card.samples
+        if mesh.card.samples is not None:
+            self._supports_on_device_sampling = mesh.card.samples
+        self.sampling = SamplingTraces(mesh.card) if mesh.card.samples else None
+
+    def can_enable_trace(self, prefill_seq_len: int, num_cached_tokens: int = 0) -> bool:
+        return prefill_seq_len in self.mesh.card.traced_lengths
 
     def read(
-        self, tokens: list[list[int]], positions: list[int], table: torch.Tensor
+        self,
+        tokens: list[list[int]],
+        positions: list[int],
+        table: torch.Tensor,
+        tables: torch.Tensor,
     ) -> torch.Tensor:
         """Read each row's tokens, from its position on, into the blocks of the table's row; the
         logits after them.
+
+        `tables`: of all slots in the call. What is in several of them is only read.
         """
         end = max(position + len(row) for position, row in zip(positions, tokens))
         assert self.mesh.open, "the card is closed"
         assert end <= self.max_seq_len, "the position is beyond the rotary tables"
         assert int(table.min()) >= 0 and int(table.max()) < len(self.cache[0]), "no such block"
-        assert len(set((owned := table[table > 0]).tolist())) == len(owned), (
-            "a block has two owners"
-        )
         assert len(set((table[:, 0] > 0).tolist())) == 1, (
             "a slot without blocks is read beside others"
         )
+        if not table.any():  # a warm-up, whose numbers mean nothing
+            return torch.zeros(len(tokens), server.LLAMA3_VOCABULARY)
+        holders = torch.bincount(tables.flatten())
+        for row, position, blocks in zip(tokens, positions, table):
+            written = blocks[position // 32 : (position + len(row) + 31) // 32]
+            assert (holders[written[written > 0]] == 1).all(), "a shared block is written"
         table = table[:, : math.ceil(end / 32)].long()
         rows, span = len(table), table.shape[1] * 32
         memories = list(zip(self.cache, [*self.working.keys, *self.working.values]))
@@ -2341,7 +2374,8 @@ class GeneratorBase:
         )
         # which only the garbage collector ends
         self.already_warmed_up_prefill, self.cycle = (False, self)
-        self.prev_page_table: torch.Tensor | None = None
+        self._defer_prefill_recording = False
+        self.prepared: set[str] = set()  # shapes that may be captured
         self.kept: list[
             torch.Tensor
         ] = []  # on the card, for the next step that it samples: tokens, positions, table
@@ -2350,12 +2384,12 @@ class GeneratorBase:
         self.reads_prompts = False  # since the last decode
         self._slots_prefilled_since_decode: set[int] = set()
         self.params: Any = None  # the sampling parameters on the card
-        self.streams: dict[
-            int, tuple[Any, int]
-        ] = {}  # slot: seed at the last reset, and tokens drawn since
 
     def __del__(self) -> None:
-        self.card.traced = False
+        # a server that keeps traces at a change of sampling lets them go before it closes
+        self.card.traced = any(
+            "reset_trace" in vars(model.sampling or self) for model in self.model
+        )
         for model in self.model if len(self.model) > 1 else []:
             self.card.close_mesh_device(model.mesh)
 
@@ -2370,9 +2404,10 @@ class GeneratorBase:
             "the Generator would warm up within the first request"
         )
         assert call.page_table.dtype == torch.int32 and call.tokens.dtype == torch.int64
-        assert call.start_pos is None or self.card.newest, (
+        assert call.start_pos is None or self.card.resumes, (
             "not before 2026-09: it reads the wrong blocks"
         )
+        assert call.sampling_params is None, "a greedy prompt may draw with another's temperature"
         slots, ends, count = call.empty_slots, call.prompt_lens, len(call.tokens)
         starts = self.align(call.start_pos or [0] * count, ends)
         padded = [
@@ -2380,13 +2415,10 @@ class GeneratorBase:
         ]
         rows, together = (
             1,
-            self.card.new
-            and count > 1
-            and len(set(padded)) == len(self.model) == 1
-            and not any(starts),
+            count > 1 and len(set(padded)) == len(self.model) == 1 and not any(starts),
         )
         if together:
-            rows = 1 << (max(count, max(slots) + 1 if self.card.newest else 0) - 1).bit_length()
+            rows = 1 << (max(count, max(slots) + 1 if self.card.resumes else 0) - 1).bit_length()
             assert max(slots) < rows <= self.size, "index out of bounds for dimension 0"
         logits: list[torch.Tensor] = []
         for row, (slot, start, end) in enumerate(zip(slots, starts, ends, strict=True)):
@@ -2394,14 +2426,9 @@ class GeneratorBase:
                 call, row, 0 if together else slot // self.size, rows, start, end, logits
             )
         self._slots_prefilled_since_decode |= set(slots)
-        self.reads_prompts, self.params = True, None
-        samples = self.card.new and call.sampling_params
-        assert self.card.samples or not samples, "the model cannot sample"
-        self.card.runs[f"{'sampling' if samples else 'logits'} of {rows} x {max(padded)}"] += 1
-        if not samples:
-            return torch.cat(logits)[:, None]
-        drawn = self.draw(call, torch.cat(logits), list(range(count)), [end - 1 for end in ends])
-        return torch.tensor(drawn)[:, None], [None] * count
+        self.reads_prompts = True
+        self.card.runs[f"logits of {rows} x {max(padded)}"] += 1
+        return torch.cat(logits)[:, None]
 
     def read_prompt(
         self,
@@ -2419,17 +2446,20 @@ class GeneratorBase:
             "Padded prefill end idx exceeds max seq len"
         )
         assert end <= model.max_seq_len, "Padded prefill end idx exceeds max seq len"
-        traced = call.enable_trace and padded <= 1024
+        traced = call.enable_trace and model.can_enable_trace(padded, start)
+        shape = f"prefill of {rows} x {padded} on copy {copy}" + " that goes on" * (start > 0)
         if row in (0, rows):
-            self.run(
-                f"prefill of {rows} x {padded} on copy {copy}" + " that goes on" * (start > 0),
-                traced,
-            )
+            self.run(shape, traced)
+            # What is not traced is compiled for each position that it begins at.
+            for begin in range(start, end, model.max_prefill_chunk_size):
+                if begin and not traced:
+                    self.card.runs[f"{shape}, at {begin}"] += 1
         # The padding is written too, where the page table says: as far as it goes, or to the
         # prompt's last block.
-        whole = (self.card.new and not start) or (traced and not start)
-        table = call.page_table[row : row + 1, : math.ceil((start + padded if whole else end) / 32)]
-        logits.append(model.read([call.tokens[row, start:end].tolist()], [start], table))
+        length = end if start else padded
+        table = call.page_table[row : row + 1, : math.ceil(length / 32)]
+        tokens = [call.tokens[row, start:end].tolist()]
+        logits.append(model.read(tokens, [start], table, call.page_table))
         padding = torch.arange(end, max(end, min(start + padded, 32 * table.shape[1])))
         for blocks in model.cache:
             blocks[table[0, padding // 32].long(), padding % 32] = 100.0
@@ -2450,13 +2480,36 @@ class GeneratorBase:
         #56215).
         """
         self.card.runs[shape + " with a trace" * traced] += 1
-        if traced and shape not in self.traces:
-            self.traces.append(shape)
-        if traced and shape != "decode" and "decode" in self.traces and self.traces[0] != "decode":
+        if not traced:
+            return
+        if self._defer_prefill_recording:
+            self.prepare(shape)
+        elif shape not in self.traces:
+            self.capture(shape)
+        moved = self.traces[:1] != ["decode"] and not self.card.prepares
+        if shape != "decode" and "decode" in self.traces and moved:
             self.kept[0].zero_()
 
+    def prepare(self, shape: str) -> None:
+        """Lay out the inputs of a trace, before the first capture."""
+        closed = "Trace I/O preparation is closed after the first capture"
+        assert self.card.prepares and not self.card.captures, closed
+        self.prepared.add(shape)
+
+    def capture(self, shape: str) -> None:
+        if self.card.prepares and shape not in self.prepared:
+            self.prepare(shape)
+        self.traces.append(shape)
+        self.card.captures.append(shape)
+
+    def record(self) -> None:
+        """_record_pending_prefill_traces: of one prompt; those of several at their first use."""
+        for shape in sorted(self.prepared):
+            if "prefill of 1 x" in shape:
+                self.capture(shape)
+
     def decode(self, call: Any) -> Any:
-        """decode_forward_text, or decode_forward."""
+        """decode_forward."""
         samples, slots = call.sampling_params is not None, self.size * len(self.model)
         assert self.card.samples or not samples, "the model cannot sample"
         self.card.call("decode")
@@ -2478,47 +2531,64 @@ class GeneratorBase:
         token, position, table = self.inputs(call, samples)
         self._slots_prefilled_since_decode = set()
         self.reads_prompts = False
-        self.run("decode" if samples else "decode to logits", call.enable_trace)
-        shape = (slots, 1, server.LLAMA3_VOCABULARY)
-        rows = torch.full((slots,), 2**31 - 1) if samples else torch.full(shape, math.nan)
+        shape, greedy = "decode" if samples else "decode to logits", False
+        if self.card.prepares and call.prepare_trace and shape not in self.prepared:
+            self.prepare(shape)
+        self.run(shape, call.enable_trace)
+        if samples:
+            greedy = all(k == 1 for k in (self.params or call.sampling_params).top_k)
+            for model in self.model:
+                assert model.sampling
+                model.sampling.run(greedy, call.enable_trace)
+        kind = ("greedy" if greedy else "sampled") if samples else "logits"
+        rows_read = int((call.start_pos >= 0).sum()) * (not samples)
+        self.card.now += self.card.seconds[kind] + rows_read * self.card.seconds["row"]
+        padded = (len(self.model), 1, 32, server.LLAMA3_VOCABULARY + 64)
+        rows = torch.full((slots,), 2**31 - 1) if samples else torch.full(padded, math.nan)
+        assert call.read_from_device == samples, "all logits would become float32"
         for copy, model in enumerate(self.model):
             first = copy * self.size
             active = [slot for slot in range(first, first + self.size) if position[slot] >= 0]
             if active:  # the others hold whatever they hold
                 logits = model.read(
-                    token[active].tolist(), position[active].tolist(), table[active]
+                    token[active].tolist(),
+                    position[active].tolist(),
+                    table[active],
+                    table[first : first + self.size],
                 )
-                drawn = (
-                    self.draw(call, logits, active, position[active].tolist()) if samples else []
-                )
-                rows[active] = torch.tensor(drawn) if samples else logits[:, None]
+                drawn = self.draw(call, logits, active) if samples else []
+                if samples:
+                    rows[active] = torch.tensor(drawn)
+                else:
+                    places = [slot - first for slot in active]
+                    rows[copy, 0, places, : server.LLAMA3_VOCABULARY] = logits
                 position[active] += 1
                 if samples:
                     token[active, 0] = rows[active]
-        return rows.to(torch.uint32) if samples and self.card.new else rows, None  # log_probs
+        return rows.to(torch.uint32) if samples else rows, None  # log_probs
+
+    def read_decode_output(self, output: tuple[torch.Tensor, None]) -> list[Any]:
+        """Of each copy the logits of its first chip, [1, 1, 32, vocabulary], padded; log_probs."""
+        return [(logits[None], None) for logits in output[0]]
 
     def inputs(self, call: Any, samples: bool) -> list[torch.Tensor]:
         """What a step reads: a traced one the card's own since its last one, unless the release
         copies the host's.
 
-        It does in a step to logits, whose trace has inputs of its own, and from 2026-06 also in the
-        next that samples.
+        It does in a step to logits, whose trace has inputs of its own, and in the next that
+        samples.
         """
         token, position, table = host = [
             call.tokens.clone(),
             call.start_pos.clone(),
             call.page_table.clone(),
         ]
-        changed = self.prev_page_table is None or not self.prev_page_table.equal(table)
-        reset = self.reads_prompts
         if self.card.contract:
             self.obey(call, samples)
-        else:
-            reset |= call.reset_batch if self.card.new else changed
         if not call.enable_trace:
             return host
-        switched, self.sampled = self.card.new and not self.sampled, samples
-        self.prev_page_table, self.card.traced = table, True
+        switched, self.sampled = not self.sampled, samples
+        self.card.traced = True
         if not samples:
             return host
         assert not self.kept or self.kept[2].shape == table.shape, (
@@ -2526,15 +2596,15 @@ class GeneratorBase:
         )
         if self.card.contract:
             token, position, table = host if call.reload_inputs else self.kept
-        elif self.card.new and self.kept and reset:
+        elif self.kept and (call.reset_batch or self.reads_prompts):
             # A slot that goes on where the card stands keeps the card's token, whatever the host's
             # is.
             goes_on = (self.kept[1] == position) | (self.kept[1] == position + 1)
             goes_on[list(self._slots_prefilled_since_decode)] = False
             token = torch.where(goes_on[:, None], self.kept[0], token)
             position = torch.where(goes_on, self.kept[1], position)
-        elif self.kept and not reset and not switched:
-            token, position, table = [*self.kept[:2], table] if self.card.new else self.kept
+        elif self.kept and not switched:
+            token, position = self.kept[:2]
         self.kept = [token, position, table]
         return self.kept
 
@@ -2559,32 +2629,19 @@ class GeneratorBase:
             "a change of parameters is one of the requests"
         )
 
-    def draw(
-        self, call: Any, logits: torch.Tensor, slots: list[int], positions: list[int]
-    ) -> list[int]:
-        """A token for each row, with its slot's parameters.
-
-        In 2026-02 each slot has a stream of numbers, begun anew at a reset; then a number depends
-        on the position.
-        """
-        params, drawn = self.params or call.sampling_params, []
-        entries = list(
-            zip(params.temperature, params.top_k, params.top_p, params.seed, strict=True)
-        )
-        assert len(entries) == len(call.tokens), "one entry for each slot, or prompt"
-        for row, slot, position in zip(logits, slots, positions):
-            temperature, top_k, top_p, seed = entries[slot]
+    def draw(self, call: Any, logits: torch.Tensor, slots: list[int]) -> list[int]:
+        """A token for each row, with its slot's parameters."""
+        params = self.params or call.sampling_params
+        assert params.seed is None, "a seed's answer would depend on what else runs"
+        entries = list(zip(params.temperature, params.top_k, params.top_p, strict=True))
+        assert len(entries) == len(call.tokens), "one entry for each slot"
+        drawn = []
+        for row, slot in zip(logits, slots):
+            temperature, top_k, top_p = entries[slot]
             assert temperature >= 0 and 1 <= top_k <= 32 and 0 <= top_p <= 1, (
                 "not every release clamps these"
             )
-            assert type(seed) is int or (seed is None and self.card.new)
-            if self.card.newest and ModelArgs.salt_duplicate_seeds and seed is not None:
-                seed += slot
-            if not self.card.new:
-                seed, position = (seed, 0) if call.reset_batch else self.streams.get(slot, (0, 0))
-                self.streams[slot] = (seed, position + 1)
-            params = server.SamplingParams(temperature, top_p, top_k, seed=seed)
-            drawn.append(server.draw(row, params, position + 1))
+            drawn.append(server.draw(row, server.SamplingParams(temperature, top_p, top_k), 0))
         return drawn
 
 
@@ -2593,51 +2650,35 @@ MODULES = {
     "loguru": "class logger: remove = add = staticmethod(lambda *args, **options: None)",
     "tqdm": "class tqdm: pass",
     "tt/common": "from test_server import create_tt_model, get_padded_prefill_len, PagedAttentionConfig",
-    "tt/model_config": "from test_server import DecodersPrecision, ModelArgs",
+    "tt/model_config": "from test_server import DecodersPrecision",
     "tt/generator": """
 from dataclasses import dataclass
 from types import SimpleNamespace
 from test_server import GeneratorBase, create_submeshes
-{mark}
+
 @dataclass(frozen=True)
 class SamplingParams:
     temperature: object
     top_k: object
     top_p: object
-    seed: object = {seed}
+    seed: object = None
 
 class Generator(GeneratorBase):
     {marks}
-    def decode_forward(self, start_pos, tokens, prefill_cross_attention_masks):
-        raise AssertionError("this is for vision models")
-
     def prefill_forward_text(self, *args, **kwargs):
         return self._prefill_forward_text_impl(*args, **kwargs)
 
     def {prefill}(self, tokens, page_table=None, kv_cache=None, prompt_lens=None, empty_slots=None,
-            enable_trace=True, model_id_warmup=None, {sampling}start_pos=None, warmup_prefill=True, **kwargs):
+            enable_trace=True, model_id_warmup=None, sampling_params=None, start_pos=None, warmup_prefill=True,
+            **kwargs):
         return self.prefill(SimpleNamespace(**locals()))
 
-    def {decode}(self, tokens, start_pos, page_table=None, kv_cache=None, enable_trace=True, read_from_device=True,
-            sampling_params=None, {commands}, prompt_tokens=None, output_tokens=None):
+    def decode_forward(self, tokens, start_pos, page_table=None, kv_cache=None, enable_trace=True,
+            read_from_device=True, sampling_params=None, {commands}, prompt_tokens=None, output_tokens=None):
         return self.decode(SimpleNamespace(**locals()))""",
 }
-OLDEST = {
-    "seed": "0",
-    "mark": "",
-    "marks": "",
-    "prefill": "prefill_forward_text",
-    "sampling": "",
-    "decode": "decode_forward_text",
-    "commands": "reset_batch=False",
-}
+OLDEST = {"marks": "", "prefill": "prefill_forward_text", "commands": "reset_batch=False"}
 CHANGES = {  # in the text of MODULES; a date's are in all later releases
-    "2026-06": {
-        "seed": "None",
-        "mark": "SUPPORTED_PREFILL_BATCH_SIZES = (1, 2, 4, 8, 16, 32)",
-        "sampling": "sampling_params=None, ",
-        "decode": "decode_forward",
-    },
     "2026-09": {
         "marks": "_align_resume_offsets = GeneratorBase.align",
         "prefill": "_prefill_forward_text_impl",
@@ -2645,6 +2686,10 @@ CHANGES = {  # in the text of MODULES; a date's are in all later releases
     "2026-09 contract": {
         "marks": "decode_input_update_contract, _align_resume_offsets = 1, GeneratorBase.align",
         "commands": "*, reload_inputs, reload_page_table, reload_sampling_params, reset_sampling_state",
+    },
+    "newest": {
+        "marks": "_align_resume_offsets, _record_pending_prefill_traces = GeneratorBase.align, GeneratorBase.record",
+        "commands": "reset_batch=False, prepare_trace=False",
     },
 }
 
@@ -2677,15 +2722,16 @@ def tt_model() -> Path:
 
 
 @contextlib.contextmanager
-def stand_in(release: str, chips: int = 1, samples: bool = True) -> Iterator[Card]:
+def stand_in(release: str, chips: int = 1, samples: bool | None = True) -> Iterator[Card]:
     """This process's ttnn and models are the stand-in's."""
-    card, ModelArgs.salt_duplicate_seeds = Card(release, chips, samples), True
+    card = Card(release, chips, samples)
     folder = write_stand_in(SCRATCH / "tt-metal" / release, release, chips)
     modules: dict[str, Any] = {"ttnn": card, "test_server": sys.modules[__name__]}
     # an engine's close looks through what is new, not through all that is imported
     frozen = mock.patch("gc.unfreeze")
     with (
         frozen,
+        mock.patch("time.perf_counter", lambda: card.now),
         mock.patch.dict(sys.modules, modules),
         mock.patch.dict(os.environ, {"TT_METAL_HOME": str(folder)}),
     ):
@@ -2719,6 +2765,7 @@ class HandDriven:
         self.prompts: dict[int, list[int]] = {}
         self.answers: dict[int, list[int]] = {}
         self.samplers: dict[int, server.Sampler] = {}
+        self.held: dict[int, int] = {}  # of a prompt that is not read yet
 
     def join(self, slot: int, prompt: list[int], sampler: server.Sampler = GREEDY) -> None:
         """A new request has the slot; its next step reads the prompt."""
@@ -2731,12 +2778,10 @@ class HandDriven:
             batch = []
             for slot in slots:
                 prompt, answer = self.prompts[slot], self.answers[slot]
-                position = len(prompt) + len(answer) - 1 if answer else 0
-                batch.append(
-                    server.Work(
-                        slot, answer[-1:] or prompt, position, sampler or self.samplers[slot]
-                    )
-                )
+                held = self.held.pop(slot, 0)
+                position = len(prompt) + len(answer) - 1 if answer else held
+                tokens = answer[-1:] or prompt[held:]
+                batch.append(server.Work(slot, tokens, position, sampler or self.samplers[slot]))
             for work, result in zip(batch, self.engine.step(batch)):
                 assert work.sampler and result.token
                 work.sampler.push(result.token.id)
@@ -2807,6 +2852,13 @@ class TTEngineTest(unittest.TestCase):
     # and whether the card samples, or the host
     CARDS = (*((release, True) for release in RELEASES), *HOST_SAMPLES)
 
+    @contextlib.contextmanager
+    def ready(self, card: Card) -> Iterator[None]:
+        """Meanwhile no kernel is compiled, and no trace captured."""
+        before = set(card.runs), list(card.captures)
+        yield
+        self.assertEqual((set(card.runs), card.captures), before)
+
     def test_requests_get_the_cpus_text_and_leave_nothing_behind(self) -> None:
         """Random ones, some cancelled, some for the host's sampler, which wait for blocks beside
         free slots.
@@ -2830,18 +2882,20 @@ class TTEngineTest(unittest.TestCase):
         for (release, samples), copies in (
             *zip(self.CARDS, (1, 2, 1, 2, 1, 1, 2)),
             (self.CARDS[0], 2),
+            (self.CARDS[4], 2),
         ):
             with (
                 self.subTest(release, samples=samples, copies=copies),
                 stand_in(release, copies, samples) as card,
             ):
-                traced = copies == 1 or card.new
-                engine = tt_engine(32 // copies, 40000, data_parallel=copies, trace=traced)
-                size, compiled = (32, TT_POOL, copies * TT_POOL), set(card.runs)
+                engine = tt_engine(32 // copies, 40000, data_parallel=copies)
                 self.assertEqual(
-                    (engine.max_batch_size, engine.max_seq_len, engine.kv_cache_tokens), size
+                    (engine.max_batch_size, engine.kv_pools, engine.max_seq_len),
+                    (32, copies, TT_POOL),
                 )
+                self.assertEqual(engine.kv_cache_tokens, copies * TT_POOL)
                 with (
+                    self.ready(card),
                     scheduling(engine) as scheduler,
                     concurrent.futures.ThreadPoolExecutor(40) as pool,
                 ):
@@ -2853,26 +2907,6 @@ class TTEngineTest(unittest.TestCase):
                         jobs.append(pool.submit(client, scheduler, chance.random(), *job))
                     for ended in jobs:
                         ended.result()
-                    self.check_admission(scheduler, card, copies)
-                self.assertEqual(set(card.runs), compiled, "compiled while it serves")
-
-    def check_admission(self, scheduler: server.Scheduler, card: Card, copies: int) -> None:
-        """A request can have all blocks of its copy; the next one waits for them, though slots are
-        free.
-        """
-        card.before["prefill"] = (gate := threading.Event()).wait
-        requests = [
-            *(reserving(11 - copy, TT_POOL, 30) for copy in range(copies)),
-            reserving(3, 40, 5),
-        ]
-        for asked, _ in requests:
-            scheduler.submit(asked)
-        wait_until(lambda: (scheduler.busy, len(scheduler.queue)) == (copies, 1))
-        gate.set()
-        for asked, expected in requests:
-            self.assertEqual(received(asked), expected)
-        *whole, (small, _) = requests
-        self.assertGreaterEqual(small.admitted, min(asked.last_token for asked, _ in whole))
 
     def test_prompts_together_and_in_pieces(self) -> None:
         """One call for prompts of one padded length; a long one in pieces beside streams; only what
@@ -2905,11 +2939,41 @@ class TTEngineTest(unittest.TestCase):
                     cached.append(asked.cached)
                 for asked, expected in burst:
                     self.assertEqual(received(asked), expected)
-                self.assertEqual(cached, [0, 128, 256, 0, 256] if card.newest else [0] * 5)
+                self.assertEqual(cached, [0, 128, 256, 0, 256] if card.resumes else [0] * 5)
                 used = card.runs - before
+                self.assertGreater(used[together], 0)
+                self.assertEqual(used[piece + " with a trace"] > 0, card.resumes)
+
+    def test_prompts_of_every_length(self) -> None:
+        """Pieces that go on are only as long as tt-metal traces them; where it traces none, prompts
+        are read whole, and what the Generator cuts itself has been compiled.
+        """
+        chance = random.Random(2)
+        prompts = [
+            [chance.randrange(128000) for _ in range(length)] for length in (1700, 700, 1024, 1025)
+        ]
+        cpu = HandDriven(float32_engine(tt_model(), len(prompts), 2048))
+        for slot, prompt in enumerate(prompts):
+            cpu.join(slot, prompt)
+        cpu.steps(*[range(len(prompts))] * 3)
+        for release, lengths, trace in (
+            *itertools.product(RELEASES, ((128, 1024), (128,), ()), (True,)),
+            ("2026-09", (128, 1024), False),
+        ):
+            with self.subTest(release, lengths=lengths, trace=trace), stand_in(release) as card:
+                card.traced_lengths = lengths
+                engine = tt_engine(4, 2048, trace=trace)
+                resumes = card.resumes and bool(lengths) and trace
                 self.assertEqual(
-                    (used[together] > 0, used[piece + " with a trace"] > 0), (card.new, card.newest)
+                    (engine.prompt_chunk, engine.resume_align), (1024, 128) if resumes else (0, 1)
                 )
+                slots = HandDriven(engine)
+                with self.ready(card):
+                    for slot, prompt in enumerate(prompts):
+                        slots.join(slot, prompt)
+                    slots.steps(*[range(len(prompts))] * 3)
+                self.assertEqual(slots.answers, cpu.answers)
+                engine.close()
 
     def test_a_small_context(self) -> None:
         """Prompts are padded to more than a small context holds."""
@@ -2949,7 +3013,7 @@ class TTEngineTest(unittest.TestCase):
                 slots.join(2, two)
                 slots.steps([2], [2], [2])  # a twin takes its place
                 self.assertEqual(slots.answers[2], second[:3])
-                slots.steps([2], [2], sampler=drawing(temperature=0.7, top_p=0.9, seed=3))
+                slots.steps([2], [2], sampler=drawing(temperature=0.7, top_p=0.9))
                 slots.engine.close()
                 reloads = [True, False] * 2 + [True, True, False] + [True, False] * 3
                 self.assertEqual(
@@ -2957,125 +3021,198 @@ class TTEngineTest(unittest.TestCase):
                 )
 
     def test_sampling_reaches_the_card_slot_by_slot(self) -> None:
-        asked: list[tuple[Any, ...]] = [(1, 0.5, 0.8, 5, 7), (2, 0.0, 0.9, 0, 3)]
-        asked += [(5, 1.5, 1.0, 0, 2**31), (6, 0.9, 0.7, 100, None)]
+        asked: list[tuple[Any, ...]] = [(1, 0.5, 0.8, 5), (2, 0.0, 0.9, 0)]
+        asked += [(5, 1.5, 1.0, 0), (6, 0.9, 0.7, 100)]
         greedy = (0.0, 1, 1.0)
-        expected = [
-            greedy,
-            (0.5, 5, 0.8),
-            greedy,
-            greedy,
-            greedy,
-            (1.5, 32, 1.0),
-            (0.9, 32, 0.7),
-            greedy,
-        ]
-        for release in RELEASES[:2]:
+        expected = [greedy] * 8
+        expected[1], expected[5:7] = (0.5, 5, 0.8), [(1.5, 32, 1.0), (0.9, 32, 0.7)]
+        for release in RELEASES[:3]:
             with self.subTest(release), stand_in(release, 2) as card:
                 engine = tt_engine(4, data_parallel=2)
-                used = []
-                for position, count in ((0, 4), (3, 4), (4, 2)):
-                    tokens = [5] if position else [5, 6, 7]
+                for tokens, position in (([5, 6, 7], 0), ([5], 3)):
                     works = [
                         server.Work(
-                            slot,
-                            tokens,
-                            position,
-                            drawing(temperature=t, top_p=p, top_k=k, seed=seed),
+                            slot, tokens, position, drawing(temperature=t, top_p=p, top_k=k)
                         )
-                        for slot, t, p, k, seed in asked
+                        for slot, t, p, k in asked
+                        if engine.reserve(slot, 20)
                     ]
-                    engine.step([work for work in works[:count] if engine.reserve(work.slot, 20)])
-                    used.append(card.sampling)
+                    engine.step(works)
                 engine.close()
-                self.assertEqual(
-                    list(zip(used[1].temperature, used[1].top_k, used[1].top_p)), expected
-                )
-                if card.new:
-                    self.assertEqual(used[1].seed, [None, 7, None, None, None, 2**31, None, None])
-                else:  # distinct, and anew at each reset: the card begins their streams again
-                    self.assertEqual(len({*used[1].seed, used[2].seed[1]} - {0}), 4)
+                used = card.sampling
+                self.assertEqual(list(zip(used.temperature, used.top_k, used.top_p)), expected)
 
-    def test_a_seed_gives_the_same_text_again(self) -> None:
-        """Also at the same time, from 2026-06: the card does not tell equal seeds apart."""
+    def test_a_seed_gives_the_same_text(self) -> None:
+        """On any card, whatever else runs: the CPU's."""
+        prompt, warm = cpu_texts()[4][0], functools.partial(drawing, temperature=1.5, top_p=1.0)
+        cpu = HandDriven(float32_engine(tt_model(), 1))
+        cpu.join(0, prompt)
+        cpu.steps(*[[0]] * 12, sampler=warm(seed=1))
         for release, samples in self.CARDS:
-            card = stand_in(release, samples=samples)
             with (
                 self.subTest(release, samples=samples),
-                card as tt,
+                stand_in(release, samples=samples),
                 scheduling(tt_engine(8)) as scheduler,
             ):
-                asked, warm = [], functools.partial(drawing, temperature=1.5, top_p=1.0)
+                asked = []
                 for seed in (1, 1, 2, None, None):
-                    asked.append(request(cpu_texts()[4][0], 12))
+                    asked.append(request(prompt, 12))
                     asked[-1].sampler = warm(seed=seed)
                     scheduler.submit(asked[-1])
-                    if not tt.new:
-                        asked[-1].ended.wait()
                 texts = list(map(received, asked))
                 self.assertEqual([texts.index(text) for text in texts], [0, 0, 2, 3, 4])
-                if not samples:  # the host draws as for the CPU engine
-                    cpu = HandDriven(float32_engine(tt_model(), 1))
-                    cpu.join(0, cpu_texts()[4][0])
-                    cpu.steps(*[[0]] * 12, sampler=warm(seed=1))
-                    self.assertEqual(texts[0], cpu.answers[0])
+                self.assertEqual(texts[0], cpu.answers[0])
 
     def test_the_host_samples_beside_the_card(self) -> None:
-        """Its requests get what they get on the CPU, and the others what they get without them,
-        also with seeds.
+        """Every step is one call. If any request needs the host, it draws for all; each gets what
+        it gets on the CPU.
         """
         prompts = [prompt for prompt, _ in cpu_texts()]
         seeded = [drawing(temperature=1.5, seed=seed) for seed in (1, 2)]
-        cpu = HandDriven(float32_engine(tt_model(), 1))
-        cpu.join(0, prompts[6], on_host(prompts[6], temperature=1.5, seed=3))
-        cpu.steps(*[[0]] * 9)
+        hosted = [on_host(prompts[slot]) for slot in (4, 5)]
+        hosted.append(on_host(prompts[6], temperature=1.5, seed=3))
+        samplers = [GREEDY, GREEDY, *seeded, *hosted]
+        batches = [[0, 1], [0, 1, 4], [0, 1, 5], [4, 5], [0, 4], [1], [2], [0, 1], [0, 1, 2, 6]]
+        batches += [*[[*range(7)]] * 5, [5], *[[0, 1]] * 9, [3, 6], [2, 3]]
+        answers = []
+        for release in ("", *RELEASES):
+            card = stand_in(release or RELEASES[0])
+            with self.subTest(release), card as tt:
+                slots = HandDriven(tt_engine(8) if release else float32_engine(tt_model(), 7))
+                for slot, sampler in enumerate(samplers):
+                    fresh = server.Sampler(sampler.params, prompts[slot])
+                    slots.join(slot, prompts[slot], fresh)
+                before = tt.runs.copy()
+                read: set[int] = set()
+                with self.ready(tt):
+                    slots.steps(*batches)
+                answers.append(slots.answers)
+                self.assertEqual(slots.answers, answers[0])
+                calls: list[str] = []
+                for batch in map(set, batches):
+                    if decoding := batch & read:
+                        on_card = decoding <= {0, 1}
+                        calls.append("decode" if on_card else "decode to logits")
+                    read |= batch
+                used = tt.runs - before
+                for kind in set(calls) if release else ():
+                    self.assertEqual(used[f"{kind} with a trace"], calls.count(kind), kind)
+
+    def test_the_faster_sampler(self) -> None:
+        """Warm-up times both, greedy and not, for one row and for all."""
+        seconds = {"greedy": 0.002, "sampled": 0.02, "logits": 0.001, "row": 0.001}
         for release in RELEASES:
             with self.subTest(release), stand_in(release) as card:
-                engine = tt_engine(8)
-                compiled = set(card.runs)
-                alone, slots = HandDriven(engine), HandDriven(engine)
-                hosted = [on_host(prompts[slot]) for slot in (4, 5)] + [
-                    on_host(prompts[6], temperature=1.5, seed=3)
-                ]
-                samplings = [GREEDY, GREEDY, *seeded, *hosted]
-                # Before 2026-06 a seed gives the same answer only beside the same others.
-                cards = range(4 if card.new else 2)
-                for slot in cards:
-                    alone.join(slot, prompts[slot], samplings[slot])
-                alone.steps(*[cards] * 30)
-                for slot in (*cards, 4, 5, 6):
-                    slots.join(slot, prompts[slot], samplings[slot])
-                every = [*cards, 4, 5, 6]
-                batches = [
-                    cards,
-                    [*cards, 4],
-                    [*cards, 5],
-                    *[every] * 4,
-                    [4, 5],
-                    cards,
-                    [0, 4],
-                    cards[1:],
-                ]
-                batches += [*[every] * 5, *[[5]] * 3, *[cards] * 10]
-                before = card.runs.copy()
-                slots.steps(*batches)
-                self.assertEqual(set(card.runs), compiled, "compiled while it serves")
-                # at first 0, 4 and 5 prefill
-                for kind, members in (("decode", {*cards}), ("decode to logits", {4, 5, 6})):
-                    calls = sum(not members.isdisjoint(batch) for batch in batches) - len(
-                        members & {0, 4, 5}
-                    )
-                    self.assertEqual((card.runs - before)[f"{kind} with a trace"], calls, kind)
-                for slot in cards:
-                    self.assertEqual(
-                        slots.answers[slot], alone.answers[slot][: len(slots.answers[slot])]
-                    )
-                for slot in (4, 5):
-                    self.assertEqual(
-                        slots.answers[slot], cpu_texts(True)[slot][1][: len(slots.answers[slot])]
-                    )
-                self.assertEqual(slots.answers[6], cpu.answers[0])
+                card.seconds = seconds
+                engine = tt_engine(32)
+                self.assertRegex(engine.sampling, "greedy on the card: 2.0 ms .* 2.0 to 33.0 on")
+                self.assertRegex(engine.sampling, "sampled on the card: 20.0 ms .* 2.0 to 33.0 ")
+                slots, sampled = HandDriven(engine), drawing(temperature=0.9)
+                with self.ready(card):
+                    for slot in range(32):
+                        slots.join(slot, cpu_texts()[1][0], sampled if slot % 2 else GREEDY)
+                    slots.steps(range(32))
+                    for members, on_card in (
+                        ([0], False),
+                        ([0, 2], True),
+                        ([1], False),
+                        (range(18), False),
+                        (range(22), True),
+                        (range(32), True),
+                    ):
+                        before = card.runs["decode with a trace"]
+                        slots.steps(members)
+                        used = card.runs["decode with a trace"] - before
+                        self.assertEqual(used, on_card, members)
                 engine.close()
+        with stand_in("2026-06") as card:
+            card.seconds = {**seconds, "row": 0.0001}
+            (engine := tt_engine(32)).close()
+            self.assertRegex(engine.sampling, "greedy on the card.*; sampled on the host")
+
+    def test_traces_are_kept(self) -> None:
+        """A change between greedy and other sampling drops none, until the card is closed."""
+        for release, chips in itertools.product(RELEASES, (1, 2)):
+            with self.subTest(release, chips=chips), stand_in(release, chips) as card:
+                slots = HandDriven(tt_engine(4))
+                slots.join(0, cpu_texts()[2][0])
+                slots.join(1, cpu_texts()[3][0], drawing(temperature=0.9))
+                with self.ready(card):
+                    slots.steps([0], [1], *[[0], [0, 1], [1]] * 3)
+                slots.engine.close()
+                self.assertEqual(card.log[-1], "close 1x1" if chips == 1 else "fabric DISABLED")
+                self.assertFalse(card.traced)
+
+    def test_slots_that_grow_and_share(self) -> None:
+        """A slot gets room while it runs, and may hold what another holds. Shared blocks are never
+        written, and free when their last slot lets go.
+        """
+        (long, text), (like, other) = cpu_texts()[14], cpu_texts()[13]  # the same 190 tokens
+        for release in (RELEASES[1], *RELEASES[2:]):
+            with self.subTest(release), stand_in(release) as card:
+                slots = HandDriven(engine := tt_engine(4, 2048))
+                full = [engine.reserve(slot, 2048) for slot in range(4)]
+                self.assertEqual((full, engine.kv_cache_tokens), ([True] * 4, 4 * 2048))
+                self.assertFalse(engine.reserve(0, 2080))
+                slots.join(0, long)
+                slots.steps([0])
+                for slot in (1, 2):
+                    slots.join(slot, like)
+                    slots.engine.reserve(slot, 0)
+                    engine.copy(0, slot, 128)
+                    self.assertTrue(engine.reserve(slot, len(like)))
+                    slots.held[slot] = 128
+                with self.ready(card):
+                    slots.steps([0, 1, 2], *[[0, 1, 2]] * 4)
+                    for length in range(310, 340, 5):
+                        self.assertTrue(engine.reserve(1, length) and engine.reserve(2, length))
+                        slots.steps(*[[0, 1, 2]] * 5)
+                self.assertEqual(slots.answers[0], text[: len(slots.answers[0])])
+                self.assertEqual(slots.answers[1], other[: len(slots.answers[1])])
+                self.assertEqual(slots.answers[2], slots.answers[1])
+                engine.reserve(0, 0)
+                engine.reserve(1, 0)
+                self.assertTrue(engine.reserve(3, 2048))
+                engine.reserve(2, 0)
+                self.assertTrue(all(engine.reserve(slot, 2048) for slot in range(3)))
+                engine.close()
+
+    def test_a_prompt_of_which_one_token_is_new(self) -> None:
+        """It is decoded, where the slot's last request had its own token."""
+        prompt, text = cpu_texts()[9]
+        for release in RELEASES[1:]:
+            with self.subTest(release), stand_in(release):
+                slots = HandDriven(engine := tt_engine(4))
+                slots.join(0, prompt[:128])
+                slots.join(1, cpu_texts()[8][0])
+                slots.steps([0, 1], [0, 1])
+                slots.join(1, prompt)
+                engine.reserve(1, 0)
+                engine.copy(0, 1, 128)
+                slots.held[1] = 128
+                self.assertTrue(engine.reserve(1, 160))
+                slots.steps(*[[0, 1]] * 9)
+                self.assertEqual(slots.answers[1], text[:9])
+                engine.close()
+
+    def test_a_request_that_waits_goes_on(self) -> None:
+        """It gives its blocks back, and reads its text so far in another slot."""
+        for release, (prompt, text) in itertools.product(
+            RELEASES, (cpu_texts()[8], cpu_texts()[13])
+        ):
+            with self.subTest(release), stand_in(release) as card:
+                slots = HandDriven(tt_engine(4))
+                with self.ready(card):
+                    slots.join(0, prompt)
+                    slots.join(1, *cpu_texts()[3][:1])
+                    slots.steps(*[[0, 1]] * 7)
+                    slots.engine.reserve(0, 0)
+                    slots.steps([1], [1])
+                    slots.join(2, [*prompt, *slots.answers[0]])
+                    slots.steps([2, 1], *[[1, 2]] * 9)
+                self.assertEqual(slots.answers[2], text[7:17])
+                self.assertEqual(slots.answers[1], cpu_texts()[3][1][:19])
+                slots.engine.close()
 
     def test_a_request_that_needs_the_host_at_times(self) -> None:
         """As with constrained decoding, which begins within an answer."""
@@ -3135,28 +3272,45 @@ class TTEngineTest(unittest.TestCase):
                             )
 
     def test_what_the_card_lacks(self) -> None:
-        """A warning, and a word in /health."""
-        for release, samples, expected in (
-            ("2026-06", False, "without sampling on the card$"),
-            ("2026-02", True, "first token on the card$"),
+        """A warning, and a word in /health. A vocabulary that only the host samples is none."""
+        for release, samples, trace, expected in (
+            (
+                "2026-06",
+                True,
+                True,
+                "slow, without reuse of prompts: tt-metal is older than 2026-09",
+            ),
+            (
+                "newest",
+                True,
+                False,
+                "slow, without traces: --no-trace is given, or TT_METAL_SLOW_DISPATCH_MODE is set",
+            ),
+            ("2026-09", None, True, "slow, without sampling on the card"),
+            ("2026-09", False, True, ""),
+            ("newest", True, True, ""),
         ):
             with (
-                stand_in(release, samples=samples),
-                self.assertLogs(server.logger, "WARNING") as logged,
+                self.subTest(release, samples=samples, trace=trace),
+                stand_in(release, samples=samples) as card,
+                self.assertLogs(server.logger) as logged,
             ):
-                engine = tt_engine(1)
+                server.logger.info("")
+                engine = tt_engine(1, trace=trace)
                 engine.close()
-                self.assertRegex(engine.note, expected)
-                self.assertIn(engine.note, logged.output[0])
-        with stand_in("2026-09"), self.assertNoLogs(server.logger):
-            (engine := tt_engine(1)).close()
-            self.assertEqual(engine.note, "")
+                self.assertEqual(engine.note, expected)
+                self.assertEqual("WARNING" in "".join(logged.output), bool(expected))
+                self.assertIn(expected, "".join(logged.output))
+                self.assertEqual(
+                    "sampled on the host: not at all on the card" in engine.sampling,
+                    not card.samples,
+                )
 
     def test_a_failed_load_closes_the_card(self) -> None:
         expected = TWO_CHIPS.replace("close", "close 1x1\nclose 1x1\nclose")
         failures = (RuntimeError("out of memory"), KeyboardInterrupt())
         for release, call, failure in itertools.product(
-            RELEASES[1:4], ("load", "prefill", "decode"), failures
+            (*RELEASES[:3], "newest"), ("load", "prefill", "decode"), failures
         ):
             with self.subTest(release, call=call, failure=failure), stand_in(release, 2) as card:
                 card.before[call] = mock.Mock(side_effect=failure)

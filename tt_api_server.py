@@ -95,6 +95,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import types
 import urllib.parse
 import uuid
@@ -3067,29 +3068,150 @@ def name_model(checkpoint: Checkpoint) -> None:
         )
 
 
+class Card:
+    """A Tenstorrent board, open, with a model on it: tt-metal's Generator and the KV cache.
+
+    Each of the `copies` of the model has `slots` places in its batch and one pool of blocks of the
+    KV cache. Block 0 belongs to no slot: the padding of prompts is written there.
+    """
+
+    board = ""  # by MESH_DEVICE's names
+    blocks = padded_seq_len = 1  # of a pool; of a slot; until the memory is divided
+    generator: Any = None
+    kv_cache: Any = None
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        slots: int,
+        copies: int,
+        max_seq_len: int,
+        trace_region_size: int,
+    ) -> None:
+        if slots not in BATCH_SIZES:
+            must = f"must be one of {', '.join(map(str, BATCH_SIZES))} on a card"
+            raise UserError(f"--max-batch-size is {slots}, and {must}")
+        self.checkpoint = checkpoint
+        self.slots, self.copies = slots, copies
+        self.max_seq_len = max_seq_len
+        self.trace_region_size = trace_region_size  # bytes; 0: what the board's model needs
+        self._opened = contextlib.ExitStack()
+
+    def open(self, progress: Progress, accuracy: bool, verbose: bool) -> None:
+        """Open the board and load the model. Raises anything; `explain` makes a sentence of it."""
+        self.root, folder = find_tt_metal()
+        ttnn, self.common, self.module, model_config = import_tt(self.root, folder, verbose)
+        self.ttnn = ttnn
+        name_model(self.checkpoint)
+        # ttnn waits silently and forever for a card that another program has.
+        progress(
+            f"opening the card{users_of_card()}; if it takes a minute, stop other users of it, then tt-smi -r"
+        )
+        self.board, board_of_copy = choose_board(ttnn, self.copies)
+        self._divide_memory(board_of_copy)
+        sizes = (TRACE_REGION_SIZES_ON_N150, TRACE_REGION_SIZE)
+        self.trace_region_size = self.trace_region_size or fitting(
+            *sizes, self.checkpoint, board_of_copy
+        )
+        mesh = self._opened.enter_context(open_mesh(ttnn, self.board, self.trace_region_size))
+        progress(f"loading {self.checkpoint.name}")
+        levels = model_config.DecodersPrecision
+        self._load(ttnn, mesh, levels.accuracy if accuracy else levels.performance)
+
+    def close(self) -> None:
+        """Release the traces, close the card and reset the fabric. A second call does nothing."""
+        self.generator = self.kv_cache = None
+        # The Generator's destructor releases its traces, which must come before the mesh is closed.
+        gc.unfreeze()  # the CLI froze all objects after the load
+        gc.collect()
+        self._opened.close()
+
+    def _divide_memory(self, board: str) -> None:
+        """Choose the number of blocks in a pool, and how far a slot reaches."""
+        pool = fitting(KV_CACHE_TOKENS_ON_N150, KV_CACHE_TOKENS, self.checkpoint, board)
+        self.max_seq_len = min(self.max_seq_len, pool)
+        # Prompts are padded to powers of two, and the rotary tables, the page table and the pool
+        # must reach as far. At least 8 blocks, because the card reads a row of the page table in
+        # units of 32 bytes.
+        padded = max(self.common.get_padded_prefill_len(self.max_seq_len), 8 * BLOCK_SIZE)
+        self.padded_seq_len = 1 << (padded - 1).bit_length()
+        self.blocks = 1 + min(pool, self.slots * self.padded_seq_len) // BLOCK_SIZE
+
+    def _load(self, ttnn: Any, mesh: Any, precision: Any) -> None:
+        """Load a copy of the model on each submesh."""
+        paged = self.common.PagedAttentionConfig(block_size=BLOCK_SIZE, max_num_blocks=self.blocks)
+        models, model_args, kv_cache, state_dict = [], [], [], None
+        for submesh in self.module.create_submeshes(mesh, self.copies):
+            args, model, cache, state_dict = self.common.create_tt_model(
+                submesh,
+                instruct=True,
+                max_batch_size=self.slots,
+                optimizations=lambda args: precision(args.n_layers, args.model_name),
+                max_seq_len=self.padded_seq_len,
+                paged_attention_config=paged,
+                dtype=ttnn.bfloat8_b,
+                state_dict=state_dict,  # None: the first copy reads the checkpoint for all
+            )
+            models.append(model)
+            model_args.append(args)
+            kv_cache.append(cache)
+        self.generator = self.module.Generator(models, model_args, mesh)
+        self.generator.already_warmed_up_prefill = (
+            True  # _warm_up does that, and reports its progress
+        )
+        self.kv_cache = kv_cache
+
+    def explain(self, error: str) -> str:
+        """Why the load failed and what to do, in one sentence."""
+        for pattern, sentence in TROUBLE.items():
+            if re.search(pattern, error):
+                boards = (
+                    board
+                    for board, shape in MESH_SHAPES.items()
+                    if self.checkpoint.config.n_kv_heads % math.prod(shape) == 0
+                )
+                half = self.blocks // 2 * BLOCK_SIZE
+                # any below LONG_PREFILL takes as much, save SHORT_PREFILL
+                length = half // self.slots
+                return sentence.format(
+                    region=self.trace_region_size,
+                    twice=2 * self.trace_region_size,
+                    length=length if length >= LONG_PREFILL else SHORT_PREFILL,
+                    batch=max(
+                        size
+                        for size in BATCH_SIZES
+                        if size == 1 or size * self.padded_seq_len <= half
+                    ),
+                    users=users_of_card(),
+                    board=self.board.lower(),
+                    boards=" or ".join(board for board in boards if board != self.board),
+                )
+        # the line of TT_FATAL's text before the backtrace
+        what = error.partition("info:\n")[2] or error
+        return f"the model does not load ({printable(what.strip().partition(chr(10))[0])}): {compare_versions(self.root)[1]}"
+
+
 class TTEngine:
-    """A model on Tenstorrent cards, over tt-metal's Generator, 2026-02 to 2026-09.
+    """A model on Tenstorrent cards, over tt-metal's Generator, from 2026-06 on.
 
     The releases differ in their calls. Signatures and attributes of the Generator tell what it can
     do.
 
     Memory: each of the `data_parallel` copies of the model has `max_batch_size` slots and one pool
-    of KV blocks. A slot's row of the page table lists the blocks from `reserve`, then zeros. Block
-    0 belongs to no slot: the padding of prompts is written there.
+    of KV blocks. A slot's row of the page table lists its blocks, then zeros. Block 0 belongs to no
+    slot: the padding of prompts is written there. Slots of one pool may share blocks, which are
+    then only read; a block is free when its last slot lets go.
 
     Prefill: one call takes several short prompts, padded to the same length. A long prompt takes
     several calls, and a prompt continues from what its slot holds, if the Generator aligns
-    `start_pos` (_align_resume_offsets). Older ones could use wrong blocks without an error
-    (tt-metal #46828, #54435, #55630), so there each prompt is one call.
+    `start_pos` (_align_resume_offsets) and traces such calls: untraced ones compile kernels for
+    each position. Older Generators could use wrong blocks without an error (tt-metal #46828,
+    #54435, #55630). Elsewhere each prompt is one call. The host draws the first token.
 
-    Decode: a traced step that samples on the card takes tokens and positions from its own last
-    step. It takes the host's only at a reset: after a prefill, after a change of the page table,
-    and when a request joins or leaves.
-
-    Sampling: if the card can sample, it does, except for requests whose next token must be drawn on
-    the host. These have calls of their own, which bring logits to the host, so the others get the
-    same tokens as without them. A decode step with both kinds is two calls, each with the slots of
-    the other kind idle, and the card's call is a reset.
+    Decode: one call for all slots. Either the card draws all tokens, or the host does: if any
+    request needs it, or where it is faster, as measured in warm-up. A traced step that samples on
+    the card takes tokens and positions from its own last step. It takes the host's only at a reset:
+    after any other call, after a change of the page table, and when a request joins or leaves.
     """
 
     scores_prompts = False
@@ -3111,200 +3233,96 @@ class TTEngine:
 
         After any exception, KeyboardInterrupt too, the card is closed.
         """
-        if max_batch_size not in BATCH_SIZES:
-            must = f"must be one of {', '.join(map(str, BATCH_SIZES))} on a card"
-            raise UserError(f"--max-batch-size is {max_batch_size}, and {must}")
-        self.max_batch_size = max_batch_size * data_parallel
-        self.max_seq_len = max_seq_len
-        self.note = ""  # why this is slower than the card could be
-        self._slots_per_copy = max_batch_size
-        self.kv_pools = data_parallel
+        self._card = card = Card(
+            checkpoint, max_batch_size, data_parallel, max_seq_len, trace_region_size
+        )
+        self.max_batch_size, self.kv_pools = max_batch_size * data_parallel, data_parallel
         self._traced = trace and "TT_METAL_SLOW_DISPATCH_MODE" not in os.environ
         self._tracing = False  # until all is compiled
-        self._generator: Any = None
-        self._opened = contextlib.ExitStack()
-        self._trace_region_size = trace_region_size
-        self._blocks_per_copy = self._padded_seq_len = 1  # until the memory is divided
-        root, folder = find_tt_metal()
         try:
-            ttnn, common, generator, model_config = import_tt(root, folder, verbose)
-            name_model(checkpoint)
-            mesh = self._open(ttnn, common, checkpoint, data_parallel, progress)
-            progress(f"loading {checkpoint.name}")
-            levels = model_config.DecodersPrecision
-            precision = levels.accuracy if accuracy else levels.performance
-            # Since 2026-08 the card gives concurrent requests with equal seeds different answers
-            # without this (tt-metal #53167). Older releases do not know it.
-            model_config.ModelArgs.salt_duplicate_seeds = False
-            submeshes = generator.create_submeshes(mesh, data_parallel)
-            self._load(ttnn, common, generator, submeshes, mesh, precision)
-            self._read_capabilities(generator)
-            self._choose_shapes(generator, common)
+            card.open(progress, accuracy, verbose)
+            self.device, self.max_seq_len = card.board.lower(), card.max_seq_len
+            self.kv_cache_tokens = data_parallel * (card.blocks - 1) * BLOCK_SIZE
+            columns = card.padded_seq_len // BLOCK_SIZE
+            self._page_table = torch.zeros(self.max_batch_size, columns, dtype=torch.int32)
+            # by pool and block: how many slots hold it; of no use for block 0
+            self._holders = torch.zeros(data_parallel, card.blocks, dtype=torch.int32)
+            self._read_capabilities()
+            self._choose_shapes()
+            self._keep_traces(True)
             self._warm_up(progress)
+            self._log_sampling()
         except BaseException as error:
             self.close()
             if not isinstance(error, Exception) or isinstance(error, UserError):
                 raise
             logger.debug("the load failed", exc_info=error)
-            raise UserError(self._explain(str(error), root, checkpoint.config)) from error
+            raise UserError(card.explain(str(error))) from error
 
-    def _open(
-        self, ttnn: Any, common: Any, checkpoint: Checkpoint, copies: int, progress: Progress
-    ) -> Any:
-        """Open the board with memory for traces, and lay out the KV cache."""
-        # ttnn waits silently and forever for a card that another program has.
-        progress(
-            f"opening the card{users_of_card()}; if it takes a minute, stop other users of it, then tt-smi -r"
-        )
-        board, board_of_copy = choose_board(ttnn, copies)
-        self.device = board.lower()
-        self._divide_memory(checkpoint, common, board_of_copy, copies)
-        if self._traced and not self._trace_region_size:
-            sizes = (TRACE_REGION_SIZES_ON_N150, TRACE_REGION_SIZE)
-            self._trace_region_size = fitting(*sizes, checkpoint, board_of_copy)
-        return self._opened.enter_context(open_mesh(ttnn, board, self._trace_region_size))
-
-    def _explain(self, error: str, root: Path, config: ModelConfig) -> str:
-        """Why the load failed and what to do, in one sentence."""
-        for pattern, sentence in TROUBLE.items():
-            if re.search(pattern, error):
-                boards = (
-                    board
-                    for board, shape in MESH_SHAPES.items()
-                    if config.n_kv_heads % math.prod(shape) == 0
-                )
-                half = self._blocks_per_copy // 2 * BLOCK_SIZE
-                # any below LONG_PREFILL takes as much, save SHORT_PREFILL
-                length = half // self._slots_per_copy
-                return sentence.format(
-                    region=self._trace_region_size,
-                    twice=2 * self._trace_region_size,
-                    length=length if length >= LONG_PREFILL else SHORT_PREFILL,
-                    batch=max(
-                        size
-                        for size in BATCH_SIZES
-                        if size == 1 or size * self._padded_seq_len <= half
-                    ),
-                    users=users_of_card(),
-                    board=self.device,
-                    boards=" or ".join(board for board in boards if board.lower() != self.device),
-                )
-        # the line of TT_FATAL's text before the backtrace
-        what = error.partition("info:\n")[2] or error
-        return f"the model does not load ({printable(what.strip().partition(chr(10))[0])}): {compare_versions(root)[1]}"
-
-    def _divide_memory(self, checkpoint: Checkpoint, common: Any, board: str, copies: int) -> None:
-        """Lay out the blocks of the KV cache and the page table."""
-        pool = fitting(KV_CACHE_TOKENS_ON_N150, KV_CACHE_TOKENS, checkpoint, board)
-        self.max_seq_len = min(self.max_seq_len, pool)
-        # Prompts are padded to powers of two, and the rotary tables, the page table and the pool
-        # must reach as far. At least 8 blocks, because the card reads a row of the page table in
-        # units of 32 bytes.
-        padded = max(common.get_padded_prefill_len(self.max_seq_len), 8 * BLOCK_SIZE)
-        self._padded_seq_len = 1 << (padded - 1).bit_length()
-        self._blocks_per_copy = (
-            1 + min(pool, self._slots_per_copy * self._padded_seq_len) // BLOCK_SIZE
-        )
-        self.kv_cache_tokens = copies * (self._blocks_per_copy - 1) * BLOCK_SIZE
-        self._free_blocks = [list(range(self._blocks_per_copy - 1, 0, -1)) for _ in range(copies)]
-        self._blocks: list[list[int]] = [[] for _ in range(self.max_batch_size)]  # by slot
-        columns = self._padded_seq_len // BLOCK_SIZE
-        self._page_table = torch.zeros(self.max_batch_size, columns, dtype=torch.int32)
-
-    def _load(
-        self, ttnn: Any, common: Any, generator: Any, submeshes: Any, mesh: Any, precision: Any
-    ) -> None:
-        """Load a copy of the model on each submesh."""
-        paged = common.PagedAttentionConfig(
-            block_size=BLOCK_SIZE, max_num_blocks=self._blocks_per_copy
-        )
-        models, model_args, kv_cache, state_dict = [], [], [], None
-        for submesh in submeshes:
-            args, model, cache, state_dict = common.create_tt_model(
-                submesh,
-                instruct=True,
-                max_batch_size=self._slots_per_copy,
-                optimizations=lambda args: precision(args.n_layers, args.model_name),
-                max_seq_len=self._padded_seq_len,
-                paged_attention_config=paged,
-                dtype=ttnn.bfloat8_b,
-                state_dict=state_dict,  # None: the first copy reads the checkpoint for all
-            )
-            models.append(model)
-            model_args.append(args)
-            kv_cache.append(cache)
-        self._generator = generator.Generator(models, model_args, mesh)
-        self._generator.already_warmed_up_prefill = (
-            True  # _warm_up does that, and reports its progress
-        )
-        self._kv_cache = kv_cache
-
-    def _read_capabilities(self, generator: Any) -> None:
+    def _read_capabilities(self) -> None:
         """Find out how to call this release's Generator, and say what it lacks."""
-        this = self._generator
-        self._prefill_forward = this.prefill_forward_text
-        # until 2026-02
-        self._decode_forward = getattr(this, "decode_forward_text", this.decode_forward)
-        # Since 2026-09 prefill_forward_text is a wrapper with *args, **kwargs around an _impl,
-        # which has the names.
-        prefill = inspect.signature(
-            getattr(this, "_prefill_forward_text_impl", self._prefill_forward)
-        ).parameters
-        decode = inspect.signature(self._decode_forward).parameters
-        contract = getattr(
-            this, "decode_input_update_contract", int("reload_sampling_params" in decode)
-        )
+        this = self._card.generator
+        # What a wrapper with *args, **kwargs hides, the _impl beside it has.
+        decode = getattr(this, "_decode_forward_impl", this.decode_forward)
+        names = inspect.signature(decode).parameters
+        contract = getattr(this, "decode_input_update_contract", "reload_sampling_params" in names)
         self._has_decode_contract = contract >= 1
-        self._card_samples = bool(getattr(this.model[0], "_supports_on_device_sampling", False))
-        self._card_samples_prefill = self._card_samples and "sampling_params" in prefill
-        self._card_sampling_params = generator.SamplingParams
-        self._decoding: dict[
-            int, SamplingParams | None
-        ] = {}  # slots of the last decode step; empty before a reset
+        # All traces must be prepared before the first is captured.
+        prepares = "prepare_trace" in names and hasattr(this, "_record_pending_prefill_traces")
+        self._prepares_traces = self._traced and prepares
+        samples = getattr(this.model[0], "_supports_on_device_sampling", None)
+        self._card_samples = bool(samples)
+        # what the last decode step, which the card sampled, drew by slot; empty before a reset
+        self._decoding: dict[int, SamplingParams | None] = {}
         self._sampling_of_batch: Any = None
-        lacks = "" if self._card_samples_prefill else "sampling the first token on the card"
-        lacks = lacks if self._card_samples else "sampling on the card"
-        if lacks or "TT_METAL_SLOW_DISPATCH_MODE" in os.environ:
-            self.note = f"slow, without {lacks or 'traces: TT_METAL_SLOW_DISPATCH_MODE is set'}"
+        self._seconds: dict[bool, tuple[float, float, float]] = {}  # by whether greedy
+        lacks = ["sampling on the card"] * (samples is None)
+        if not hasattr(this, "_align_resume_offsets"):
+            lacks.append("reuse of prompts: tt-metal is older than 2026-09")
+        if not self._traced:
+            lacks.append("traces: --no-trace is given, or TT_METAL_SLOW_DISPATCH_MODE is set")
+        self.note = f"slow, without {', '.join(lacks)}" if lacks else ""
+        if lacks:
             logger.warning("%s is %s", self.device, self.note)
 
-    def _choose_shapes(self, generator: Any, common: Any) -> None:
-        """Find out how prompts may be prefilled, and list the shapes of all calls:
-
-        (position, padded length, rows).
-        """
-        this, args = self._generator, self._generator.model_args[0]
+    def _choose_shapes(self) -> None:
+        """Find out how prompts may be prefilled."""
+        card, this = self._card, self._card.generator
         align: Any = getattr(this, "_align_resume_offsets", lambda *_: [])
-        ends = [SHORT_PREFILL + SHORT_PREFILL, SHORT_PREFILL + LONG_PREFILL]
-        # others would be lowered
-        resumes = align([SHORT_PREFILL] * 2, ends, self._kv_cache) == [SHORT_PREFILL] * 2
+        pieces = (SHORT_PREFILL, LONG_PREFILL)
+        starts, ends = [SHORT_PREFILL] * 2, [SHORT_PREFILL + length for length in pieces]
+        aligned = align(starts, ends, card.kv_cache) == starts  # others would be lowered
+        # padded lengths of pieces that go on
+        self._resumed = [
+            length
+            for length, end in zip(pieces, ends)
+            if aligned and end <= card.padded_seq_len and self._traces(length, SHORT_PREFILL)
+        ]
+        resumes = SHORT_PREFILL in self._resumed
         self.prompt_chunk, self.resume_align = (LONG_PREFILL, SHORT_PREFILL) if resumes else (0, 1)
-        # Longer prompts are cut into pieces of this, here or by the Generator.
-        longest = min(
-            self.max_seq_len,
-            args.max_prefill_chunk_size,
-            LONG_PREFILL if resumes else self.max_seq_len,
-        )
-        lengths = (min(1 << power, longest) for power in range(7, max(longest.bit_length(), 7) + 1))
-        together = len(this.model) == 1 and not getattr(args, "disable_batched_prefill", False)
-        most = (
-            LONG_PREFILL if together and hasattr(generator, "SUPPORTED_PREFILL_BATCH_SIZES") else 0
-        )
-        self._rows = {
-            length: [
-                rows
-                for rows in PREFILL_ROWS
-                if rows <= self._slots_per_copy and rows * length <= most
-            ]
-            + [1]
-            for length in sorted(set(map(common.get_padded_prefill_len, lengths)))
-        }
-        self._shapes = [(0, length, rows) for length in self._rows for rows in self._rows[length]]
-        if resumes:
-            lengths = (
-                length for length in self._rows if SHORT_PREFILL + length <= self._padded_seq_len
-            )
-            self._shapes += [(SHORT_PREFILL, length, 1) for length in lengths]
+        longest = min(self.max_seq_len, LONG_PREFILL) if resumes else self.max_seq_len
+        padded = card.common.get_padded_prefill_len
+        lengths = sorted({padded(min(1 << power, longest)) for power in range(7, 18)})
+        most = card.slots if len(this.model) == 1 else 1
+        short = [*(rows for rows in PREFILL_ROWS if rows <= most), 1]
+        # of one call, by padded length
+        self._rows = {length: short if length == SHORT_PREFILL else [1] for length in lengths}
+
+    def _traces(self, length: int, position: int) -> bool:
+        """Whether tt-metal traces the prefill of this padded length."""
+        args = self._card.generator.model_args[0]
+        return self._traced and bool(args.can_enable_trace(length, position))
+
+    def _keep_traces(self, keep: bool) -> None:
+        """Keep the traces of sampling at a change between greedy and other sampling.
+
+        On one chip tt-metal drops them since 2026-07 (#51800), though each has its own key.
+        """
+        for model in getattr(self._card.generator, "model", ()):
+            if sampling := getattr(model, "sampling", None):
+                vars(sampling).pop("reset_trace", None)
+                if keep:
+                    sampling.reset_trace = lambda: None
 
     def _warm_up(self, progress: Progress) -> None:
         """Compile decode and every shape of prefill, then trace them, before the first request.
@@ -3312,158 +3330,174 @@ class TTEngine:
         A trace writes to fixed addresses. Kernels compiled after it, and decode inputs staged after
         a prefill trace, may lie there (tt-metal #56215). So all is compiled before the first trace,
         and decode is traced first: with sampling on the card, whose inputs stay there from step to
-        step, and then without, whose inputs are always new.
+        step, and then without, whose inputs are always new. A Generator that wants all traces
+        prepared before the first is captured prepares decode's while it compiles, then prefill's.
         """
-        greedy, sampled = Sampler(SamplingParams(temperature=0)), Sampler(SamplingParams())
-        samplers = (True, False) if self._card_samples else (False,)
-        stages, stage = (1 + self._traced) * (1 + len(self._shapes)), itertools.count()
-        for doing, tracing in [("compiling", False), ("tracing", True)][: 1 + self._traced]:
-            self._tracing = tracing
-            progress(f"{doing} decode of {self.max_batch_size} slots", next(stage) / stages)
-            for on_card, sampler, position in itertools.product(
-                samplers, (greedy, sampled), (0, 1)
-            ):
-                self._decode(
-                    [Work(slot, [0], position, sampler) for slot in range(self.max_batch_size)],
-                    on_card,
-                )
-            for position, length, rows in self._shapes:
-                progress(f"{doing} {rows} prompts of {length} tokens", next(stage) / stages)
-                # each has its own traces
-                copies = range(0, self.max_batch_size, self._slots_per_copy)
-                for first, on_card in itertools.product(copies, samplers):
-                    slots = range(first, first + rows)
-                    self._prefill(
-                        [Work(slot, [0] * length, position, sampled) for slot in slots], on_card
+        generator, slots = self._card.generator, self.max_batch_size
+        # position, padded length, rows
+        shapes = [(0, length, rows) for length, sizes in self._rows.items() for rows in sizes]
+        shapes += [(SHORT_PREFILL, length, 1) for length in self._resumed]
+        traced = [shape for shape in shapes if self._traces(shape[1], shape[0])]
+        stages = [("compiling", shapes)]
+        stages += [("preparing", traced)] * self._prepares_traces + [
+            ("tracing", traced)
+        ] * self._traced
+        total, done = sum(1 + len(calls) for _, calls in stages), itertools.count()
+        for doing, calls in stages:
+            self._tracing = doing != "compiling"
+            progress(f"{doing} decode of {slots} slots", next(done) / total)
+            if doing == "preparing":
+                generator._defer_prefill_recording = True
+            else:
+                for params in (SamplingParams(temperature=0), SamplingParams(top_p=0.9)):
+                    # seconds of a step: the card's, the host's for one slot, and for all
+                    self._seconds[params.greedy] = (
+                        self._time_decode(params, slots, True) if self._card_samples else math.inf,
+                        self._time_decode(params, 1, False),
+                        self._time_decode(params, slots, False),
                     )
+            for position, length, rows in calls:
+                progress(f"{doing} {rows} prompts of {length} tokens", next(done) / total)
+                # A program for each place cuts out the 32 rows with the last token.
+                once = self._tracing or position or length > LONG_PREFILL
+                ends = [length] if once else range(32, length + 1, 32)
+                # each copy has its own traces
+                for first, end in itertools.product(range(0, slots, self._card.slots), ends):
+                    tokens = [0] * end
+                    self._prefill(
+                        [Work(first + row, tokens, position, None) for row in range(rows)]
+                    )
+            if doing == "preparing":
+                generator._defer_prefill_recording = False
+                generator._record_pending_prefill_traces()
+
+    def _time_decode(self, params: SamplingParams, rows: int, on_card: bool) -> float:
+        """Seconds of a decode step of so many slots: the fastest of a few; the first is a reset."""
+        works = [Work(slot, [0], 1, Sampler(params)) for slot in range(rows)]
+        step = functools.partial(self._decode, works, on_card)
+        return min(timeit.repeat(step, timer=time.perf_counter, number=1, repeat=4))
+
+    def _log_sampling(self) -> None:
+        """Say where tokens are drawn, and why."""
+        said = (
+            f"{'greedy' if greedy else 'sampled'} on the {'card' if card < every else 'host'}: "
+            f"{1e3 * card:.1f} ms a step on the card, {1e3 * one:.1f} to {1e3 * every:.1f} on the host "
+            f"for 1 to {self.max_batch_size} slots"
+            for greedy, (card, one, every) in self._seconds.items()
+        )
+        self.sampling = "; ".join(said).replace("inf ms a step", "not at all")
+        logger.info("tokens are drawn %s", self.sampling)
+
+    def _on_card(self, works: Sequence[Work]) -> bool:
+        """Whether the card draws the next tokens of these slots: it can, and it is faster.
+
+        The host's time between those for one slot and for all is assumed to be linear.
+        """
+        samplers = [work.sampler for work in works if work.sampler]
+        if any(sampler.on_host for sampler in samplers):
+            return False
+        greedy = all(sampler.params.greedy for sampler in samplers)
+        card, one, every = self._seconds[greedy]
+        share = (len(samplers) - 1) / max(self.max_batch_size - 1, 1)
+        return card < one + share * (every - one)
 
     def reserve(self, slot: int, length: int) -> bool:
         """Give the slot blocks for `length` tokens. False if its pool lacks them now."""
-        blocks, free = self._blocks[slot], self._free_blocks[slot // self._slots_per_copy]
-        wanted = -(-length // BLOCK_SIZE)
-        if wanted - len(blocks) > len(free):
+        wanted, had = -(-length // BLOCK_SIZE), int(self._page_table[slot].count_nonzero())
+        if wanted > had:
+            holders = self._holders[slot // self._card.slots]
+            blocks = (holders[1:] == 0).nonzero().flatten()[: wanted - had] + 1
+        else:
+            blocks = torch.zeros(had - wanted, dtype=torch.int64)
+        if len(blocks) < wanted - had:
             return False
-        while len(blocks) < wanted:
-            blocks.append(free.pop())
-        while len(blocks) > wanted:
-            free.append(blocks.pop())
-        self._page_table[slot] = 0
-        self._page_table[slot, :wanted] = torch.tensor(blocks)
-        self._decoding = {}
+        self._hold(slot, min(wanted, had), blocks)
         return True
 
     def copy(self, source: int, slot: int, length: int) -> None:
-        raise NotImplementedError
+        """Let the slot share the blocks of the first `length` tokens of the source."""
+        self._hold(slot, 0, self._page_table[source, : length // BLOCK_SIZE])
+
+    def _hold(self, slot: int, begin: int, blocks: torch.Tensor) -> None:
+        """Let the slot have these blocks from place `begin` of its row on."""
+        holders = self._holders[slot // self._card.slots]
+        places = self._page_table[slot, begin : begin + len(blocks)]
+        holders[blocks] += 1
+        holders[places] -= 1
+        places[:] = blocks
+        self._decoding = {}
 
     def step(self, batch: Sequence[Work]) -> list[Result]:
         """Prefill the batch's prompts, those of one padded length together, then decode its other
         slots together.
 
-        A call samples on the card or on the host. After an exception the next step works, but the
-        KV cache of this step's slots is undefined.
+        After an exception the next step works, but the KV cache of this step's slots is undefined.
         """
         tokens: dict[int, Token | None] = {}
-        short: dict[
-            tuple[int, bool], list[Work]
-        ] = {}  # prompts that fit into one call, by padded length and sampler
+        decoding: list[Work] = []
+        pieces: list[Work] = []
         for work in batch:
-            if work.position == 0 or len(work.tokens) > 1:
-                *pieces, last = self._pieces(work)
-                for piece in pieces:
-                    self._prefill([piece], self._on_card(piece))
-                if last.position:
-                    tokens |= self._prefill([last], self._on_card(last))
-                else:
-                    padded = next(
-                        (length for length in self._rows if len(work.tokens) <= length),
-                        max(self._rows),
-                    )
-                    short.setdefault((padded, self._on_card(work)), []).append(work)
-        for (padded, on_card), works in short.items():
+            if work.position and len(work.tokens) == 1:
+                decoding.append(work)
+            else:
+                pieces += self._pieces(work)
+        padded = self._card.common.get_padded_prefill_len
+        fresh = [piece for piece in pieces if not piece.position]
+        for length, sizes in self._rows.items():
+            works = [work for work in fresh if padded(len(work.tokens)) == length]
             while works:
-                rows = next(rows for rows in self._rows[padded] if 3 * rows <= 4 * len(works))
-                tokens |= self._prefill(works[:rows], on_card)
+                rows = next(rows for rows in sizes if 3 * rows <= 4 * len(works))
+                tokens |= self._prefill(works[:rows])
                 del works[:rows]
-        decoding = [work for work in batch if work.slot not in tokens]
-        for on_card in (True, False):
-            if works := [work for work in decoding if self._on_card(work) is on_card]:
-                tokens |= self._decode(works, on_card)
-        return [Result(tokens[work.slot]) if work.sampler else Result() for work in batch]
-
-    def _on_card(self, work: Work) -> bool:
-        """Whether the card draws the next token.
-
-        It does too if none is wanted, because logits take longer.
-        """
-        return self._card_samples and not (work.sampler and work.sampler.on_host)
+        for piece in pieces:
+            if piece.position:
+                tokens |= self._prefill([piece])
+        if decoding:
+            tokens |= self._decode(decoding, self._on_card(decoding))
+        return [Result(tokens.get(work.slot)) for work in batch]
 
     def _pieces(self, work: Work) -> list[Work]:
         """Cut a prompt into one piece for each prefill call."""
-        if not self.prompt_chunk:
+        # Four short calls take less time than a long one, whose padding may also exceed the rotary
+        # tables.
+        long = (
+            len(work.tokens) > 4 * SHORT_PREFILL
+            and work.position + LONG_PREFILL <= self._card.padded_seq_len
+            and (not work.position or LONG_PREFILL in self._resumed)
+        )
+        length = LONG_PREFILL if long else SHORT_PREFILL
+        if len(work.tokens) <= length or not self.prompt_chunk:
             return [work]
-        pieces, begin, total = [], 0, len(work.tokens)
-        while begin < total:
-            # Four short calls take less time than a long one, whose padding may also exceed the
-            # rotary tables.
-            position = work.position + begin
-            long = (
-                total - begin > 4 * SHORT_PREFILL
-                and position + LONG_PREFILL <= self._padded_seq_len
-            )
-            end = begin + (LONG_PREFILL if long else SHORT_PREFILL)
-            pieces.append(
-                Work(
-                    work.slot,
-                    work.tokens[begin:end],
-                    position,
-                    work.sampler if end >= total else None,
-                )
-            )
-            begin = end
-        return pieces
+        first = work._replace(tokens=work.tokens[:length], sampler=None)
+        rest = work._replace(tokens=work.tokens[length:], position=work.position + length)
+        return [first, *self._pieces(rest)]
 
-    def _prefill(self, works: Sequence[Work], on_card: bool) -> dict[int, Token | None]:
-        """Make one prefill call.
-
-        The card samples with `on_card`, else the host. Returns each slot's next token.
-        """
+    def _prefill(self, works: Sequence[Work]) -> dict[int, Token | None]:
+        """Make one prefill call. Returns the next token of each slot that wants one."""
         self._decoding = {}
         ends = [work.position + len(work.tokens) for work in works]
-        tokens = torch.zeros(len(works), max(ends), dtype=torch.int64)
-        for row, work in zip(tokens, works):
-            row[work.position : work.position + len(work.tokens)] = torch.tensor(work.tokens)
-        slots = [work.slot for work in works]
-        options: dict[str, Any] = (
-            {"start_pos": [work.position for work in works]} if works[0].position else {}
+        rows = (
+            [*[0] * work.position, *work.tokens, *[0] * (max(ends) - end)]
+            for work, end in zip(works, ends)
         )
-        on_card = on_card and self._card_samples_prefill
-        if on_card:
-            options["sampling_params"] = self._sampling_on_card(works)
-        output = self._prefill_forward(
-            tokens,
+        slots = [work.slot for work in works]
+        resumed = {"start_pos": [work.position for work in works]} if works[0].position else {}
+        logits = self._card.generator.prefill_forward_text(
+            torch.tensor(list(rows)),
             page_table=self._page_table[slots],
-            kv_cache=self._kv_cache,
+            kv_cache=self._card.kv_cache,
             prompt_lens=ends,
             # Rows of one call count from 0, as in tt-metal's demo: the page table says which blocks
-            # they fill, and the next decode resets the sampler. With the slots' own numbers the
-            # call would span all slots up to the highest, and be out of bounds until 2026-06.
+            # they fill, and the next decode is a reset. With the slots' own numbers the call would
+            # span all slots up to the highest, and be out of bounds until 2026-06.
             empty_slots=slots if len(works) == 1 else list(range(len(works))),
             enable_trace=self._tracing,
-            **options,
+            **resumed,
         )
-        if on_card:  # (tokens [works, 1], log_probs)
-            return dict(zip(slots, map(Token, output[0].flatten().tolist())))
-        rows = output.view(len(works), -1)
-        return {
-            work.slot: work.sampler.draw(row, end) if work.sampler else None
-            for work, row, end in zip(works, rows, ends)
-        }
+        return drawn_by_slot(zip(works, logits.view(len(works), -1)))
 
     def _decode(self, batch: Sequence[Work], on_card: bool) -> dict[int, Token | None]:
-        """Decode one token for each of these slots; the others are idle.
-
-        Samples and returns as _prefill does.
-        """
+        """Decode one token for each of these slots; the others are idle. Returns as _prefill."""
         decoding = {work.slot: work.sampler.params if work.sampler else None for work in batch}
         # if the host samples, each step takes the host's inputs anyway
         reset = on_card and decoding != self._decoding
@@ -3472,81 +3506,80 @@ class TTEngine:
         if reset:
             # At a reset the card keeps its own token if its position is the host's or one ahead,
             # unless the slot is in this set. The host's tokens are always right.
-            self._generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
-            self._generator.prev_page_table = (
-                None  # 2026-02 resets tokens and positions if the page table has changed
-            )
-            self._sampling_of_batch = self._sampling_on_card(batch, range(self.max_batch_size))
+            self._card.generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
+            self._sampling_of_batch = self._sampling_on_card(decoding)
         # Lists first: after each operation on a tensor the step may have to wait for another
         # thread.
         tokens, positions = [0] * self.max_batch_size, [-1] * self.max_batch_size  # -1: idle
         for work in batch:
             tokens[work.slot], positions[work.slot] = work.tokens[0], work.position
-        output, _ = self._decode_forward(  # the other is log_probs
+        output = self._card.generator.decode_forward(
             torch.tensor(tokens).view(-1, 1),
             torch.tensor(positions),
             page_table=self._page_table,
-            kv_cache=self._kv_cache,
+            kv_cache=self._card.kv_cache,
             enable_trace=self._tracing,
+            read_from_device=on_card,
             sampling_params=self._sampling_of_batch if on_card else None,
             **self._decode_commands(on_card, reset),
         )
-        if on_card:  # tokens [slots]
-            self._decoding, tokens = decoding, output.tolist()
-            return {slot: Token(tokens[slot]) for slot in decoding}
-        return {  # the output is logits [slots, 1, vocabulary]
-            work.slot: work.sampler.draw(output[work.slot, 0], work.position + 1)
-            for work in batch
-            if work.sampler
-        }
+        if not on_card:
+            logits = self._read_logits(output)
+            return drawn_by_slot((work, logits[work.slot]) for work in batch)
+        self._decoding, tokens = decoding, output[0].tolist()  # the other is log_probs
+        return {work.slot: Token(tokens[work.slot]) for work in batch if work.sampler}
+
+    def _read_logits(self, output: Any) -> list[torch.Tensor]:
+        """The logits of each slot, bfloat16 as on the card.
+
+        The Generator's own way converts those of all slots to float32, which takes longer.
+        """
+        card, rows = self._card, []
+        for logits, _ in card.generator.read_decode_output(output):  # the others are log_probs
+            chip = card.ttnn.to_torch(card.ttnn.get_device_tensors(logits)[0])  # all have the same
+            rows += chip[0, 0, : card.slots, : card.generator.model_args[0].vocab_size]
+        return rows
 
     def _decode_commands(self, on_card: bool, reset: bool) -> dict[str, bool]:
         """What a decode step takes from the host, by models/common/decode_contract.py or the way
         before it.
         """
+        prepare = {"prepare_trace": True} if self._prepares_traces and not self._tracing else {}
         if not self._has_decode_contract:
-            return {"reset_batch": reset}
+            return {"reset_batch": reset, **prepare}
         return {
             "reload_inputs": reset or not (on_card and self._tracing),
             # for a change of the page table alone; here that is a reset
             "reload_page_table": False,
             "reload_sampling_params": reset,
             "reset_sampling_state": reset,
+            **prepare,
         }
 
-    def _sampling_on_card(self, batch: Sequence[Work], slots: Sequence[int] = ()) -> Any:
-        """tt-metal's SamplingParams: lists with an entry for each work, or for each slot with idle
-        ones greedy.
-
-        Since 2026-06 (its default seed is None) the card draws by the request's seed and the
-        position, and traces sampling only while no slot has a seed. In 2026-02 a reset seeds all
-        slots again, so the seed must depend on the position: else a request that joins makes the
-        others draw the same numbers again.
-        """
-        by_position = self._card_sampling_params.seed is None
-        greedy: tuple[float, int, float, int | None] = (0.0, 1, 1.0, None if by_position else 0)
-        entries = dict.fromkeys(slots, greedy)
-        for work in batch:
-            sampling = work.sampler and work.sampler.params
-            entries[work.slot] = greedy
-            if sampling and not sampling.greedy:
-                k = min(sampling.top_k or MAX_TOP_K, MAX_TOP_K)
-                base = random.random() if sampling.seed is None else sampling.seed
-                seed = sampling.seed if by_position else hash((base, work.position)) % 1_000_000 + 1
-                entries[work.slot] = (sampling.temperature, k, sampling.top_p, seed)
-        temperature, top_k, top_p, seeds = map(list, zip(*entries.values()))
-        return self._card_sampling_params(
-            temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds
-        )
+    def _sampling_on_card(self, sampling: Mapping[int, SamplingParams | None]) -> Any:
+        """tt-metal's SamplingParams: lists with an entry for each slot. Idle ones are greedy."""
+        entries = [(0.0, 1, 1.0)] * self.max_batch_size
+        for slot, params in sampling.items():
+            if params and not params.greedy:
+                k = min(params.top_k or MAX_TOP_K, MAX_TOP_K)
+                entries[slot] = (params.temperature, k, params.top_p)
+        temperature, top_k, top_p = map(list, zip(*entries))
+        return self._card.module.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
 
     def close(self) -> None:
-        """Release the traces, close the card and reset the fabric. A second call does nothing."""
-        for name in ("_generator", "_prefill_forward", "_decode_forward", "_kv_cache"):
-            self.__dict__.pop(name, None)
-        # The Generator's destructor releases its traces, which must come before the mesh is closed.
-        gc.unfreeze()  # the CLI froze all objects after the load
-        gc.collect()
-        self._opened.close()
+        """Close the card. A second call does nothing."""
+        self._keep_traces(False)
+        self._card.close()
+
+
+def drawn_by_slot(rows: Iterable[tuple[Work, torch.Tensor]]) -> dict[int, Token | None]:
+    """Draw the next token of each slot that wants one, from its logits [vocabulary]."""
+    draws = {
+        work.slot: (work.sampler, logits, work.position + len(work.tokens))
+        for work, logits in rows
+        if work.sampler
+    }
+    return dict(zip(draws, draw_tokens(list(draws.values()))))
 
 
 # ==================================================================================================
