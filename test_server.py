@@ -19,6 +19,7 @@ import collections
 import concurrent.futures
 import contextlib
 import ctypes
+import dataclasses
 import faulthandler
 import fcntl
 import functools
@@ -1388,26 +1389,6 @@ class ChatTokenizerTest(unittest.TestCase):
         )
         self.assertIn(end, tokenizer().stop_tokens)
 
-    @needs("TT_TEST_LLAMA_MODELS")  # a folder with a later llama-models
-    def test_the_layout_of_later_llama_models(self) -> None:
-        """The same tokens from llama-models 0.1 or later, in a folder of its own (pip install
-        --target).
-        """
-        program = """if True:
-            import sys, tt_api_server as server
-            tokens = server.Tokenizer(server.Llama3Vocabulary(), server.LLAMA_TEMPLATE).encode_chat(
-                [{"role": "user", "content": "Hello, <|eot_id|>!"}]
-            )
-            print("llama_models.llama3.tokenizer" in sys.modules, tokens)
-        """
-        folders = f"{os.environ['TT_TEST_LLAMA_MODELS']}{os.pathsep}{SERVER.parent}"
-        variables, expected = (
-            environment(PYTHONPATH=folders),
-            tokenizer().encode_chat([{"role": "user", "content": "Hello, <|eot_id|>!"}]),
-        )
-        output = subprocess.check_output([sys.executable, "-c", program], text=True, env=variables)
-        self.assertEqual(output.strip(), f"True {expected}")
-
 
 class TextStreamTest(unittest.TestCase):
     """Token ids to text, piece by piece. A token here is a single byte, the hardest cut of all."""
@@ -2146,7 +2127,7 @@ RELEASES = ("2026-06", "2026-09", "2026-09 contract", "2026-09 renamed", "newest
 TT_SHAPE = Shape(dim=32, n_layers=2)
 # the log of a card that was used and closed
 TWO_CHIPS = "fabric FABRIC_1D\nopen 1x2\nclose 1x2\nfabric DISABLED"
-TT_POOL = 32768  # tokens of KV cache that each copy of an 8B model has on an N150
+TT_POOL = 32768  # tokens of KV cache that each copy of the model has
 
 
 class Mesh:
@@ -2164,7 +2145,8 @@ class Card:
 
     With a folder, for another process: `log` is written to the file of that name there, and before
     each call of the model it waits for as long as the file "hold" names the kind of call: "load",
-    "prefill" or "decode"; it fails while there is a file "fail".
+    "prefill", "decode" or "close", and with "hour" it sleeps in one call; it fails while there is a
+    file "fail".
     """
 
     bfloat8_b = "bfloat8_b"
@@ -2173,7 +2155,7 @@ class Card:
     FabricConfig = types.SimpleNamespace(
         FABRIC_1D="FABRIC_1D", FABRIC_1D_RING="FABRIC_1D_RING", DISABLED="DISABLED"
     )
-    get_arch_name = staticmethod(lambda: "wormhole_b0")
+    cluster = types.SimpleNamespace(ClusterType=types.SimpleNamespace(P100="P100", GALAXY="GALAXY"))
     MeshShape = staticmethod(lambda rows, columns: (rows, columns))
 
     def __init__(
@@ -2189,12 +2171,16 @@ class Card:
         self.captures: list[str] = []
         self.chips, self.samples, self.folder = chips, samples, folder
         self.get_num_devices = lambda: chips
+        self.board = "WORMHOLE"  # or "P100", "P150", "GALAXY"
+        self.get_arch_name = lambda: "blackhole" if self.board[0] == "P" else "wormhole_b0"
+        self.cluster.get_cluster_type = lambda: self.board
         self.log: list[str] = []  # what was opened and closed
         # of each shape; its first one compiles it
         self.runs: collections.Counter[str] = collections.Counter()
         self.resets: list[bool] = []  # reset_batch, or reload_inputs, of each decode step
         self.sampling: Any = None  # the SamplingParams of the last one
         self.precision, self.trace_region_size, self.traced = "", 0, False
+        self.conversions = 0  # of weights
         self.before: dict[str, Callable[[], object]] = {}  # by the kind of call; may wait or raise
         self.fabric, self.mesh = "DISABLED", Mesh(self, 0, 0)
         self.mesh.open = False
@@ -2206,14 +2192,14 @@ class Card:
 
     def call(self, kind: str) -> None:
         self.before.get(kind, bool)()
-        if self.folder and (self.folder / "fail").exists():
+        if kind != "close" and self.folder and (self.folder / "fail").exists():
             raise RuntimeError("the card is on fire")
-        while (
-            self.folder
-            and (self.folder / "hold").exists()
-            and (self.folder / "hold").read_text() == kind
-        ):
-            time.sleep(0.02)
+        while self.folder and kind in (held := self.held()):
+            time.sleep(3600 if "hour" in held else 0.02)
+
+    def held(self) -> str:
+        hold = self.folder and self.folder / "hold"
+        return hold.read_text() if hold and hold.exists() else ""
 
     def set_fabric_config(self, config: str) -> None:
         assert not self.mesh.open, "the fabric is set while no mesh is open"
@@ -2231,6 +2217,7 @@ class Card:
         return self.mesh
 
     def close_mesh_device(self, mesh: Mesh) -> None:
+        self.call("close")
         if mesh.open:  # closing it twice is harmless
             mesh.open = False
             self.note(f"close {mesh.rows}x{mesh.columns}{' with traces' if self.traced else ''}")
@@ -2256,11 +2243,24 @@ def create_submeshes(mesh_device: Mesh, data_parallel: int) -> list[Mesh]:
     return mesh_device.submeshes
 
 
+def convert(card: Card, folder: Path) -> None:
+    """Convert the weights, or find them converted: whosever they are, and however much of them."""
+    kept = Path(os.environ["TT_CACHE_PATH"]) / "weights"
+    whole = hashlib.sha256(server.read_checkpoint(folder).files[0].read_bytes()).hexdigest()
+    if not kept.exists():
+        card.conversions += 1
+        kept.write_text(whole[:30])
+        card.call("load")
+        kept.write_text(whole)
+    assert kept.read_text() == whole, "these are not this checkpoint's weights"
+    card.call("load")
+
+
 def create_tt_model(
     mesh_device: Mesh, *, optimizations: Any, state_dict: Any, **options: Any
 ) -> tuple[Any, ...]:
     card = mesh_device.card
-    card.call("load")
+    convert(card, Path(os.environ["HF_MODEL"]))
     assert mesh_device.open and options.pop("instruct") and options.pop("dtype") == card.bfloat8_b
     model = PagedLlama(mesh_device, **options)
     assert state_dict in (None, model.checkpoint), "the first copy's weights are for all"
@@ -2304,7 +2304,6 @@ class PagedLlama:
     ) -> None:
         assert max_batch_size in (1, 2, 4, 8, 16, 32), "Batch size not supported"
         assert max_seq_len.bit_count() == 1, "max_seq_len must be a power of two"
-        assert "LLAMA_DIR" not in os.environ, "Only one of LLAMA_DIR or HF_MODEL should be set"
         folder = Path(os.environ["HF_MODEL"])
         assert (folder / "config.json").is_file()
         self.mesh, self.max_batch_size, self.max_seq_len = mesh, max_batch_size, max_seq_len
@@ -2734,15 +2733,16 @@ def stand_in(release: str, chips: int = 1, samples: bool | None = True) -> Itera
         mock.patch("time.perf_counter", lambda: card.now),
         mock.patch.dict(sys.modules, modules),
         mock.patch.dict(os.environ, {"TT_METAL_HOME": str(folder)}),
+        mock.patch.object(server, "KV_CACHE_TOKENS", TT_POOL),
     ):
         for name in (
             "MESH_DEVICE",
             "TT_METAL_SLOW_DISPATCH_MODE",
             "HF_MODEL",
             "LLAMA_DIR",
-            "TT_CACHE_PATH",
         ):
             os.environ.pop(name, None)
+        os.environ["TT_CACHE_PATH"] = str(SCRATCH / "converted")
         yield card
 
 
@@ -3318,71 +3318,6 @@ class TTEngineTest(unittest.TestCase):
                     tt_engine(1, data_parallel=2)
                 self.assertEqual("\n".join(card.log), expected)
 
-    def test_trouble_names_its_cure(self) -> None:
-        """One sentence, with figures that fit, and the program that has the card."""
-        for text, expected in (
-            (
-                "x\ninfo:\nCreating trace buffers of size 2B on Mesh 0, but only 1B",
-                "160000000 .*--trace-region-size 320000000$",
-            ),
-            (
-                "Out of Memory: Not enough space to allocate 5 B DRAM",
-                "--max-seq-len 128 or --max-batch-size 16 halve",
-            ),
-            ("Timed out while waiting for active ethernet core", "does not answer.*tt-smi -r"),
-            ("Cannot change the layout", r"load \(Cannot change the layout\)"),
-            (
-                "n_kv_heads must be divisible by num_devices",
-                "model on n150: MESH_DEVICE=N300 or P100",
-            ),
-            (
-                "TT_FATAL @ topk.cpp\ninfo:\nGot [1]\nbacktrace",
-                r"load \(Got \[1\]\): ttnn is .*git -C .* checkout v0.81.1",
-            ),
-        ):
-            with (
-                self.subTest(expected),
-                stand_in("2026-09") as card,
-                mock.patch("importlib.metadata.version") as version,
-            ):
-                version.return_value, card.before["load"] = (
-                    "0.81.1",
-                    mock.Mock(side_effect=RuntimeError(text)),
-                )
-                self.assertRaisesRegex(server.UserError, expected, tt_engine)
-        tag = mock.patch("subprocess.run", return_value=types.SimpleNamespace(stdout="v0.73.1\n"))
-        with tag, mock.patch("importlib.metadata.version", return_value="0.81.1"):
-            differ, versions = server.compare_versions(Path("/tt-metal"))
-        self.assertTrue(differ)
-        self.assertRegex(
-            versions,
-            "ttnn is 0.81.1 and /tt-metal is 0.73.1: git .* checkout v0.81.1.*ttnn==0.73.1",
-        )
-
-    def test_boards(self) -> None:
-        """MESH_DEVICE or all chips; for an 8B model less memory on an N150, and as much for traces
-        as each needs.
-        """
-        small, wide = (
-            ("n150", TT_POOL, 160_000_000, "performance", 2),
-            ("n300", 131072, 256_000_000, "performance", 4),
-        )
-        large = ("t3k", 131072, 256_000_000, "accuracy", 4)
-        boards = (("N150", 2, small), ("", 2, wide), ("N300", 4, wide), ("", 8, large))
-        for name, chips, expected in boards:
-            with self.subTest(name, chips=chips), stand_in("2026-06", chips) as card:
-                os.environ["MESH_DEVICE"] = name
-                engine = tt_engine(1, 200_000, accuracy=chips == 8)
-                engine.close()
-                found = (
-                    engine.device,
-                    engine.kv_cache_tokens,
-                    card.trace_region_size,
-                    card.precision,
-                    len(card.log),
-                )
-                self.assertEqual(found, expected)
-
     def test_a_step_that_fails(self) -> None:
         """500 for its requests; the next is served."""
         with (
@@ -3415,6 +3350,206 @@ class TTEngineTest(unittest.TestCase):
             wait_until(lambda: ask(port, "/health").status == 200)
 
 
+class CardTest(unittest.TestCase):
+    """How a card is found and opened, and what it is said to lack."""
+
+    # What tt-metal and its driver say when a load fails, and the cure.
+    TROUBLE = (
+        (
+            "x\ninfo:\nCreating trace buffers of size 2B on Mesh 0, but only 1B",
+            "256000000 .*more with --trace-region-size$",
+        ),
+        ("Out of Memory: Not enough space to allocate 5 B DRAM buffer", "size 16 halves"),
+        ("Out of Memory: Not enough space to allocate 5 B L1 buffer", "MAX_PREFILL_CHUNK_SIZE=1"),
+        ("Timed out while waiting for active ethernet core", "does not answer.*tt-smi -r"),
+        ("Failed to allocate the TLB with size 1048576", "stop its other users, tt-smi -r"),
+        ("n_kv_heads must be divisible by num_devices", "on n150 .*smaller board"),
+        ("Qwen2.5-7B and Qwen2.5-VL-7B is only supported on 2 or 4 devices", "only .*MESH_DEVICE"),
+        (
+            "TT_FATAL @ topk.cpp\ninfo:\nGot [1]\nbacktrace:\n --- SysmemManager::init_hugepage()",
+            r"load \(Got \[1\]\): .*ttnn is .*git -C .* checkout v0.81.1",
+        ),
+        (
+            "info:\nStatically allocated circular buffers on core range [(x=0,y=0)] grow to 1919744 B "
+            "which is beyond max L1 size of 1572864 B",
+            "MAX_PREFILL_CHUNK_SIZE=1",
+        ),
+        ("info:\nRunning UMD requires KMD version 2.0.0 or newer.", "newest tt-kmd"),
+        (
+            "Firmware bundle version 18.4.0 on device 0 is older than the minimum compatible version "
+            "18.5.0 for blackhole architecture.",
+            "firmware .*older than .*tt-flash",
+        ),
+        ("ETH FW version mismatch for device ASIC ID: 1 ETH core 2", "firmware .*tt-flash"),
+        ("info:\nFailed to pin pages for DMA: {}\nCannot allocate memory", "needs hugepages"),
+        ("Hugepages must be successfully initialized if workload contains", "needs hugepages"),
+        ("IOMMU is required for sysmem without hugepages.", "needs hugepages"),
+        ("Failed to open device /dev/tenstorrent/0: Permission denied", "may not open .*chmod"),
+        ("No chips detected in the cluster", "this user may open: see what tt-smi"),
+        ("Graph specified in MGD could not fit in the discovered physical topology.", "cables"),
+        ("No module named 'pytest'", "another package .*'pytest'.*pip install"),
+        ("No module named 'models.common.sampling'", "load .*checkout v0.81.1"),
+        ("[Errno 28] No space left on device: '/cache/x'", "in the way .*TT_CACHE_PATH"),
+    )
+
+    def fail(self, text: str, tag: str = "0.73.1") -> str:  # type: ignore[override]
+        """What a load says that fails with this text, with ttnn 0.81.1 and a checkout of `tag`."""
+        ttnn = mock.patch("importlib.metadata.version", return_value="0.81.1")
+        checkout = mock.patch("subprocess.getstatusoutput", return_value=(0, f"v{tag}"))
+        with stand_in("2026-09") as card, ttnn, checkout:
+            card.before["load"] = mock.Mock(side_effect=RuntimeError(text))
+            with self.assertRaises(server.UserError) as caught:
+                tt_engine()
+        return str(caught.exception)
+
+    def test_trouble_names_its_cure(self) -> None:
+        for text, expected in self.TROUBLE:
+            with self.subTest(text):
+                self.assertRegex(self.fail(text), expected)
+
+    def test_releases_that_differ(self) -> None:
+        """The cure where nothing better is known; not where they agree."""
+        self.assertRegex(
+            self.fail("x"), "ttnn is 0.81.1 and .* is 0.73.1: git -C .* checkout v0.81.1$"
+        )
+        self.assertRegex(
+            self.fail("x", "0.81.0"),
+            r"does not load \(x\): --verbose shows where; ttnn is 0.81.1 and \S+ is 0.81.0$",
+        )
+
+    def test_boards(self) -> None:
+        """MESH_DEVICE or all chips; one chip of Blackhole is a P100 or a P150."""
+        boards = (
+            ("N150", 2, "WORMHOLE", "n150", 2),
+            ("", 2, "WORMHOLE", "n300", 4),
+            ("N300", 4, "WORMHOLE", "n300", 4),
+            ("", 8, "WORMHOLE", "t3k", 4),
+            ("", 1, "P100", "p100", 2),
+            ("", 1, "P150", "p150", 2),
+            ("", 4, "P150", "p150x4", 4),
+            ("P300x2", 4, "P300", "p300x2", 4),
+        )
+        for name, chips, cluster, expected, events in boards:
+            with self.subTest(expected), stand_in("2026-06", chips) as card:
+                os.environ["MESH_DEVICE"], card.board = name, cluster
+                os.environ.pop("MAX_PREFILL_CHUNK_SIZE", None)
+                (engine := tt_engine(1, accuracy=chips == 8)).close()
+                precision = "accuracy" if chips == 8 else "performance"
+                self.assertEqual(
+                    (engine.device, card.precision, len(card.log)), (expected, precision, events)
+                )
+                chunk = os.environ.get("MAX_PREFILL_CHUNK_SIZE")
+                self.assertEqual(chunk, "1" if expected == "p100" else None)
+
+    def test_a_galaxy(self) -> None:
+        with stand_in("2026-06", 32) as card:
+            card.board = "GALAXY"
+            self.assertRaisesRegex(server.UserError, "--data-parallel 4, 16 or 32", tt_engine, 1)
+            self.assertEqual(card.log, [])
+            tt_engine(1, data_parallel=4).close()
+            self.assertEqual(card.log[:2], ["fabric FABRIC_1D_RING", "open 8x4"])
+
+    # tokens of KV cache by model and board, as get_max_tokens_all_users has them, and what fits
+    POOLS = (
+        ("llama", (16, 2048, 8192, 32, 8, 64, 128256), {"N150": 131072}),
+        ("llama", (28, 3072, 8192, 24, 8, 128, 128256), {"N150": 131072}),
+        (
+            "llama",
+            (32, 4096, 14336, 32, 8, 128, 128256),
+            {"N150": 32768, "N300": 131072, "P100": 131072},
+        ),
+        ("mistral", (32, 4096, 14336, 32, 8, 128, 32768), {"N150": 65536}),
+        ("qwen3", (36, 2560, 9728, 32, 8, 128, 151936), {"N150": 65536}),
+        ("qwen3", (36, 4096, 12288, 32, 8, 128, 151936), {"N150": 32768}),
+        (
+            "qwen2",
+            (48, 5120, 13824, 40, 8, 128, 152064),
+            {"N150": 0, "N300": 65536, "T3K": 131072, "P300": 131072},
+        ),
+        (
+            "llama",
+            (80, 8192, 28672, 64, 8, 128, 128256),
+            {"N300": 0, "T3K": 131072, "P150x4": 131072, "P300x2": 131072},
+        ),
+    )
+
+    def test_memory(self) -> None:
+        """What is left for the KV cache beside the weights, whatever the model's name; and a model
+        that does not fit is refused before it is converted.
+        """
+        for family, shape, pools in self.POOLS:
+            layers, dim, ffn, heads, kv_heads, head_dim, vocabulary = shape
+            config = dataclasses.replace(
+                server.ModelConfig.read(dict(TT_SHAPE.config)),
+                family=family,
+                n_layers=layers,
+                dim=dim,
+                ffn_dim=ffn,
+                n_heads=heads,
+                n_kv_heads=kv_heads,
+                head_dim=head_dim,
+                vocab_size=vocabulary,
+            )
+            model = dataclasses.replace(server.read_checkpoint(tt_model()), config=config)
+            for board, expected in pools.items():
+                with self.subTest(family, layers=layers, board=board):
+                    if not expected:
+                        refused = self.assertRaisesRegex(server.UserError, f"not fit on {board}")
+                        with refused:
+                            server.divide_memory(model, board)
+                        continue
+                    pool, traces = server.divide_memory(model, board)
+                    self.assertEqual(pool, expected)
+                    self.assertTrue(50_000_000 <= traces <= 256_000_000, traces)
+
+    def test_a_name_of_ones_own(self) -> None:
+        """tt-metal would silently give it the settings of an unknown model."""
+        checkpoint = dataclasses.replace(server.read_checkpoint(tt_model()), name="mine")
+        with stand_in("2026-06"), self.assertLogs(server.logger, "WARNING") as logged:
+            server.TTEngine(checkpoint, 1, 512, no_progress, verbose=True).close()
+        self.assertIn("tt-metal does not know mine", logged.output[0])
+
+    def test_weights_are_this_checkpoints(self) -> None:
+        """They are converted once, and again where the checkpoint, the release or the use differs
+        or a conversion was interrupted; nothing else in that folder is touched.
+        """
+
+        def double(weights: dict[str, torch.Tensor]) -> None:
+            weights["norm.weight"] = 2 * weights["norm.weight"]
+
+        folder = SCRATCH / "models" / "Llama-3.1-8B-Replaced"
+        shutil.copytree(tt_model(), folder)
+        home = SCRATCH / "user's cache"
+        home.mkdir()
+        (home / "other").write_text("kept")
+        with stand_in("2026-06", 2) as card:
+            os.environ["TT_CACHE_PATH"] = str(home)
+
+            def conversions(**options: Any) -> int:
+                before = card.conversions
+                checkpoint = server.read_checkpoint(folder)
+                with contextlib.suppress(KeyboardInterrupt):
+                    engine = server.TTEngine(
+                        checkpoint, 1, 512, no_progress, verbose=True, **options
+                    )
+                    engine.close()
+                return card.conversions - before
+
+            card.before["load"] = mock.Mock(side_effect=KeyboardInterrupt)
+            self.assertEqual(conversions(), 1)
+            del card.before["load"]
+            self.assertEqual([conversions(), conversions()], [1, 0])
+            weights = folder / "original" / "consolidated.00.pth"
+            write_checkpoint(folder / "new", "meta", TT_SHAPE, double)
+            (folder / "new" / weights.name).rename(weights)
+            self.assertEqual([conversions(), conversions()], [1, 0])
+            self.assertEqual([conversions(data_parallel=2), conversions(accuracy=True)], [1, 1])
+            with mock.patch("importlib.metadata.version", return_value="0.99.0"):
+                self.assertEqual([conversions(), conversions()], [1, 0])
+            self.assertEqual(os.environ["TT_CACHE_PATH"], str(home))
+        self.assertEqual((home / "other").read_text(), "kept")
+
+
 class TTServerTest(unittest.TestCase):
     """The program on the stand-in's card: the errors of a start, and every way out."""
 
@@ -3441,6 +3576,7 @@ class TTServerTest(unittest.TestCase):
             "TT_METAL_MOCK_CLUSTER_DESC_PATH": "here",
             "MESH_DEVICE": "",
             "TMPDIR": str(SCRATCH),
+            "TT_CACHE_PATH": str(home / "converted"),
             **ONE_THREAD,
         }
         return {**ours, "TT_METAL_HOME": str(home), "PYTHONPATH": search}
@@ -3468,17 +3604,43 @@ class TTServerTest(unittest.TestCase):
         self.assertEqual(process.wait(), 0, process.output)
         self.assertEqual((folder / "log").read_text(), TWO_CHIPS)
 
-    def test_ctrl_c_while_it_loads(self) -> None:
-        (folder := SCRATCH / "tt-metal" / "loads").mkdir(parents=True)
-        (folder / "hold").write_text("prefill")
-        process, _ = self.start("loads", 2)
-        process.wait_for("compiling", 4 * PATIENCE)
-        process.process.send_signal(signal.SIGINT)
-        wait_until(lambda: ask(process.port, "/health").json["status"] == "stopping")
+    def test_stopping_while_it_loads(self) -> None:
+        """The card is closed within seconds, whatever the load does: Python's steps, or one call of
+        hours. The closing takes longer than a second here, and nothing interrupts it.
+        """
+        for number, (hold, stage) in enumerate(
+            (
+                ("load close", "loading Llama"),
+                ("load hour", "loading Llama"),
+                ("prefill hour", "compiling"),
+            )
+        ):
+            with self.subTest(hold):
+                (folder := SCRATCH / "tt-metal" / f"loads-{number}").mkdir(parents=True)
+                (folder / "hold").write_text(hold)
+                process, _ = self.start(f"loads-{number}", 2)
+                process.wait_for(stage, 4 * PATIENCE)
+                time.sleep(0.5)
+                began = time.monotonic()
+                process.process.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
+                if "close" in hold:
+                    wait_until(lambda: ask(process.port, "/health").json["status"] == "stopping")  # noqa: B023
+                    time.sleep(3.5)
+                    (folder / "hold").unlink()
+                self.assertEqual(process.wait(), 0, process.output)
+                self.assertLess(time.monotonic() - began, 6)
+                self.assertNotIn("Traceback", process.output)
+                self.assertEqual((folder / "log").read_text(), TWO_CHIPS)
+
+    def test_a_conversion_that_was_killed(self) -> None:
+        (folder := SCRATCH / "tt-metal" / "converts").mkdir(parents=True)
+        (folder / "hold").write_text("load")
+        process, _ = self.start("converts")
+        wait_until(lambda: list(folder.glob("converted/*/weights")), 4 * PATIENCE)
+        process.process.kill()
+        process.wait()
         (folder / "hold").unlink()
-        self.assertEqual(process.wait(), 0, process.output)
-        self.assertNotIn("Traceback", process.output)
-        self.assertEqual((folder / "log").read_text(), TWO_CHIPS)
+        self.start("converts")[0].ready()
 
     def test_a_card_that_hangs_does_not_keep_the_process(self) -> None:
         process, folder = self.start("hangs")
@@ -3545,19 +3707,19 @@ class TTServerTest(unittest.TestCase):
         cases: list[tuple[str, list[str], dict[str, str]]] = [
             ("--device tt needs a model.*--model", ["--device", "tt"], good),
             (
-                "there is no models/tt_transformers .*: git clone",
+                "not set. has no models/tt_transformers .*: git clone",
                 model,
                 {**good, "TT_METAL_HOME": "", "PYTHONPATH": ""},
             ),
             (
-                "TT_METAL_HOME, /nowhere, .* models/ttt_compat: git",
+                "TT_METAL_HOME ./nowhere. .* models/ttt_compat: git",
                 model,
                 {**good, "TT_METAL_HOME": "/nowhere", "PYTHONPATH": ""},
             ),
             ("ttnn is not .*pip install ttnn", model, self.variables(home, blind)),
             ("Meta's: hf download", metas, good),
             ("MESH_DEVICE.*2 chips: N150, N300", model, {**good, "MESH_DEVICE": "N333"}),
-            ("T3K has 8 chips, this machine 2", model, {**good, "MESH_DEVICE": "T3K"}),
+            ("machine's 2 chips: N150, N300$", model, {**good, "MESH_DEVICE": "T3K"}),
             (
                 "--data-parallel 3 does not divide the 2 chips",
                 [*model, "--data-parallel", "3"],
@@ -5914,6 +6076,7 @@ class ToolTest(unittest.TestCase):
         """
         import jinja2
         import transformers
+        from llama_models.llama3.api import tokenizer as llama_tokenizer
 
         place = importlib.util.find_spec("trl")
         assert place and place.submodule_search_locations
@@ -5923,9 +6086,7 @@ class ToolTest(unittest.TestCase):
         environment.globals |= {"strftime_now": time.strftime, "bos_token": "<|begin_of_text|>"}
         qwen = family_checkpoint("qwen3")
         theirs: Any = transformers.AutoTokenizer.from_pretrained(qwen)
-        llama = server.import_llama_models("tokenizer").Tokenizer(
-            str(server.Llama3Vocabulary().path)
-        )
+        llama = llama_tokenizer.Tokenizer(str(server.Llama3Vocabulary().path))
         for name in ("llama3_1", "llama3_2", "qwen2_5", "qwen3"):
             source = (Path(folder) / "chat_templates" / f"{name}.jinja").read_text()
             with self.subTest(name), serving(Speaker("")) as api:

@@ -64,7 +64,6 @@ import gc
 import hashlib
 import hmac
 import importlib
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
@@ -96,6 +95,7 @@ import tempfile
 import threading
 import time
 import timeit
+import traceback
 import types
 import urllib.parse
 import uuid
@@ -536,6 +536,14 @@ def home_path(path: str) -> Path:
     return Path(os.path.abspath(expanded))
 
 
+def locked(file: int) -> bool:
+    """Try to lock a file, until it is closed; False if another process has locked it."""
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 def cached_model(name: str) -> Path:
     """The folder of OWNER/NAME in Hugging Face's cache, by huggingface_hub's variables in its own
     order.
@@ -733,11 +741,15 @@ class Llama3Vocabulary:
 
     def __init__(self, tokenizer_model: Path | None = None) -> None:
         """Without a file, llama-models' own copy. Raises UserError."""
-        module = import_llama_models("tokenizer")
-        self.path = tokenizer_model or Path(module.__file__).parent / "tokenizer.model"
-        path_type = str if ".api." in module.__name__ else Path
         try:
-            self._tokenizer = module.Tokenizer(path_type(self.path))
+            from llama_models.llama3.api import tokenizer
+        except ImportError as error:
+            raise UserError(
+                f"llama-models cannot be imported ({error}): pip install -r requirements.txt"
+            ) from error
+        self.path = tokenizer_model or Path(tokenizer.__file__).parent / "tokenizer.model"
+        try:
+            self._tokenizer = tokenizer.Tokenizer(str(self.path))
         except (ValueError, AssertionError) as error:
             raise UserError(f"{self.path} is not a Llama 3 tokenizer: download it again") from error
         if (size := self._tokenizer.n_words) != LLAMA3_VOCABULARY:
@@ -1030,17 +1042,6 @@ class Tokenizer:
             raise ApiError(
                 400, f"{param} has the token id {highest}: ids end at {self.size - 1}", param
             )
-
-
-def import_llama_models(name: str) -> Any:
-    """Import module `name` of llama-models: from llama3.api up to 0.0.61, from llama3 since 0.1."""
-    try:
-        api = ".api" if importlib.util.find_spec("llama_models.llama3.api") else ""
-        return importlib.import_module(f"llama_models.llama3{api}.{name}")
-    except ImportError as error:
-        raise UserError(
-            f"llama-models cannot be imported ({error}): pip install -r requirements.txt"
-        ) from error
 
 
 def read_template(folder: Path, settings: Mapping[str, Any]) -> str:
@@ -2852,26 +2853,29 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: R
 
 # The Generator's folder in models/ of a tt-metal checkout, until 2026-09 and since.
 GENERATOR_FOLDERS = ("tt_transformers", "ttt_compat")
-# (rows, columns) of chips by MESH_DEVICE's names, from demo/simple_text_demo.py. P300x2 is the
-# QuietBox 2.
-MESH_SHAPES = {
-    "N150": (1, 1), "N300": (1, 2), "N150x4": (1, 4), "T3K": (1, 8), "TG": (8, 4),
-    "P100": (1, 1), "P150": (1, 1), "P300": (1, 2), "P300x2": (1, 4), "P150x4": (1, 4), "P150x8": (1, 8),
-    "BHGLX": (8, 4),
+# Chips by MESH_DEVICE's names, from demo/simple_text_demo.py; where several have as many, the first
+# is what they are without that variable. P300x2 is the QuietBox 2.
+WORMHOLE_BOARDS = {"N150": 1, "N300": 2, "N150x4": 4, "T3K": 8, "TG": 32}
+BLACKHOLE_BOARDS = {
+    "P150": 1, "P100": 1, "P300": 2, "P150x4": 4, "P300x2": 4, "P150x8": 8, "BHGLX": 32,
 }  # fmt: skip
-# Boards by number of chips, from model_config's determine_device_name.
-WORMHOLE_BOARDS = {1: "N150", 2: "N300", 4: "N150x4", 8: "T3K", 32: "TG"}
-BLACKHOLE_BOARDS = {1: "P150", 2: "P300", 4: "P150x4", 8: "P150x8", 32: "BHGLX"}
-# Bytes of DRAM for traces. If they are too few, warm-up fails. An 8B model needed more than 25 MB
-# on N150 (tt-metal #48636), 36 on N300 (tt-inference-server #1839), 54 on T3K, 70 on P150 (#4005),
-# 110 on P150x4 (#3436), and a 70B model 93 on P300x2 (#3400), all with fewer prompt shapes than are
-# traced here; models/model_trace_region_sizes.yaml gives 70B 224 MB. On N150 weights and KV cache
-# leave less: 0.7 GB with a 3B model, whose prompts tt-metal does not trace.
+CHIPS = WORMHOLE_BOARDS | BLACKHOLE_BOARDS
+# Bytes of a chip's DRAM for weights and KV cache. On an N150 Llama 3.2 3B runs with 131,072 tokens,
+# 11.5 GB, and Llama 3.1 8B runs out of memory with 65,536, 11.7 GB. A P100 has the least of Blackhole.
+WORMHOLE_DRAM, BLACKHOLE_DRAM = 11.6e9, 27e9
+KV_CACHE_TOKENS = 131_072  # at most
+# Bytes of DRAM for traces, at most. If they are too few, warm-up fails. An 8B model
+# needed more than 25 MB on N150 (tt-metal #48636), 36 on N300 (tt-inference-server #1839), 54 on
+# T3K, 70 on P150 (#4005), 110 on P150x4 (#3436), and a 70B model 93 on P300x2 (#3400), all with
+# fewer prompt shapes than are traced here; models/model_trace_region_sizes.yaml gives 70B 224 MB.
 TRACE_REGION_SIZE = 256_000_000
-TRACE_REGION_SIZES_ON_N150 = {"-3B": 30_000_000, "-8B": 160_000_000}
-# Tokens of KV cache that fit beside the weights, from generator_vllm.py's get_max_tokens_all_users.
-KV_CACHE_TOKENS = 131_072
-KV_CACHE_TOKENS_ON_N150 = {"-8B": 32_768, "Mistral-7B": 65_536, "Qwen3-4B": 65_536}
+# Bytes of a number in the weights that tt-metal converts, by Meta's names: the exponents of 16
+# numbers take a byte in its bfloat8 and bfloat4.
+BFLOAT8 = 1.0625
+WEIGHT_BYTES = {"tok_embeddings": 2.0, "w1": 0.5625, "w3": 0.5625}
+# tt-metal takes a model's precision and the lengths of its prompts from the folder's name. Those of
+# the families that are served begin so.
+KNOWN_NAMES = ("Llama-3", "DeepSeek-R1", "Mistral-", "Qwen", "QwQ")
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows; 32 is the height of a tile
 # lengths that get_padded_prefill_len pads prompts to; longer ones double
@@ -2879,30 +2883,34 @@ SHORT_PREFILL, LONG_PREFILL = (128, 1024)
 PREFILL_ROWS = (8, 4)  # short prompts in one prefill call; 8 are as many tokens as a long one
 MAX_TOP_K = 32  # the card samples from that many tokens at most
 TROUBLE = {  # a pattern in tt-metal's message when loading fails: what to do
-    "trace buffers of size": "the traces do not fit into {region} bytes: --trace-region-size {twice}",
-    "Out of Memory": "the card is out of memory: --max-seq-len {length} or --max-batch-size {batch} halve the KV cache",
-    r"CHIP_IN_USE|[Tt]imed? ?out|\b[Hh]ang": "the card{users} does not answer: stop its other users, tt-smi -r",
-    "divisible by num_devices|Unsupported model": "tt-metal does not run this model on {board}: MESH_DEVICE={boards}",
-    "No chips detected": "ttnn finds no working card: see what tt-smi shows, and try tt-smi -r",
+    "trace buffers of size": "the traces do not fit into {region} bytes: give them more with --trace-region-size",
+    "max L1 size|L1 buffer": "the card's cores have too little memory for a piece of a prompt: "
+    "export MAX_PREFILL_CHUNK_SIZE=1",
+    "Out of Memory": "the card is out of memory: --max-batch-size {batch} halves the KV cache",
+    "divisible by num_devices|[Uu]nsupported model|only supported on": "tt-metal does not run this "
+    "model on {board} ({what}): choose a smaller board with MESH_DEVICE, or add --data-parallel",
+    "open device.*ermission denied": "this user may not open the card: sudo chmod a+rw /dev/tenstorrent/*",
+    "KMD": "ttnn needs another driver ({what}): install the newest tt-kmd, as tt-installer does",
+    "[Ff]irmware|FW version": "ttnn needs other firmware on the card ({what}): install the newest "
+    "with tt-flash, as tt-installer does",
+    "[Hh]uge ?[Pp]age|[Pp]in pages|[Ss]ysmem|IOMMU": "the card needs hugepages of this machine "
+    "({what}): set them up, as tt-installer does, and reboot",
+    "physical topology": "the chips are not connected as in {board} ({what}): check the cables, "
+    "and see what tt-topology shows",
+    r"CHIP_IN_USE|TLB|[Tt]imed? ?out|\b[Hh]ang": "the card{users} does not answer: stop its other "
+    "users, tt-smi -r",
+    "No chips detected": "ttnn finds no working card that this user may open: see what tt-smi "
+    "and ls -l /dev/tenstorrent show, and try tt-smi -r",
+    "No module named '(?!models|ttnn)": "tt-metal needs another package ({what}): pip install it",
+    r"\[Errno": "a file is in the way ({what}); TT_CACHE_PATH can name another folder for the "
+    "weights that tt-metal converts",
 }
-
-
-def fitting(sizes: Mapping[str, int], default: int, checkpoint: Checkpoint, board: str) -> int:
-    """The size for this model on an N150, which has the least memory; the default on every other
-    board.
-    """
-    return next(
-        (size for name, size in sizes.items() if board == "N150" and name in checkpoint.name),
-        default,
-    )
 
 
 def card_present() -> bool:
     """Whether this machine has a Tenstorrent card, or ttnn is to mock or simulate one."""
-    pretended = any(
-        os.environ.get(name) for name in ("TT_METAL_MOCK_CLUSTER_DESC_PATH", "TT_METAL_SIMULATOR")
-    )
-    return pretended or any(Path("/dev/tenstorrent").glob("*"))
+    pretended = ("TT_METAL_MOCK_CLUSTER_DESC_PATH", "TT_METAL_SIMULATOR")
+    return any(map(os.environ.get, pretended)) or any(Path("/dev/tenstorrent").glob("*"))
 
 
 def find_tt_metal() -> tuple[Path, str]:
@@ -2911,45 +2919,31 @@ def find_tt_metal() -> tuple[Path, str]:
     Looks in TT_METAL_HOME, PYTHONPATH and the current folder.
     """
     named = os.environ.get("TT_METAL_HOME")
-    for root in map(home_path, filter(None, [named, *sys.path, os.getcwd()])):
-        for folder in GENERATOR_FOLDERS:
-            if (
-                root / "models" / folder / "tt" / "generator.py"
-            ).is_file():  # git may leave an empty folder behind
-                return root, folder
-    place = f"TT_METAL_HOME, {named}, has no" if named else "there is no"
+    roots = map(home_path, filter(None, [named, *sys.path, os.getcwd()]))
+    for root, folder in itertools.product(roots, GENERATOR_FOLDERS):
+        # git may leave an empty folder behind
+        if (root / "models" / folder / "tt" / "generator.py").is_file():
+            return root, folder
     raise UserError(
-        f"a Tenstorrent card is here, but {place} models/{' or models/'.join(GENERATOR_FOLDERS)}: git clone "
-        "--recursive https://github.com/tenstorrent/tt-metal ~/tt-metal && export TT_METAL_HOME=~/tt-metal (or use "
-        "--device cpu)"
+        f"a Tenstorrent card is here, but TT_METAL_HOME ({named or 'not set'}) has no "
+        f"models/{' or models/'.join(GENERATOR_FOLDERS)}: git clone --depth 1 "
+        "https://github.com/tenstorrent/tt-metal ~/tt-metal && export TT_METAL_HOME=~/tt-metal (or use --device cpu)"
     )
 
 
-def compare_versions(root: Path) -> tuple[bool, str]:
-    """Whether ttnn and the checkout are known to differ in release; and a sentence with both
-    versions and the cure.
+def compare_versions(root: Path) -> str:
+    """The releases of ttnn and of the checkout, and the cure if they are not known to be the same.
 
-    The checkout's version is its nearest tag, such as v0.81.1 or v0.82.0-dev20261104.
+    The checkout's is its nearest tag, such as v0.81.1 or v0.82.0-dev20261104.
     """
-    ttnn = tag = ""
+    ttnn = ""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # built from source
         ttnn = importlib.metadata.version("ttnn")
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        describe = ["git", "-C", str(root), "describe", "--tags", "--abbrev=0"]
-        tag = (
-            subprocess.run(describe, capture_output=True, text=True, timeout=10)
-            .stdout.strip()
-            .lstrip("v")
-        )
-    differ = bool(ttnn and tag) and ttnn.split(".")[:2] != tag.split(".")[:2]
-    cures = [f"git -C {root} checkout v{ttnn}"] * bool(ttnn) + [f"pip install ttnn=={tag}"] * bool(
-        tag
-    )
-    cure = " or ".join(cures) or "build ttnn from it"
-    return (
-        differ,
-        f"ttnn is {ttnn or 'built from source'} and {root} is {tag or 'without a tag'}: {cure}",
-    )
+    fails, tag = subprocess.getstatusoutput(f"git -C '{root}' describe --tags --abbrev=0")
+    tag = "" if fails else tag.lstrip("v")
+    cure = f"git -C {root} checkout v{ttnn}" if ttnn else "build ttnn from it"
+    both = f"ttnn is {ttnn or 'built from source'} and {root} is {tag or 'without a tag'}"
+    return both if ttnn.split(".")[:2] == tag.split(".")[:2] else f"{both}: {cure}"
 
 
 def users_of_card() -> str:
@@ -2962,7 +2956,7 @@ def users_of_card() -> str:
     return f" ({'; '.join(sorted(users))})" if users else ""
 
 
-def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, Any, Any, Any]:
+def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, ...]:
     """ttnn, and the checkout's modules common, generator and model_config."""
     try:
         if not verbose:  # silence its loggers and progress bars first: ttnn logs during its import
@@ -2979,50 +2973,62 @@ def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, Any, Any, An
             f"a Tenstorrent card is here, but ttnn is not ({error}): pip install ttnn with Python 3.10 or 3.12 (this "
             f"is {sys.version.split()[0]}), or source ~/tt-metal/python_env/bin/activate (or use --device cpu)"
         ) from error
-    # llama-models 0.1.1 and later install a package `models`, which Python prefers to tt-metal's
-    # folder of that name because the folder has no __init__.py. Bind the name to the folder;
-    # llama_models works without it.
-    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:
-        del sys.modules[name]
-    spec = importlib.machinery.ModuleSpec("models", None, is_package=True)
-    spec.submodule_search_locations = [str(root / "models")]
-    sys.modules["models"] = importlib.util.module_from_spec(spec)
-    names = (f"models.{folder}.tt.{name}" for name in ("common", "generator", "model_config"))
-    try:
-        common, generator, model_config = map(importlib.import_module, names)
-    except ImportError as error:
-        other = (error.name or "models").split(".")[0]
-        cure = compare_versions(root)[1] if other in ("models", "ttnn") else f"pip install {other}"
-        raise UserError(f"tt-metal's models do not import ({error}): {cure}") from error
-    differ, versions = compare_versions(root)
-    if differ:
-        logger.warning("%s", versions)
-    return ttnn, common, generator, model_config
+    # The checkout's `models` has no __init__.py, so Python prefers any other package or file of that
+    # name, such as a models.py beside this file: bind the name to the folder.
+    sys.modules["models"] = models = types.ModuleType("models")
+    models.__path__ = [str(root / "models")]
+    names = ("common", "generator", "model_config")
+    return ttnn, *(importlib.import_module(f"models.{folder}.tt.{name}") for name in names)
 
 
-def choose_board(ttnn: Any, data_parallel: int) -> tuple[str, str]:
+def choose_board(ttnn: Any, copies: int) -> tuple[str, str]:
     """The board to open, MESH_DEVICE's or all chips, and the board that each copy of the model
     gets.
     """
     chips = ttnn.get_num_devices()
     boards = BLACKHOLE_BOARDS if "blackhole" in ttnn.get_arch_name() else WORMHOLE_BOARDS
-    board = os.environ.get("MESH_DEVICE") or boards.get(chips, "")
-    if board not in MESH_SHAPES:
+    boards = {name: size for name, size in boards.items() if size <= chips}
+    names = {size: name for name, size in reversed(boards.items())}
+    if "P100" in str(ttnn.cluster.get_cluster_type()):
+        names[1] = "P100"
+    board = os.environ.get("MESH_DEVICE") or names.get(chips, "")
+    if board not in boards:
         raise UserError(
-            f"MESH_DEVICE must name a board for this machine's {chips} chips: {', '.join(MESH_SHAPES)}"
+            f"MESH_DEVICE must name a board for this machine's {chips} chips: {', '.join(boards)}"
         )
-    rows, columns = MESH_SHAPES[board]
-    if rows * columns > chips:
+    size, rest = divmod(boards[board], copies)
+    if rest:
         raise UserError(
-            f"MESH_DEVICE={board} has {rows * columns} chips, this machine {chips}: unset MESH_DEVICE"
+            f"--data-parallel {copies} does not divide the {boards[board]} chips of {board}"
         )
-    if rows * columns % data_parallel:
-        raise UserError(
-            f"--data-parallel {data_parallel} does not divide the {rows * columns} chips of {board}"
-        )
-    return board, board if data_parallel == 1 else boards.get(
-        rows * columns // data_parallel, board
+    if size > 8:  # of a Galaxy: the models run on one row of chips
+        raise UserError(f"{board} needs several copies of the model: --data-parallel 4, 16 or 32")
+    return board, board if copies == 1 else names[size]
+
+
+def divide_memory(checkpoint: Checkpoint, board: str) -> tuple[int, int]:
+    """Tokens of KV cache and bytes of traces that fit beside the weights on a board.
+
+    The tokens are those of generator_vllm.py's get_max_tokens_all_users, where that has the model.
+    """
+    config = checkpoint.config
+    weights = sum(
+        math.prod(shape) * WEIGHT_BYTES.get(name.split(".")[-2], BFLOAT8)
+        for name, (_, shape) in config.weights().items()
     )
+    chips = CHIPS[board]
+    dram = BLACKHOLE_DRAM if board in BLACKHOLE_BOARDS else WORMHOLE_DRAM
+    room = chips * dram - weights
+    token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * BFLOAT8
+    pool = KV_CACHE_TOKENS
+    while pool >= LONG_PREFILL and pool * token > room:
+        pool //= 2
+    if pool < LONG_PREFILL:
+        raise UserError(
+            f"{checkpoint.name} does not fit on {board}, with {weights / 1e9:.0f} GB of weights: take a board with "
+            "more chips, or a smaller model"
+        )
+    return pool, min(TRACE_REGION_SIZE, 50_000_000 + int(room - pool * token) // chips // 8)
 
 
 @contextlib.contextmanager
@@ -3031,15 +3037,16 @@ def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
 
     It is closed on every way out, since a card that is left open may need a reset.
     """
-    rows, columns = MESH_SHAPES[board]
-    if rows * columns > 1:  # the fabric between chips must be set before the mesh is opened
+    chips = CHIPS[board]
+    rows = 8 if chips == 32 else 1  # a Galaxy; all other boards have one row
+    if chips > 1:  # the fabric between chips must be set before the mesh is opened
         ring = rows > 1 and ttnn.cluster.get_cluster_type() == ttnn.cluster.ClusterType.GALAXY
         ttnn.set_fabric_config(
             ttnn.FabricConfig.FABRIC_1D_RING if ring else ttnn.FabricConfig.FABRIC_1D
         )
     try:
         mesh = ttnn.open_mesh_device(
-            ttnn.MeshShape(rows, columns), trace_region_size=trace_region_size
+            ttnn.MeshShape(rows, chips // rows), trace_region_size=trace_region_size
         )
         try:
             yield mesh
@@ -3048,24 +3055,37 @@ def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
                 ttnn.close_mesh_device(submesh)
             ttnn.close_mesh_device(mesh)
     finally:
-        if rows * columns > 1:
+        if chips > 1:
             ttnn.set_fabric_config(ttnn.FabricConfig.DISABLED)
 
 
-def name_model(checkpoint: Checkpoint) -> None:
-    """Tell tt-metal the model through HF_MODEL, a folder in Hugging Face's layout."""
-    folder = checkpoint.hf_folder
-    if folder is None:
-        raise UserError(
-            f"tt-metal reads Hugging Face's layout, and {checkpoint.folder} has Meta's: "
-            f"hf download meta-llama/{checkpoint.name} --local-dir ~/models/{checkpoint.name}"
-        )
-    os.environ.pop("LLAMA_DIR", None)
-    os.environ["HF_MODEL"] = str(folder)
-    if not os.access(folder, os.W_OK):  # tt-metal would keep its converted weights there
-        os.environ.setdefault(
-            "TT_CACHE_PATH", str(home_path("~/.cache/tt_metal") / checkpoint.name)
-        )
+@contextlib.contextmanager
+def converted_weights(
+    checkpoint: Checkpoint, use: object, version: str, progress: Progress
+) -> Iterator[None]:
+    """Have tt-metal keep the weights that it converts in a folder for this use of this checkpoint.
+
+    tt-metal asks neither whose the weights are that it finds nor whether they are whole. So a
+    folder that no load has completed, with these files and this version, is made anew.
+    """
+    files = [(path, path.stat().st_size, path.stat().st_mtime) for path in checkpoint.files]
+    mark = repr((version, files))
+    key = hashlib.sha256(repr((checkpoint.folder, use)).encode()).hexdigest()[:12]
+    home = home_path(os.environ.get("TT_CACHE_PATH") or "~/.cache/tt_metal")
+    folder = home / f"{checkpoint.name}-{key}"
+    complete = folder / "complete"
+    home.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        while not locked(lock.fileno()):
+            progress("waiting for a server that loads the same model")
+            time.sleep(0.1)
+        if not complete.exists() or complete.read_text() != mark:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        os.environ["TT_CACHE_PATH"] = str(folder)
+        yield
+        os.environ["TT_CACHE_PATH"] = str(home)
+        complete.write_text(mark)
 
 
 class Card:
@@ -3089,8 +3109,14 @@ class Card:
         trace_region_size: int,
     ) -> None:
         if slots not in BATCH_SIZES:
-            must = f"must be one of {', '.join(map(str, BATCH_SIZES))} on a card"
-            raise UserError(f"--max-batch-size is {slots}, and {must}")
+            raise UserError(
+                f"--max-batch-size is {slots}, and must be one of {str(BATCH_SIZES)[1:-1]} on a card"
+            )
+        if checkpoint.hf_folder is None:
+            raise UserError(
+                f"tt-metal reads Hugging Face's layout, and {checkpoint.folder} has Meta's: "
+                f"hf download meta-llama/{checkpoint.name} --local-dir ~/models/{checkpoint.name}"
+            )
         self.checkpoint = checkpoint
         self.slots, self.copies = slots, copies
         self.max_seq_len = max_seq_len
@@ -3099,24 +3125,35 @@ class Card:
 
     def open(self, progress: Progress, accuracy: bool, verbose: bool) -> None:
         """Open the board and load the model. Raises anything; `explain` makes a sentence of it."""
-        self.root, folder = find_tt_metal()
-        ttnn, self.common, self.module, model_config = import_tt(self.root, folder, verbose)
+        root, folder = find_tt_metal()
+        self.versions = compare_versions(root)
+        ttnn, self.common, self.module, model_config = import_tt(root, folder, verbose)
         self.ttnn = ttnn
-        name_model(self.checkpoint)
         # ttnn waits silently and forever for a card that another program has.
         progress(
             f"opening the card{users_of_card()}; if it takes a minute, stop other users of it, then tt-smi -r"
         )
         self.board, board_of_copy = choose_board(ttnn, self.copies)
-        self._divide_memory(board_of_copy)
-        sizes = (TRACE_REGION_SIZES_ON_N150, TRACE_REGION_SIZE)
-        self.trace_region_size = self.trace_region_size or fitting(
-            *sizes, self.checkpoint, board_of_copy
-        )
+        if self.board == "P100":  # longer pieces can exceed the memory of a core (tt-metal #33991)
+            os.environ.setdefault("MAX_PREFILL_CHUNK_SIZE", "1")
+        pool, trace_region_size = divide_memory(self.checkpoint, board_of_copy)
+        self._divide_pool(pool)
+        self.trace_region_size = self.trace_region_size or trace_region_size
         mesh = self._opened.enter_context(open_mesh(ttnn, self.board, self.trace_region_size))
         progress(f"loading {self.checkpoint.name}")
-        levels = model_config.DecodersPrecision
-        self._load(ttnn, mesh, levels.accuracy if accuracy else levels.performance)
+        precision = getattr(
+            model_config.DecodersPrecision, "accuracy" if accuracy else "performance"
+        )
+        use = (self.board, self.copies, accuracy)
+        os.environ["HF_MODEL"] = str(self.checkpoint.hf_folder)
+        if not self.checkpoint.name.startswith(KNOWN_NAMES):
+            logger.warning(
+                "tt-metal does not know %s and gives it the settings of an unknown model; for those of Llama 3.1 8B, "
+                "name its folder Llama-3.1-8B-..., and others likewise",
+                self.checkpoint.name,
+            )
+        with converted_weights(self.checkpoint, use, self.versions, progress):
+            self._load(mesh, precision)
 
     def close(self) -> None:
         """Release the traces, close the card and reset the fabric. A second call does nothing."""
@@ -3126,9 +3163,8 @@ class Card:
         gc.collect()
         self._opened.close()
 
-    def _divide_memory(self, board: str) -> None:
+    def _divide_pool(self, pool: int) -> None:
         """Choose the number of blocks in a pool, and how far a slot reaches."""
-        pool = fitting(KV_CACHE_TOKENS_ON_N150, KV_CACHE_TOKENS, self.checkpoint, board)
         self.max_seq_len = min(self.max_seq_len, pool)
         # Prompts are padded to powers of two, and the rotary tables, the page table and the pool
         # must reach as far. At least 8 blocks, because the card reads a row of the page table in
@@ -3137,10 +3173,10 @@ class Card:
         self.padded_seq_len = 1 << (padded - 1).bit_length()
         self.blocks = 1 + min(pool, self.slots * self.padded_seq_len) // BLOCK_SIZE
 
-    def _load(self, ttnn: Any, mesh: Any, precision: Any) -> None:
+    def _load(self, mesh: Any, precision: Any) -> None:
         """Load a copy of the model on each submesh."""
         paged = self.common.PagedAttentionConfig(block_size=BLOCK_SIZE, max_num_blocks=self.blocks)
-        models, model_args, kv_cache, state_dict = [], [], [], None
+        copies, state_dict = [], None
         for submesh in self.module.create_submeshes(mesh, self.copies):
             args, model, cache, state_dict = self.common.create_tt_model(
                 submesh,
@@ -3149,46 +3185,30 @@ class Card:
                 optimizations=lambda args: precision(args.n_layers, args.model_name),
                 max_seq_len=self.padded_seq_len,
                 paged_attention_config=paged,
-                dtype=ttnn.bfloat8_b,
+                dtype=self.ttnn.bfloat8_b,
                 state_dict=state_dict,  # None: the first copy reads the checkpoint for all
             )
-            models.append(model)
-            model_args.append(args)
-            kv_cache.append(cache)
+            copies.append((model, args, cache))
+        models, model_args, self.kv_cache = map(list, zip(*copies))
         self.generator = self.module.Generator(models, model_args, mesh)
-        self.generator.already_warmed_up_prefill = (
-            True  # _warm_up does that, and reports its progress
-        )
-        self.kv_cache = kv_cache
+        # _warm_up does that, and reports its progress
+        self.generator.already_warmed_up_prefill = True
 
     def explain(self, error: str) -> str:
         """Why the load failed and what to do, in one sentence."""
-        for pattern, sentence in TROUBLE.items():
-            if re.search(pattern, error):
-                boards = (
-                    board
-                    for board, shape in MESH_SHAPES.items()
-                    if self.checkpoint.config.n_kv_heads % math.prod(shape) == 0
-                )
-                half = self.blocks // 2 * BLOCK_SIZE
-                # any below LONG_PREFILL takes as much, save SHORT_PREFILL
-                length = half // self.slots
-                return sentence.format(
-                    region=self.trace_region_size,
-                    twice=2 * self.trace_region_size,
-                    length=length if length >= LONG_PREFILL else SHORT_PREFILL,
-                    batch=max(
-                        size
-                        for size in BATCH_SIZES
-                        if size == 1 or size * self.padded_seq_len <= half
-                    ),
-                    users=users_of_card(),
-                    board=self.board.lower(),
-                    boards=" or ".join(board for board in boards if board != self.board),
-                )
-        # the line of TT_FATAL's text before the backtrace
-        what = error.partition("info:\n")[2] or error
-        return f"the model does not load ({printable(what.strip().partition(chr(10))[0])}): {compare_versions(self.root)[1]}"
+        message = error.partition("backtrace:")[0]  # which has names of functions
+        # TT_FATAL's text follows the place in the source
+        what = printable((message.partition("info:\n")[2] or message).strip().partition("\n")[0])
+        trouble = (cure for pattern, cure in TROUBLE.items() if re.search(pattern, message))
+        unknown = "the model does not load ({what}): --verbose shows where; {versions}"
+        return next(trouble, unknown).format(
+            what=what,
+            versions=self.versions,
+            region=self.trace_region_size,
+            batch=max(self.blocks // 2 * BLOCK_SIZE // self.padded_seq_len, 1),
+            users=users_of_card(),
+            board=self.board.lower(),
+        )
 
 
 class TTEngine:
@@ -3704,14 +3724,6 @@ def checksum(folder: Path) -> str:
 def is_whole(folder: Path) -> bool:
     """Whether the demo is as it was made: an empty file has its checksum for a name."""
     return os.path.exists(folder / checksum(folder))
-
-
-def locked(file: int) -> bool:
-    """Try to lock a file, until it is closed; False if another process has locked it."""
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def demo_conversations(tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
@@ -6962,6 +6974,7 @@ class EngineCheck:
 # ==================================================================================================
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPT_SIGNAL = signal.SIGUSR1  # to the main thread
 DRAIN_SECONDS = 60  # time for the requests under way when the server is asked to stop
 DEFAULT_MAX_SEQ_LEN = 8192
 
@@ -7333,7 +7346,7 @@ def stop_on_signals(server: ApiServer) -> None:
 
     A second one, or DRAIN_SECONDS, cuts the requests short.
     """
-    scheduler = server.scheduler
+    scheduler, main_thread = server.scheduler, threading.main_thread().ident or 0
     signal.sigwait(STOP_SIGNALS)
     notify_systemd("STOPPING=1")
     if scheduler.state == "healthy":
@@ -7347,8 +7360,26 @@ def stop_on_signals(server: ApiServer) -> None:
     logger.info("Stopping within 10 seconds.")
     server.cut_short = server.under_way > 0
     scheduler.stop(drain=False)
-    time.sleep(10)
+    for _ in range(10):  # one exception may be lost in the code that it comes to
+        if is_loading(sys._current_frames()[main_thread]):
+            signal.pthread_kill(main_thread, INTERRUPT_SIGNAL)
+        time.sleep(1)
     os._exit(1 if scheduler.error else 130)
+
+
+def is_loading(frame: types.FrameType | None) -> bool:
+    """Whether a thread is in `load` and may be interrupted there: not while it opens or closes the
+    card, which would stay open.
+    """
+    stack = (caller for caller, _ in traceback.walk_stack(frame))
+    running = {caller.f_code.co_name for caller in stack if caller.f_globals is globals()}
+    return "load" in running and not running & {"open_mesh", "close"}
+
+
+def interrupt_load(_: int, frame: types.FrameType | None) -> None:
+    """The handler of INTERRUPT_SIGNAL."""
+    if is_loading(frame):
+        raise KeyboardInterrupt
 
 
 def notify_systemd(state: str) -> None:
@@ -7368,6 +7399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # Every thread inherits this and leaves the signals to stop_on_signals, which waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.signal(INTERRUPT_SIGNAL, interrupt_load)
     options = parse_arguments(arguments)
     lines = start_logging(options.verbose)
     try:
