@@ -752,8 +752,11 @@ class FakeEngine:
                 del uses[block]
         blocks[begin:end] = new
 
-    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+    def step(
+        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[server.Result]:
         self._enter()
+        meanwhile()
         prompt_tokens = sum(len(work.tokens) for work in batch if len(work.tokens) > 1)
         self._must(len(batch) > 0, "no step is empty")
         self._must(len({work.slot for work in batch}) == len(batch), "a slot is in a batch once")
@@ -801,8 +804,10 @@ class Narrow(FakeEngine):
         super().copy(source, slot, length)
         self.engine.copy(source, slot, length)
 
-    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
-        super().step(batch)
+    def step(
+        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[server.Result]:
+        super().step(batch, meanwhile)
         return self.engine.step(batch)
 
 
@@ -844,8 +849,10 @@ class Speaker(FakeEngine):
             self._said[slot] = 0
         return super().reserve(slot, length)
 
-    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
-        result = super().step(batch)
+    def step(
+        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[server.Result]:
+        result = super().step(batch, meanwhile)
         for i, work in enumerate(batch):
             if work.sampler:
                 said = self._said[work.slot]
@@ -2403,12 +2410,12 @@ class GeneratorBase:
             "the Generator would warm up within the first request"
         )
         assert call.page_table.dtype == torch.int32 and call.tokens.dtype == torch.int64
-        assert call.start_pos is None or self.card.resumes, (
+        assert not any(call.start_pos) or self.card.resumes, (
             "not before 2026-09: it reads the wrong blocks"
         )
         assert call.sampling_params is None, "a greedy prompt may draw with another's temperature"
         slots, ends, count = call.empty_slots, call.prompt_lens, len(call.tokens)
-        starts = self.align(call.start_pos or [0] * count, ends)
+        starts = self.align(call.start_pos, ends)
         padded = [
             get_padded_prefill_len(end - start) for start, end in zip(starts, ends, strict=True)
         ]
@@ -2453,6 +2460,8 @@ class GeneratorBase:
             for begin in range(start, end, model.max_prefill_chunk_size):
                 if begin and not traced:
                     self.card.runs[f"{shape}, at {begin}"] += 1
+        if padded <= 1024:  # a program for each place cuts out the 32 rows with the last token
+            self.card.runs[f"rows {(end - start - 1) // 32} of {padded} on copy {copy}"] += 1
         # The padding is written too, where the page table says: as far as it goes, or to the
         # prompt's last block.
         length = end if start else padded
@@ -2544,7 +2553,7 @@ class GeneratorBase:
         self.card.now += self.card.seconds[kind] + rows_read * self.card.seconds["row"]
         padded = (len(self.model), 1, 32, server.LLAMA3_VOCABULARY + 64)
         rows = torch.full((slots,), 2**31 - 1) if samples else torch.full(padded, math.nan)
-        assert call.read_from_device == samples, "all logits would become float32"
+        assert not call.read_from_device, "the step would wait, and logits become float32"
         for copy, model in enumerate(self.model):
             first = copy * self.size
             active = [slot for slot in range(first, first + self.size) if position[slot] >= 0]
@@ -2567,8 +2576,16 @@ class GeneratorBase:
         return rows.to(torch.uint32) if samples else rows, None  # log_probs
 
     def read_decode_output(self, output: tuple[torch.Tensor, None]) -> list[Any]:
-        """Of each copy the logits of its first chip, [1, 1, 32, vocabulary], padded; log_probs."""
-        return [(logits[None], None) for logits in output[0]]
+        """Of each copy the tokens, or the logits of its first chip, [1, 1, 32, vocabulary], padded;
+        and log_probs.
+        """
+        rows = output[0]
+        copies = rows[:, None] if rows.dim() > 1 else rows.view(len(self.model), -1)
+        return [(copy, None) for copy in copies]
+
+    def process_decode_output_host(self, output: list[Any], is_tokens: bool) -> tuple[Any, None]:
+        assert is_tokens, "all logits would become float32"
+        return torch.cat([tokens for tokens, _ in output]), None
 
     def inputs(self, call: Any, samples: bool) -> list[torch.Tensor]:
         """What a step reads: a traced one the card's own since its last one, unless the release
@@ -3965,11 +3982,15 @@ class SchedulerTest(unittest.TestCase):
         class Agents(FakeEngine):
             """Ends each answer after 200 tokens."""
 
-            def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+            def step(
+                self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+            ) -> list[server.Result]:
                 test.check_use(self, scheduler)
                 ends = [work.position + len(work.tokens) >= 1700 for work in batch]
                 end = server.Result(server.Token(server.END))
-                return [end if last else one for last, one in zip(ends, super().step(batch))]
+                return [
+                    end if last else one for last, one in zip(ends, super().step(batch, meanwhile))
+                ]
 
         test, engine = self, Agents(32, 32768, 1024, pool=32768, block=32, align=128)
         agents = [request([i] * 1500, 32768 - 1500, frozenset({server.END})) for i in range(16)]
@@ -7081,8 +7102,10 @@ class Actor(Speaker):
                 self.script += [added[part]] if part in added else self.tokens.encode_text(part)
         self.script.append(min(self.tokens.stop_tokens))
 
-    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
-        results = FakeEngine.step(self, batch)
+    def step(
+        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[server.Result]:
+        results = FakeEngine.step(self, batch, meanwhile)
         for i, work in enumerate(batch):
             if work.sampler:
                 said = self._said[work.slot]
@@ -9377,10 +9400,12 @@ class FaultyEngine(server.TorchEngine):
     fault = ""
     room: dict[int, int] = {}  # noqa: RUF012
 
-    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+    def step(
+        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[server.Result]:
         # a block of slot 6 stays as it is
         block = [cache[6, 32:64].clone() for cache in (*self.keys, *self.values)]
-        results = super().step(batch)
+        results = super().step(batch, meanwhile)
         if self.fault == "a stale block":
             for cache, old in zip((*self.keys, *self.values), block):
                 cache[6, 32:64] = old
@@ -9480,6 +9505,59 @@ class CheckTest(unittest.TestCase):
             process.send_signal(signal.SIGINT)
             self.assertEqual(process.wait(PATIENCE), 130)
             self.assertEqual((process.stdout.read(), process.stderr.read()), (b"", b""))
+
+    def test_a_card(self) -> None:
+        """On the stand-in, with each fault put into its model or below the engine."""
+        together = "the same text in every slot, together"
+        five, scale = "one of the CPU's five likeliest", "the CPU's scale of log-probabilities"
+        ways = ("a prompt in pieces", "a prefix left in its slot", "a prefix of another slot")
+        prefixes = [f"the same text from {way}" for way in ways]
+        read, copy = PagedLlama.read, server.TTEngine.copy
+
+        def exchange(model: PagedLlama, tokens: list[list[int]], *rest: Any) -> torch.Tensor:
+            logits = read(model, tokens, *rest)
+            if len(logits) > 3:
+                logits[[2, 3]] = logits[[3, 2]]
+            return logits
+
+        def keep_stale(model: PagedLlama, *work: Any) -> torch.Tensor:
+            stale = [cache[40].clone() for cache in model.cache]  # slot 19's, if all have two
+            logits = read(model, *work)
+            for cache, block in zip(model.cache, stale):
+                cache[40] = block
+            return logits
+
+        def start_late(
+            model: PagedLlama, tokens: list[list[int]], positions: list[int], *tables: Any
+        ) -> torch.Tensor:
+            late = [
+                position + (position > 0 and len(row) > 1)
+                for row, position in zip(tokens, positions)
+            ]
+            return read(model, tokens, late, *tables)
+
+        def double(*work: Any) -> torch.Tensor:
+            return 2 * read(*work)
+
+        def share_less(engine: server.TTEngine, source: int, slot: int, length: int) -> None:
+            copy(engine, source, slot, length - 32)
+
+        reference = float32_engine(tt_model() / "original", 1, 128)
+        model, engine_class = "test_server.PagedLlama.read", "tt_api_server.TTEngine.copy"
+        for place, fault, wrong in (
+            (model, read, set[str]()),
+            (model, exchange, {together, five}),
+            (model, keep_stale, {together, together.replace("together", "alone")}),
+            (model, start_late, set(prefixes)),
+            (model, double, {scale}),
+            (engine_class, share_less, {prefixes[2]}),
+        ):
+            with self.subTest(fault.__name__), stand_in("2026-09"), mock.patch(place, fault):
+                with contextlib.closing(tt_engine()) as engine:
+                    check = server.EngineCheck(engine, tokenizer(), 0.001)
+                    check.run(no_progress)
+                check.compare(reference)
+                self.assertEqual(set(check.wrong), wrong, check)
 
 
 # ==================================================================================================

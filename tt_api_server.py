@@ -94,7 +94,6 @@ import sys
 import tempfile
 import threading
 import time
-import timeit
 import traceback
 import types
 import urllib.parse
@@ -2449,10 +2448,13 @@ class Engine(Protocol):
         only if prompts can be prefilled in pieces.
         """
 
-    def step(self, batch: Sequence[Work]) -> list[Result]:
+    def step(
+        self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[Result]:
         """Read each item's tokens into its slot; return the next token of each, and the scores that
         are wanted.
 
+        `meanwhile` is called once: while the device computes, if it does so by itself, or before.
         A sampler that cannot draw yet costs only its own item its token: the scheduler sends the
         last token again.
         """
@@ -2613,7 +2615,10 @@ class TorchEngine:
             linear("feed_forward.w2"),
         )
 
-    def step(self, batch: Sequence[Work]) -> list[Result]:
+    def step(
+        self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[Result]:
+        meanwhile()
         with torch.inference_mode():
             hidden = self.forward(batch)
             drawing = [work for work in batch if work.sampler]
@@ -3135,7 +3140,7 @@ class Card:
         )
         self.board, board_of_copy = choose_board(ttnn, self.copies)
         if self.board == "P100":  # longer pieces can exceed the memory of a core (tt-metal #33991)
-            os.environ.setdefault("MAX_PREFILL_CHUNK_SIZE", "1")
+            os.environ.setdefault("MAX_PREFILL_CHUNK_SIZE", "2")
         pool, trace_region_size = divide_memory(self.checkpoint, board_of_copy)
         self._divide_pool(pool)
         self.trace_region_size = self.trace_region_size or trace_region_size
@@ -3263,8 +3268,8 @@ class TTEngine:
             card.open(progress, accuracy, verbose)
             self.device, self.max_seq_len = card.board.lower(), card.max_seq_len
             self.kv_cache_tokens = data_parallel * (card.blocks - 1) * BLOCK_SIZE
-            columns = card.padded_seq_len // BLOCK_SIZE
-            self._page_table = torch.zeros(self.max_batch_size, columns, dtype=torch.int32)
+            size = (self.max_batch_size, card.padded_seq_len // BLOCK_SIZE)
+            self._page_table = torch.zeros(size, dtype=torch.int32)
             # by pool and block: how many slots hold it; of no use for block 0
             self._holders = torch.zeros(data_parallel, card.blocks, dtype=torch.int32)
             self._read_capabilities()
@@ -3307,8 +3312,8 @@ class TTEngine:
 
     def _choose_shapes(self) -> None:
         """Find out how prompts may be prefilled."""
-        card, this = self._card, self._card.generator
-        align: Any = getattr(this, "_align_resume_offsets", lambda *_: [])
+        card = self._card
+        align: Any = getattr(card.generator, "_align_resume_offsets", lambda *_: [])
         pieces = (SHORT_PREFILL, LONG_PREFILL)
         starts, ends = [SHORT_PREFILL] * 2, [SHORT_PREFILL + length for length in pieces]
         aligned = align(starts, ends, card.kv_cache) == starts  # others would be lowered
@@ -3323,8 +3328,7 @@ class TTEngine:
         longest = min(self.max_seq_len, LONG_PREFILL) if resumes else self.max_seq_len
         padded = card.common.get_padded_prefill_len
         lengths = sorted({padded(min(1 << power, longest)) for power in range(7, 18)})
-        most = card.slots if len(this.model) == 1 else 1
-        short = [*(rows for rows in PREFILL_ROWS if rows <= most), 1]
+        short = [rows for rows in PREFILL_ROWS if rows <= card.slots and card.copies == 1] + [1]
         # of one call, by padded length
         self._rows = {length: short if length == SHORT_PREFILL else [1] for length in lengths}
 
@@ -3358,10 +3362,8 @@ class TTEngine:
         shapes = [(0, length, rows) for length, sizes in self._rows.items() for rows in sizes]
         shapes += [(SHORT_PREFILL, length, 1) for length in self._resumed]
         traced = [shape for shape in shapes if self._traces(shape[1], shape[0])]
-        stages = [("compiling", shapes)]
-        stages += [("preparing", traced)] * self._prepares_traces + [
-            ("tracing", traced)
-        ] * self._traced
+        preparing = [("preparing", traced)] * self._prepares_traces
+        stages = [("compiling", shapes), *preparing, *[("tracing", traced)] * self._traced]
         total, done = sum(1 + len(calls) for _, calls in stages), itertools.count()
         for doing, calls in stages:
             self._tracing = doing != "compiling"
@@ -3379,33 +3381,33 @@ class TTEngine:
             for position, length, rows in calls:
                 progress(f"{doing} {rows} prompts of {length} tokens", next(done) / total)
                 # A program for each place cuts out the 32 rows with the last token.
-                once = self._tracing or position or length > LONG_PREFILL
-                ends = [length] if once else range(32, length + 1, 32)
+                least = length if self._tracing or position or length > LONG_PREFILL else 32
+                ends = range(least, length + 1, 32)
                 # each copy has its own traces
                 for first, end in itertools.product(range(0, slots, self._card.slots), ends):
-                    tokens = [0] * end
-                    self._prefill(
-                        [Work(first + row, tokens, position, None) for row in range(rows)]
-                    )
+                    places = range(first, first + rows)
+                    self._prefill([Work(slot, [0] * end, position, None) for slot in places])
             if doing == "preparing":
                 generator._defer_prefill_recording = False
                 generator._record_pending_prefill_traces()
 
     def _time_decode(self, params: SamplingParams, rows: int, on_card: bool) -> float:
         """Seconds of a decode step of so many slots: the fastest of a few; the first is a reset."""
-        works = [Work(slot, [0], 1, Sampler(params)) for slot in range(rows)]
-        step = functools.partial(self._decode, works, on_card)
-        return min(timeit.repeat(step, timer=time.perf_counter, number=1, repeat=4))
+        works, times = [Work(slot, [0], 1, Sampler(params)) for slot in range(rows)], []
+        for _ in range(4):
+            began = time.perf_counter()
+            self._decode(works, on_card)
+            times.append(time.perf_counter() - began)
+        return min(times)
 
     def _log_sampling(self) -> None:
         """Say where tokens are drawn, and why."""
-        said = (
+        self.sampling = "; ".join(
             f"{'greedy' if greedy else 'sampled'} on the {'card' if card < every else 'host'}: "
             f"{1e3 * card:.1f} ms a step on the card, {1e3 * one:.1f} to {1e3 * every:.1f} on the host "
             f"for 1 to {self.max_batch_size} slots"
             for greedy, (card, one, every) in self._seconds.items()
-        )
-        self.sampling = "; ".join(said).replace("inf ms a step", "not at all")
+        ).replace("inf ms a step", "not at all")
         logger.info("tokens are drawn %s", self.sampling)
 
     def _on_card(self, works: Sequence[Work]) -> bool:
@@ -3416,8 +3418,7 @@ class TTEngine:
         samplers = [work.sampler for work in works if work.sampler]
         if any(sampler.on_host for sampler in samplers):
             return False
-        greedy = all(sampler.params.greedy for sampler in samplers)
-        card, one, every = self._seconds[greedy]
+        card, one, every = self._seconds[all(sampler.params.greedy for sampler in samplers)]
         share = (len(samplers) - 1) / max(self.max_batch_size - 1, 1)
         return card < one + share * (every - one)
 
@@ -3447,33 +3448,34 @@ class TTEngine:
         places[:] = blocks
         self._decoding = {}
 
-    def step(self, batch: Sequence[Work]) -> list[Result]:
+    def step(
+        self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[Result]:
         """Prefill the batch's prompts, those of one padded length together, then decode its other
         slots together.
 
         After an exception the next step works, but the KV cache of this step's slots is undefined.
         """
+        pieces = [piece for work in batch for piece in self._pieces(work)]
+        decoding = [work for work in pieces if work.position and len(work.tokens) == 1]
+        if len(decoding) < len(pieces):
+            meanwhile()
+            meanwhile = lambda: None  # noqa: E731
         tokens: dict[int, Token | None] = {}
-        decoding: list[Work] = []
-        pieces: list[Work] = []
-        for work in batch:
-            if work.position and len(work.tokens) == 1:
-                decoding.append(work)
-            else:
-                pieces += self._pieces(work)
         padded = self._card.common.get_padded_prefill_len
-        fresh = [piece for piece in pieces if not piece.position]
         for length, sizes in self._rows.items():
-            works = [work for work in fresh if padded(len(work.tokens)) == length]
+            works = [
+                work for work in pieces if not work.position and padded(len(work.tokens)) == length
+            ]
             while works:
                 rows = next(rows for rows in sizes if 3 * rows <= 4 * len(works))
                 tokens |= self._prefill(works[:rows])
                 del works[:rows]
         for piece in pieces:
-            if piece.position:
+            if piece.position and len(piece.tokens) > 1:
                 tokens |= self._prefill([piece])
         if decoding:
-            tokens |= self._decode(decoding, self._on_card(decoding))
+            tokens |= self._decode(decoding, self._on_card(decoding), meanwhile)
         return [Result(tokens.get(work.slot)) for work in batch]
 
     def _pieces(self, work: Work) -> list[Work]:
@@ -3501,7 +3503,6 @@ class TTEngine:
             for work, end in zip(works, ends)
         )
         slots = [work.slot for work in works]
-        resumed = {"start_pos": [work.position for work in works]} if works[0].position else {}
         logits = self._card.generator.prefill_forward_text(
             torch.tensor(list(rows)),
             page_table=self._page_table[slots],
@@ -3512,12 +3513,15 @@ class TTEngine:
             # span all slots up to the highest, and be out of bounds until 2026-06.
             empty_slots=slots if len(works) == 1 else list(range(len(works))),
             enable_trace=self._tracing,
-            **resumed,
+            start_pos=[work.position for work in works],
         )
         return drawn_by_slot(zip(works, logits.view(len(works), -1)))
 
-    def _decode(self, batch: Sequence[Work], on_card: bool) -> dict[int, Token | None]:
+    def _decode(
+        self, batch: Sequence[Work], on_card: bool, meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[int, Token | None]:
         """Decode one token for each of these slots; the others are idle. Returns as _prefill."""
+        generator = self._card.generator
         decoding = {work.slot: work.sampler.params if work.sampler else None for work in batch}
         # if the host samples, each step takes the host's inputs anyway
         reset = on_card and decoding != self._decoding
@@ -3526,27 +3530,31 @@ class TTEngine:
         if reset:
             # At a reset the card keeps its own token if its position is the host's or one ahead,
             # unless the slot is in this set. The host's tokens are always right.
-            self._card.generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
+            generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
             self._sampling_of_batch = self._sampling_on_card(decoding)
         # Lists first: after each operation on a tensor the step may have to wait for another
         # thread.
         tokens, positions = [0] * self.max_batch_size, [-1] * self.max_batch_size  # -1: idle
         for work in batch:
             tokens[work.slot], positions[work.slot] = work.tokens[0], work.position
-        output = self._card.generator.decode_forward(
+        output = generator.decode_forward(
             torch.tensor(tokens).view(-1, 1),
             torch.tensor(positions),
             page_table=self._page_table,
             kv_cache=self._card.kv_cache,
             enable_trace=self._tracing,
-            read_from_device=on_card,
+            read_from_device=False,
             sampling_params=self._sampling_of_batch if on_card else None,
             **self._decode_commands(on_card, reset),
         )
+        meanwhile()
+        output = generator.read_decode_output(output)
         if not on_card:
             logits = self._read_logits(output)
             return drawn_by_slot((work, logits[work.slot]) for work in batch)
-        self._decoding, tokens = decoding, output[0].tolist()  # the other is log_probs
+        # the others are log_probs
+        drawn, _ = generator.process_decode_output_host(output, is_tokens=True)
+        self._decoding, tokens = decoding, drawn.tolist()
         return {work.slot: Token(tokens[work.slot]) for work in batch if work.sampler}
 
     def _read_logits(self, output: Any) -> list[torch.Tensor]:
@@ -3555,7 +3563,7 @@ class TTEngine:
         The Generator's own way converts those of all slots to float32, which takes longer.
         """
         card, rows = self._card, []
-        for logits, _ in card.generator.read_decode_output(output):  # the others are log_probs
+        for logits, _ in output:  # the others are log_probs
             chip = card.ttnn.to_torch(card.ttnn.get_device_tensors(logits)[0])  # all have the same
             rows += chip[0, 0, : card.slots, : card.generator.model_args[0].vocab_size]
         return rows
@@ -3972,6 +3980,13 @@ class Request:
         return round((self.first_token or time.monotonic()) - self.submitted, 3)
 
 
+def tell(request: Request, event: Event) -> None:
+    """Give an event to the request's handler."""
+    request.events.put(event)
+    if event.what == request.outcome:
+        request.ended.set()
+
+
 by_request = operator.attrgetter("request")
 
 
@@ -4116,6 +4131,7 @@ class Scheduler:
         self._wake = threading.Condition()
         self._failures = 0
         self._step_began = math.inf
+        self._untold: list[tuple[Request, Event]] = []
 
     # The handlers' threads call:
 
@@ -4178,6 +4194,7 @@ class Scheduler:
             if request in self.queue:
                 self.queue.remove(request)
                 self._finish(request, outcome)
+                tell(request, Event(request.index, outcome))
             self._wake.notify()
 
     def stop(self, drain: bool) -> None:
@@ -4223,12 +4240,10 @@ class Scheduler:
     def _in_flight(self) -> list[Request]:
         return list(filter(None, [*self.queue, *(slot.request for slot in self.slots)]))
 
-    def _finish(self, request: Request, outcome: str, last: Token | None = None) -> None:
+    def _finish(self, request: Request, outcome: str) -> None:
         with self._wake:
             request.outcome = outcome
             self.statistics.finish(request)
-            request.events.put(Event(request.index, outcome, last))
-            request.ended.set()
 
     # The scheduler's own thread:
 
@@ -4273,6 +4288,8 @@ class Scheduler:
     def _serve(self) -> None:
         while True:
             with self._wake:
+                if not self.busy:
+                    self._tell_all()
                 self._wake.wait_for(lambda: self.queue or self._state != "healthy" or self.busy)
                 for slot in self.slots:
                     if slot.request and slot.request.cancelled:
@@ -4281,11 +4298,21 @@ class Scheduler:
                 self._grow()
                 self._admit()
                 if self._state != "healthy" and not self._in_flight():
-                    return
+                    return self._tell_all()
             if batch := self._plan():
                 self._step(batch)
             elif self.busy:
+                self._tell_all()
                 time.sleep(0.002)  # until a grammar knows what may come next
+
+    def _tell_all(self) -> None:
+        """Tell the handlers what has come since the last step.
+
+        The threads that this wakes would delay the next step, so a card begins it before.
+        """
+        for request, event in self._untold:
+            tell(request, event)
+        self._untold.clear()
 
     def _grow(self) -> None:
         """Give running answers room for their next tokens, all at once.
@@ -4436,7 +4463,7 @@ class Scheduler:
         """Run one step. If it fails, its requests fail, and all others go on."""
         self._step_began = time.monotonic()
         try:
-            results = self._engine.step(batch)
+            results = self._engine.step(batch, self._tell_all)
         except Exception as error:
             logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
             for work in batch:
@@ -4456,7 +4483,7 @@ class Scheduler:
                 continue
             # after an interruption they come again
             for token in result.scores[max(request.told - work.position, 0) :]:
-                request.events.put(Event(request.index, "prompt", token))
+                self._untold.append((request, Event(request.index, "prompt", token)))
                 request.told += 1
             if work.sampler:
                 self._take(slot, request, result.token)
@@ -4483,7 +4510,7 @@ class Scheduler:
             else:
                 request.tokens.append(token.id)  # the slot's, too
                 request.sampler.push(token.id)
-                request.events.put(Event(request.index, "token", token))
+                self._untold.append((request, Event(request.index, "token", token)))
                 if request.generated >= request.max_tokens:
                     self._leave(slot, "length")
 
@@ -4493,7 +4520,8 @@ class Scheduler:
         # a whole answer, since a card may fail at every decode but at no prefill
         if outcome in ("stop", "length"):
             self._failures = 0
-        self._finish(slot.request, outcome, last)
+        self._finish(slot.request, outcome)
+        self._untold.append((slot.request, Event(slot.request.index, outcome, last)))
         slot.request, slot.used = None, time.monotonic()
         # After an error the slot's KV cache cannot be trusted.
         self._keep(slot, slot.held if self._engine.prompt_chunk and outcome != "error" else 0)
@@ -4536,6 +4564,8 @@ class Scheduler:
             self._state = "stopping" if self._state == "stopping" else "unhealthy"
             for request in self._in_flight():
                 self._finish(request, "error")
+                self._untold.append((request, Event(request.index, "error")))
+            self._tell_all()
             self.queue.clear()
             for slot in self.slots:  # without reserve(): the engine may be closed
                 slot.request = None
@@ -7280,9 +7310,7 @@ def run_check(options: argparse.Namespace) -> int:
         raise UserError(f"--max-seq-len is {options.max_seq_len}, and --check needs 512: raise it")
     if options.device == "cpu" and options.dtype == "auto":
         options.dtype = "float32"  # in which all ways of computing agree
-    for number in STOP_SIGNALS:
-        signal.signal(number, interrupt)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    threading.Thread(target=stop_check_on_signals, name="signals", daemon=True).start()
     progress = progress_on_terminal()
     import_torch()
     checkpoint = found or demo_checkpoint(progress)
@@ -7310,12 +7338,6 @@ def run_check(options: argparse.Namespace) -> int:
     check.add("options", ", ".join(f"{name} {value}" for name, value in chosen.items() if value))
     print(check, flush=True)
     return 1 if check.wrong else 0
-
-
-def interrupt(*_: object) -> None:
-    """Let the main thread unwind, which closes the card, and let no other signal disturb that."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    raise KeyboardInterrupt
 
 
 def compare_with_cpu(check: EngineCheck, checkpoint: Checkpoint, progress: Progress) -> None:
@@ -7346,7 +7368,7 @@ def stop_on_signals(server: ApiServer) -> None:
 
     A second one, or DRAIN_SECONDS, cuts the requests short.
     """
-    scheduler, main_thread = server.scheduler, threading.main_thread().ident or 0
+    scheduler = server.scheduler
     signal.sigwait(STOP_SIGNALS)
     notify_systemd("STOPPING=1")
     if scheduler.state == "healthy":
@@ -7360,25 +7382,38 @@ def stop_on_signals(server: ApiServer) -> None:
     logger.info("Stopping within 10 seconds.")
     server.cut_short = server.under_way > 0
     scheduler.stop(drain=False)
-    for _ in range(10):  # one exception may be lost in the code that it comes to
-        if is_loading(sys._current_frames()[main_thread]):
-            signal.pthread_kill(main_thread, INTERRUPT_SIGNAL)
-        time.sleep(1)
+    interrupt_main_thread()
     os._exit(1 if scheduler.error else 130)
 
 
-def is_loading(frame: types.FrameType | None) -> bool:
-    """Whether a thread is in `load` and may be interrupted there: not while it opens or closes the
-    card, which would stay open.
+def stop_check_on_signals() -> None:
+    """Stop --check at a signal."""
+    signal.sigwait(STOP_SIGNALS)
+    interrupt_main_thread()
+    os._exit(130)
+
+
+def interrupt_main_thread() -> None:
+    """Let the main thread unwind, which closes the card; it has 10 seconds to end the program."""
+    main_thread = threading.main_thread().ident or 0
+    for _ in range(10):  # one exception may be lost in the code that it comes to
+        if may_be_interrupted(sys._current_frames()[main_thread]):
+            signal.pthread_kill(main_thread, INTERRUPT_SIGNAL)
+        time.sleep(1)
+
+
+def may_be_interrupted(frame: types.FrameType | None) -> bool:
+    """Whether a thread loads or checks, and does not open or close the card, which would stay
+    open.
     """
     stack = (caller for caller, _ in traceback.walk_stack(frame))
     running = {caller.f_code.co_name for caller in stack if caller.f_globals is globals()}
-    return "load" in running and not running & {"open_mesh", "close"}
+    return bool(running & {"load", "run_check"}) and not running & {"open_mesh", "close"}
 
 
-def interrupt_load(_: int, frame: types.FrameType | None) -> None:
+def interrupt(_: int, frame: types.FrameType | None) -> None:
     """The handler of INTERRUPT_SIGNAL."""
-    if is_loading(frame):
+    if may_be_interrupted(frame):
         raise KeyboardInterrupt
 
 
@@ -7399,7 +7434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # Every thread inherits this and leaves the signals to stop_on_signals, which waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    signal.signal(INTERRUPT_SIGNAL, interrupt_load)
+    signal.signal(INTERRUPT_SIGNAL, interrupt)
     options = parse_arguments(arguments)
     lines = start_logging(options.verbose)
     try:
