@@ -752,11 +752,8 @@ class FakeEngine:
                 del uses[block]
         blocks[begin:end] = new
 
-    def step(
-        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
-    ) -> list[server.Result]:
+    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
         self._enter()
-        meanwhile()
         prompt_tokens = sum(len(work.tokens) for work in batch if len(work.tokens) > 1)
         self._must(len(batch) > 0, "no step is empty")
         self._must(len({work.slot for work in batch}) == len(batch), "a slot is in a batch once")
@@ -804,10 +801,8 @@ class Narrow(FakeEngine):
         super().copy(source, slot, length)
         self.engine.copy(source, slot, length)
 
-    def step(
-        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
-    ) -> list[server.Result]:
-        super().step(batch, meanwhile)
+    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+        super().step(batch)
         return self.engine.step(batch)
 
 
@@ -849,10 +844,8 @@ class Speaker(FakeEngine):
             self._said[slot] = 0
         return super().reserve(slot, length)
 
-    def step(
-        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
-    ) -> list[server.Result]:
-        result = super().step(batch, meanwhile)
+    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+        result = super().step(batch)
         for i, work in enumerate(batch):
             if work.sampler:
                 said = self._said[work.slot]
@@ -1259,7 +1252,8 @@ class SettingsTest(unittest.TestCase):
                 "rms_norm_eps",
                 "max_position_embeddings",
             ):
-                config.pop(name, None)
+                if name not in ("max_position_embeddings", "rope_parameters") or family != "phi3":
+                    config.pop(name, None)
             (folder / "config.json").write_text(json.dumps(config))
             work = [server.Work(0, list(range(5, 65)), 0, GREEDY)]
             expected = float32_engine(whole, 1, 128).logits(work)[0]
@@ -1413,7 +1407,9 @@ class TextStreamTest(unittest.TestCase):
                 piece for byte in text[i : i + size] for piece in reader.push(server.Token(byte))
             ]
             pieces.append("".join(piece.text for piece in new))
-        return [*pieces, "".join(piece.text for piece in reader.end("stop")[:-1])], reader.stopped
+        return [*pieces, "".join(piece.text for piece in reader.end("stop")[:-1])], bool(
+            reader.stopped
+        )
 
     def test_stop_strings(self) -> None:
         cases: list[tuple[str, tuple[str, ...], str, bool]] = [
@@ -1781,6 +1777,11 @@ INST = """{{ bos_token }}{% for message in messages %}
 {%- endif %}{% endfor %}"""
 # all of them special
 MARKS = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]")
+LONG_ROPE = {
+    "type": "longrope",
+    "short_factor": [1.0 + i / 9 for i in range(8)],
+    "long_factor": [1.0 + i * i for i in range(8)],
+}
 FAMILIES: dict[
     str, tuple[str, dict[str, Any], str]
 ] = {  # transformers' class, its settings, the chat template
@@ -1788,6 +1789,16 @@ FAMILIES: dict[
     "mistral": ("Mistral", {"sliding_window": 200, "head_dim": 24}, INST),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}, CHATML),
     "qwen3": ("Qwen3", {"head_dim": 32}, THINKING),
+    "phi3": (
+        "Phi3",
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": LONG_ROPE,
+            "original_max_position_embeddings": 16,
+            "pad_token_id": 0,
+        },
+        CHATML,
+    ),
 }
 
 
@@ -1859,6 +1870,11 @@ def family_weights(family: str, config: Mapping[str, Any]) -> dict[str, torch.Te
         }
     if family == "qwen3":
         layer |= {f"self_attn.{name}_norm.weight": (head,) for name in "qk"}
+    if family == "phi3":  # several in one
+        layer["self_attn.qkv_proj.weight"] = (query + 2 * kv, dim)
+        layer["mlp.gate_up_proj.weight"] = (2 * ffn, dim)
+        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up"):
+            del layer[f"{name}_proj.weight"]
     shapes = {"model.embed_tokens.weight": (config["vocab_size"], dim), "model.norm.weight": (dim,)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
@@ -2054,18 +2070,18 @@ class FamilyTest(unittest.TestCase):
     def test_what_a_template_refuses(self) -> None:
         """With its own words.
 
-        A model without a template has no chats, and one that does not think says so.
+        A model without a template has no chats, and asking one to think that cannot is no fault.
         """
         chat = [{"role": "assistant", "content": "Hello"}]
         with family_server("mistral") as api:
             reply = ask(api.server_port, "/v1/chat/completions", {"messages": chat})
             check_error(reply, 400, r'roles must alternate: \["assistant"\]')
             thinks = {"chat_template_kwargs": {"enable_thinking": True}}
-            check_error(
-                ask(api.server_port, "/chat", {"prompt": "Hi", **thinks}),
-                400,
-                "has no enable_thinking",
+            plain, thinking = (
+                ask(api.server_port, "/chat", {"prompt": "Hi", "temperature": 0, **options}).json
+                for options in ({}, thinks)
             )
+            self.assertEqual(plain["response"], thinking["response"])
             # the body is right, and the template is not
             for number in ('"x".index("y")', "1 // 0"):
                 use(api, file_tokenizer(family_checkpoint("mistral"), f"{{{{ {number} }}}}"))
@@ -2410,12 +2426,12 @@ class GeneratorBase:
             "the Generator would warm up within the first request"
         )
         assert call.page_table.dtype == torch.int32 and call.tokens.dtype == torch.int64
-        assert not any(call.start_pos) or self.card.resumes, (
+        assert call.start_pos is None or self.card.resumes, (
             "not before 2026-09: it reads the wrong blocks"
         )
         assert call.sampling_params is None, "a greedy prompt may draw with another's temperature"
         slots, ends, count = call.empty_slots, call.prompt_lens, len(call.tokens)
-        starts = self.align(call.start_pos, ends)
+        starts = self.align(call.start_pos or [0] * count, ends)
         padded = [
             get_padded_prefill_len(end - start) for start, end in zip(starts, ends, strict=True)
         ]
@@ -2460,8 +2476,6 @@ class GeneratorBase:
             for begin in range(start, end, model.max_prefill_chunk_size):
                 if begin and not traced:
                     self.card.runs[f"{shape}, at {begin}"] += 1
-        if padded <= 1024:  # a program for each place cuts out the 32 rows with the last token
-            self.card.runs[f"rows {(end - start - 1) // 32} of {padded} on copy {copy}"] += 1
         # The padding is written too, where the page table says: as far as it goes, or to the
         # prompt's last block.
         length = end if start else padded
@@ -2553,7 +2567,7 @@ class GeneratorBase:
         self.card.now += self.card.seconds[kind] + rows_read * self.card.seconds["row"]
         padded = (len(self.model), 1, 32, server.LLAMA3_VOCABULARY + 64)
         rows = torch.full((slots,), 2**31 - 1) if samples else torch.full(padded, math.nan)
-        assert not call.read_from_device, "the step would wait, and logits become float32"
+        assert call.read_from_device == samples, "all logits would become float32"
         for copy, model in enumerate(self.model):
             first = copy * self.size
             active = [slot for slot in range(first, first + self.size) if position[slot] >= 0]
@@ -2576,16 +2590,8 @@ class GeneratorBase:
         return rows.to(torch.uint32) if samples else rows, None  # log_probs
 
     def read_decode_output(self, output: tuple[torch.Tensor, None]) -> list[Any]:
-        """Of each copy the tokens, or the logits of its first chip, [1, 1, 32, vocabulary], padded;
-        and log_probs.
-        """
-        rows = output[0]
-        copies = rows[:, None] if rows.dim() > 1 else rows.view(len(self.model), -1)
-        return [(copy, None) for copy in copies]
-
-    def process_decode_output_host(self, output: list[Any], is_tokens: bool) -> tuple[Any, None]:
-        assert is_tokens, "all logits would become float32"
-        return torch.cat([tokens for tokens, _ in output]), None
+        """Of each copy the logits of its first chip, [1, 1, 32, vocabulary], padded; log_probs."""
+        return [(logits[None], None) for logits in output[0]]
 
     def inputs(self, call: Any, samples: bool) -> list[torch.Tensor]:
         """What a step reads: a traced one the card's own since its last one, unless the release
@@ -3982,15 +3988,11 @@ class SchedulerTest(unittest.TestCase):
         class Agents(FakeEngine):
             """Ends each answer after 200 tokens."""
 
-            def step(
-                self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
-            ) -> list[server.Result]:
+            def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
                 test.check_use(self, scheduler)
                 ends = [work.position + len(work.tokens) >= 1700 for work in batch]
                 end = server.Result(server.Token(server.END))
-                return [
-                    end if last else one for last, one in zip(ends, super().step(batch, meanwhile))
-                ]
+                return [end if last else one for last, one in zip(ends, super().step(batch))]
 
         test, engine = self, Agents(32, 32768, 1024, pool=32768, block=32, align=128)
         agents = [request([i] * 1500, 32768 - 1500, frozenset({server.END})) for i in range(16)]
@@ -4466,10 +4468,14 @@ CLOSE = "Connection: close"
 
 
 def said(reply: Reply) -> str:
-    """The sentence of an error, in either dialect."""
-    assert list(reply.json) == ["error"], reply
+    """An error's sentence, in whatever form."""
     error = reply.json["error"]
-    return str(error["message"] if isinstance(error, dict) else error)
+    if isinstance(error, str):
+        assert reply.json.keys() == {"error"}, reply
+        return error
+    anthropics = {"type": "error", "error": {"type": error["type"], "message": error["message"]}}
+    assert reply.json == anthropics or error.keys() == {"message", "type", "param", "code"}, reply
+    return str(error["message"])
 
 
 def check_error(reply: Reply, status: int, expected: str = ".") -> None:
@@ -4927,7 +4933,8 @@ class HttpErrorTest(unittest.TestCase):
 
     def test_headers(self) -> None:
         fields = [f"X{i}: 1" for i in range(200)]
-        for lines in (["X: " + "x" * 70_000], fields, fields[:1] * 200):
+        long = [f"X{i}: {'x' * 2000}" for i in range(50)]
+        for lines in (["X: " + "x" * 70_000], fields, fields[:1] * 200, long):
             check_error(
                 first_answer(self.port, head(*lines, start="GET /health HTTP/1.1")),
                 431,
@@ -5693,7 +5700,15 @@ class OpenAITest(unittest.TestCase):
             ("top_logprobs", unsupported, {"top_logprobs": 2, "prompt": "Hi"}),
             ("logprobs", None, {"logprobs": 2}, {"logprobs": 21, "prompt": "Hi"}),
             ("messages", None, {"continue_final_message": True}),
-            ("add_generation_prompt", None, {"add_generation_prompt": False}),
+            (
+                "add_generation_prompt",
+                None,
+                {
+                    "add_generation_prompt": True,
+                    "continue_final_message": True,
+                    "messages": [{"role": "assistant", "content": "A"}],
+                },
+            ),
             *(
                 (name, None, {name: 101})
                 for name in ("n", "presence_penalty", "repetition_penalty", "min_p")
@@ -5845,10 +5860,12 @@ class AccessTest(unittest.TestCase):
                         (reply.status, reply.headers["WWW-Authenticate"][:6]), (401, "Basic ")
                     )
                     self.assertNotIn("sesame", said(reply))
-                    self.assertEqual(
-                        b'"code": "invalid_api_key"' in reply.body,
-                        path.startswith(("/v1", "/tok", "/detok")),
-                    )
+                    form = b'"code": "invalid_api_key"' * path.startswith(("/v1", "/tok", "/detok"))
+                    if path.startswith("/v1/messages"):
+                        form = b'{"type": "authentication_error"'
+                    self.assertIn(form, reply.body)
+        anthropic = {"x-api-key": "open sesame", "anthropic-version": "2023-06-01"}
+        self.assertEqual(ask(port, "/v1/models", headers=anthropic).status, 200)
         for key in ("Bearer open sesame", "bearer open sesame", basic):
             self.assertEqual(ask(port, "/chat", ASKED, headers={"Authorization": key}).status, 200)
         self.assertEqual(ask(port, "/health").status, 200)
@@ -6508,14 +6525,14 @@ def replay(data: bytes) -> Body:
     """
     *parts, rest = data.decode().split("\n\n")
     assert rest == "", data
-    told: list[Body] = [json.loads(part.partition("\ndata: ")[2]) for part in parts]
+    sent: list[Body] = [json.loads(part.partition("\ndata: ")[2]) for part in parts]
     assert [part.partition("\n")[0] for part in parts] == [
-        f"event: {event['type']}" for event in told
+        f"event: {event['type']}" for event in sent
     ]
-    assert [event["sequence_number"] for event in told] == list(range(len(parts)))
-    created, progress, *middle, end = told
+    assert [event["sequence_number"] for event in sent] == list(range(len(parts)))
+    created, progress, *middle, end = sent
     assert (created["type"], progress["type"]) == ("response.created", "response.in_progress"), (
-        told[:2]
+        sent[:2]
     )
     assert created["response"] == progress["response"]
     output: list[Body] = []
@@ -6540,12 +6557,16 @@ def replay(data: bytes) -> Body:
         else:
             name = "content" if item["type"] == "message" else "summary"
             empty, (part,) = {name: []}, item[name]
-            assert inner[0]["part"] == {**part, "text": ""} and inner[-1]["part"] == part
+            scores: Body = {"logprobs": []} if item["type"] == "message" else {}
+            assert inner[0]["part"] == {**part, "text": "", **scores} and inner[-1]["part"] == part
+            told = [entry for event in inner[1:-2] for entry in event["logprobs"]]
+            assert told == part.get("logprobs", []) == inner[-2]["logprobs"]
             assert inner[-2]["text"] == part["text"] == text
         assert added["item"] == {**item, **empty, "status": "in_progress"}
     response: Body = end["response"]
     assert end["type"] == f"response.{response['status']}" and response["output"] == output
-    start: Body = {"status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
+    start: Body = {"status": "in_progress", "output": []}
+    start |= dict.fromkeys(("usage", "incomplete_details", "completed_at"))
     assert created["response"] == {**response, **start}
     return response
 
@@ -6759,9 +6780,9 @@ class ResponsesTest(unittest.TestCase):
             self.assertEqual(
                 ("".join(deltas), final.output_parsed), (plain.output_text, parsed.output_parsed)
             )
-            with self.assertRaises(openai.BadRequestError) as refused:
-                ai.responses.create(**settings, previous_response_id=plain.id)
-            self.assertEqual(refused.exception.param, "previous_response_id")
+            again = ai.responses.create(**settings, previous_response_id=plain.id)
+            self.assertGreater(again.usage.input_tokens, plain.usage.input_tokens)
+            self.assertEqual(again.previous_response_id, plain.id)
         items: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
         with serving(Speaker(LLAMA_CALL)) as api, client(api) as ai:
             items += ai.responses.create(
@@ -6797,26 +6818,16 @@ class ResponsesTest(unittest.TestCase):
         image = {"type": "input_image", "image_url": "x"}
         call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "["}
         bodies: list[tuple[str, str, Body]] = [
-            (
-                "previous_response_id",
-                "keeps no answers, so send the whole conversation",
-                {"previous_response_id": "resp_1"},
-            ),
-            ("conversation", "keeps no answers", {"conversation": {"id": "x"}}),
+            ("previous_response_id", "no resp_1 here", {"previous_response_id": "resp_1"}),
+            ("conversation", "send previous_response_id", {"conversation": {"id": "x"}}),
             ("prompt", "not supported here: leave it out", {"prompt": {"id": "x"}}),
-            ("store", "not supported here: leave it out", {"store": True}),
             ("background", "not supported here", {"background": True}),
-            ("truncation", "not supported here", {"truncation": "auto"}),
+            ("truncation", "one of disabled, auto", {"truncation": "middle"}),
             ("n", "not supported here", {"n": 2}),
-            ("top_logprobs", "not supported here", {"top_logprobs": 2}),
+            ("top_logprobs", "from 0 to 20", {"top_logprobs": 21}),
             (
-                "include",
-                "a list without message.output_text.logprobs",
-                {"include": ["message.output_text.logprobs"]},
-            ),
-            (
-                "input[0]",
-                "item_reference.*store: false",
+                "input[0].id",
+                "no message_1 here.*send the whole conversation",
                 {"input": [{"type": "item_reference", "id": "message_1"}]},
             ),
             ("input[0].type", "one of message, .*computer", {"input": [{"type": "computer_call"}]}),
@@ -6882,6 +6893,192 @@ class ResponsesTest(unittest.TestCase):
 # ==================================================================================================
 # Answers of all dialects
 # ==================================================================================================
+
+
+WEATHER_TOOL = {"name": "get_weather", "input_schema": TOOLS[0]["function"]["parameters"]}
+
+
+class MessagesTest(unittest.TestCase):
+    """POST /v1/messages, beside what it has in common with the other dialects (CrossingTest)."""
+
+    def test_the_prompt(self) -> None:
+        """What Claude Code sends reaches the model, but for what changes with every request."""
+        billing = {"type": "text", "text": "x-anthropic-billing-header: v=1; cch={};"}
+        system = [
+            billing,
+            {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}},
+        ]
+        used = {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": PARIS}
+        result = {"type": "tool_result", "tool_use_id": "toolu_1"}
+        messages: list[Body] = [
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "T", "signature": "x"}, used],
+            },
+            {
+                "role": "user",
+                "content": [{**result, "content": "21"}, {"type": "text", "text": "So?"}],
+            },
+            {"role": "system", "content": "Be kind."},
+        ]
+        call = called("get_weather", PARIS, "toolu_1")
+        same = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "reasoning_content": "T", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "toolu_1", "content": "21"},
+            {"role": "user", "content": "So?\n\nBe kind."},
+        ]
+        template = "{{ messages | tojson }}{{ tools | length }}"
+        tokens = file_tokenizer(byte_folder(), template)
+        server_tool = {"type": "web_search_20250305", "name": "web_search"}
+        with serving(Speaker("It is warm.")) as api:
+            use(api, tokens)
+            body = {"system": system, "messages": messages, "tools": [WEATHER_TOOL, server_tool]}
+            port = api.server_port
+            counted = ask(port, "/v1/messages/count_tokens", body).json
+            chat = {"messages": same, "tools": TOOLS[:1]}
+            same_chat = ask(port, "/tokenize", chat)
+            self.assertEqual(same_chat.status, 200, same_chat)
+            self.assertEqual(counted, {"input_tokens": same_chat.json["count"]})
+
+    def test_the_second_turn_reads_only_what_is_new(self) -> None:
+        """Usage counts what the cache had apart, as Anthropic's does."""
+        question: Body = {"role": "user", "content": "What is machine learning? " * 20}
+        usage = []
+        with serving(Speaker("It is warm.")) as api:
+            messages = [question]
+            for turn in range(2):
+                system = [{"type": "text", "text": f"x-anthropic-billing-header: {turn}"}]
+                body = {"max_tokens": 9, "system": system, "messages": messages}
+                whole = ask(api.server_port, "/v1/messages?beta=true", body).json
+                usage.append(whole["usage"])
+                messages += [{"role": "assistant", "content": whole["content"]}, question]
+        first, second = usage
+        self.assertEqual(first["cache_read_input_tokens"], 0)
+        self.assertGreaterEqual(second["cache_read_input_tokens"], first["input_tokens"])
+        self.assertLess(second["input_tokens"], first["input_tokens"] + 20)
+
+    def test_why_an_answer_ends(self) -> None:
+        with serving(Speaker("One. Two. Three.")) as api:
+            for options, reason, sequence in (
+                ({}, "end_turn", None),
+                ({"stop_sequences": ["Four", "Two"]}, "stop_sequence", "Two"),
+                ({"max_tokens": 2}, "max_tokens", None),
+            ):
+                body = {
+                    "messages": [{"role": "user", "content": "Hi"}],
+                    "max_tokens": 99,
+                    **options,
+                }
+                whole = both(api.server_port, "/v1/messages", body)
+                self.assertEqual((whole["stop_reason"], whole["stop_sequence"]), (reason, sequence))
+
+    def test_what_is_refused(self) -> None:
+        port = shared_server("random").port
+        image = {"role": "user", "content": [{"type": "image", "source": {}}]}
+        bodies: list[tuple[str, Body]] = [
+            (
+                r"messages\[0\].content\[0\].type must be one of text, .*image",
+                {"messages": [image]},
+            ),
+            ("messages must be", {"messages": []}),
+            (r"tools\[0\].input_schema is missing", {"tools": [{"name": "f"}]}),
+            ("tool_choice.type must be one of auto", {"tool_choice": {"type": "required"}}),
+            (
+                "tool_choice.name is missing",
+                {"tool_choice": {"type": "tool"}, "tools": [WEATHER_TOOL]},
+            ),
+            ("thinking.type must be", {"thinking": {"type": "on"}}),
+            (
+                "output_config.format.schema is missing",
+                {"output_config": {"format": {"type": "json_schema"}}},
+            ),
+            (
+                "the prompt has .* tokens",
+                {"messages": [{"role": "user", "content": "a b " * 9999}]},
+            ),
+        ]
+        for expected, more in bodies:
+            with self.subTest(expected):
+                body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, **more}
+                reply = ask(port, "/v1/messages", body)
+                check_error(reply, 400, expected)
+                self.assertEqual(reply.json["error"]["type"], "invalid_request_error")
+
+    @needs("anthropic")
+    def test_the_python_client(self) -> None:
+        """Anthropic's own: an answer, a stream, a tool's loop, and a count."""
+        import anthropic
+
+        def client(api: server.ApiServer) -> Any:
+            return anthropic.Anthropic(
+                base_url=f"http://127.0.0.1:{api.server_port}", api_key="none"
+            )
+
+        asked: Any = {
+            "model": "claude-any",
+            "max_tokens": 99,
+            "messages": [{"role": "user", "content": "Hi"}],
+        }
+        with serving(Speaker(LLAMA_CALL)) as api, client(api) as ai:
+            with ai.messages.stream(**asked, tools=[WEATHER_TOOL]) as stream:
+                message = stream.get_final_message()
+            (used,) = message.content
+            self.assertEqual(
+                (message.stop_reason, used.name, used.input), ("tool_use", "get_weather", PARIS)
+            )
+        with serving(Speaker("It is warm.")) as api, client(api) as ai:
+            result = {"type": "tool_result", "tool_use_id": used.id, "content": "21"}
+            asked["messages"] += [
+                {"role": "assistant", "content": message.content},
+                {"role": "user", "content": [result]},
+            ]
+            message = ai.messages.create(**asked, tools=[WEATHER_TOOL])
+            self.assertEqual(message.content[0].text, "It is warm.")
+            counted = ai.messages.count_tokens(
+                model="any", messages=asked["messages"], tools=[WEATHER_TOOL]
+            )
+            self.assertEqual(counted.input_tokens, message.usage.input_tokens)
+            self.assertEqual([model.id for model in ai.models.list()], ["fake-llama"])
+            with self.assertRaises(anthropic.BadRequestError):
+                ai.messages.create(
+                    **{**asked, "messages": [{"role": "user", "content": [{"type": "image"}]}]}
+                )
+
+
+class AwakeTest(unittest.TestCase):
+    """A stream that has nothing to say says so, in each dialect's way."""
+
+    def test_silence(self) -> None:
+        ways = {
+            "/chat": b'{"response": ""}\n',
+            "/v1/chat/completions": b": waiting\n\n",
+            "/v1/completions": b": waiting\n\n",
+            "/v1/responses": b": waiting\n\n",
+            "/v1/messages": b'event: ping\ndata: {"type": "ping"}\n\n',
+        }
+        fields = {
+            "/v1/responses": {"input": "Hi"},
+            "/v1/completions": {"prompt": "Hi"},
+            "/chat": {"prompt": "Hi"},
+        }
+        chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
+        with mock.patch.object(server, "LISTEN_SECONDS", 0.05):
+            for path, way in ways.items():
+                gate = Gate(opened=False)
+                with self.subTest(path), serving(Speaker("It is warm.", before_step=gate)) as api:
+                    api.silence = 0.1
+                    body = {**fields.get(path, chat), "stream": True}
+                    with dial(api.server_port, post(body, path=path)) as client:
+                        data = b""
+                        while data.count(way) < 3:
+                            data += client.recv(65536)
+                        self.assertIn(b"HTTP/1.1 200 OK", data)
+                        gate.open()
+                        while b"warm." not in data:
+                            data += client.recv(65536)
 
 
 class Said(NamedTuple):
@@ -6966,12 +7163,50 @@ def fold_completions(chunks: list[Body]) -> Body:
     return {**head, "choices": ordered, "usage": chunks[-1].get("usage")}
 
 
+def fold_messages(data: bytes) -> Body:
+    """The whole answer of a stream of POST /v1/messages."""
+    *parts, rest = data.decode().split("\n\n")
+    assert rest == "", data
+    told: list[Body] = [json.loads(part.partition("\ndata: ")[2]) for part in parts]
+    assert [part.partition("\n")[0] for part in parts] == [
+        f"event: {event['type']}" for event in told
+    ]
+    start, *middle, delta, stop = told
+    assert (start["type"], delta["type"], stop) == (
+        "message_start", "message_delta", {"type": "message_stop"}
+    )  # fmt: skip
+    message: Body = start["message"]
+    assert message["content"] == [] and message["stop_reason"] is None
+    for index, group in itertools.groupby(middle, key=lambda event: int(event["index"])):
+        begun, *deltas, ended = group
+        assert (begun["type"], ended["type"]) == ("content_block_start", "content_block_stop")
+        block = begun["content_block"]
+        assert index == len(message["content"]) and not block.get("input")
+        message["content"].append(block)
+        arguments = ""
+        for event in deltas:
+            assert event["type"] == "content_block_delta"
+            change: Body = event["delta"]
+            kind, (name, text) = change.pop("type"), *change.items()
+            assert kind == {"partial_json": "input_json"}.get(name, name) + "_delta"
+            if name == "partial_json":
+                arguments += text
+            else:
+                block[name] += text
+        if block["type"] == "tool_use":
+            block["input"] = json.loads(arguments)
+    return {**message, **delta["delta"], "usage": delta["usage"]}
+
+
 def without_chance(value: Any) -> Any:
     """A JSON value without what differs from answer to answer: ids, times and what was in the
     cache.
     """
     if isinstance(value, dict):
-        chance = ("id", "call_id", "created", "created_at", "cached_tokens")
+        chance = (
+            "id", "call_id", "created", "created_at", "completed_at", "cached_tokens",
+            "input_tokens", "cache_read_input_tokens",
+        )  # fmt: skip
         return {
             name: without_chance(entry)
             for name, entry in value.items()
@@ -6991,12 +7226,27 @@ def both(port: int, path: str, body: Body) -> Body:
         folded = fold_chat([json.loads(line) for line in stream.body.splitlines()])
     elif path == "/v1/responses":
         folded = replay(stream.body)
+    elif path == "/v1/messages":
+        folded = fold_messages(stream.body)
     else:
         fold = fold_chat_completions if "chat" in path else fold_completions
         folded = fold(events(stream.body))
     whole = plain.json
     assert without_chance(folded) == without_chance(whole), f"streamed {folded}\nwhole {whole}"
     return whole
+
+
+def said_in_blocks(whole: Body) -> Said:
+    """What an answer of POST /v1/messages says."""
+    texts = {
+        kind: "".join(block[kind] for block in whole["content"] if block["type"] == kind)
+        for kind in ("text", "thinking")
+    }
+    used = [block for block in whole["content"] if block["type"] == "tool_use"]
+    calls = tuple((block["name"], json.dumps(block["input"])) for block in used)
+    reason = whole["stop_reason"]
+    assert (reason == "tool_use") == bool(calls and reason != "max_tokens"), whole
+    return Said(**texts, calls=calls, finish="length" if reason == "max_tokens" else "stop")
 
 
 def what_was_said(path: str, whole: Body) -> list[Said]:
@@ -7013,6 +7263,8 @@ def what_was_said(path: str, whole: Body) -> list[Said]:
         thought = "".join(item["summary"][0]["text"] for item in kinds["reasoning"])
         calls = tuple((item["name"], item["arguments"]) for item in kinds["function_call"])
         return [Said(text, thought, calls, "length" if whole["status"] == "incomplete" else "stop")]
+    if path == "/v1/messages":
+        return [said_in_blocks(whole)]
     said = []
     for choice in whole["choices"]:
         message = choice["message"]
@@ -7102,10 +7354,8 @@ class Actor(Speaker):
                 self.script += [added[part]] if part in added else self.tokens.encode_text(part)
         self.script.append(min(self.tokens.stop_tokens))
 
-    def step(
-        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
-    ) -> list[server.Result]:
-        results = FakeEngine.step(self, batch, meanwhile)
+    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+        results = FakeEngine.step(self, batch)
         for i, work in enumerate(batch):
             if work.sampler:
                 said = self._said[work.slot]
@@ -7165,6 +7415,8 @@ NOT_IN = {  # fields that a dialect does not have
               "logit_bias", "n", "min_tokens", "ignore_eos", "stop_token_ids", "parallel_tool_calls"},
     "/v1/completions": {"parallel_tool_calls"},
     "/v1/responses": {"n", "logprobs", "top_logprobs"},
+    "/v1/messages": {"logprobs", "top_logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p",
+                     "logit_bias", "n", "min_tokens", "ignore_eos", "stop_token_ids", "seed", "structured_outputs"},
     "/v1/chat/completions": set(),
 }  # fmt: skip
 AGE = {
@@ -7246,12 +7498,54 @@ def thinking(kind: Kind) -> Kind:
     return kind._replace(fields=fields, script=script, said=kind.said._replace(thinking=thought))
 
 
+def in_anthropics(fields: Body) -> Body | None:
+    """The fields of chat completions as POST /v1/messages has them; None if it has not."""
+    body: Body = {"max_tokens": 999, "messages": []}
+    for message in fields.get("messages", QUESTION):
+        blocks: list[Body] = [{"type": "text", "text": message["content"]}]
+        for call in message.get("tool_calls", []):
+            function = call["function"]
+            used = {"name": function["name"], "input": json.loads(function["arguments"])}
+            blocks = [{"type": "tool_use", "id": call["id"], **used}]
+        if message["role"] == "tool":
+            blocks = [
+                {"type": "tool_result", "tool_use_id": message["tool_call_id"], "content": blocks}
+            ]
+        role = "assistant" if message["role"] == "assistant" else "user"
+        body["messages"].append({"role": role, "content": blocks})
+    if "tools" in fields:
+        functions = [dict(tool["function"]) for tool in fields["tools"]]
+        empty: Body = {"type": "object", "additionalProperties": False}
+        body["tools"] = [{"input_schema": f.pop("parameters", empty), **f} for f in functions]
+    choice = fields.get("tool_choice", "auto")
+    if isinstance(choice, dict):
+        choice = {"type": "tool", **choice["function"]}
+    else:
+        choice = {"type": "any" if choice == "required" else choice}
+    body["tool_choice"] = {
+        **choice,
+        "disable_parallel_tool_use": fields.get("parallel_tool_calls") is False,
+    }
+    if form := fields.get("response_format"):
+        if form["type"] == "json_object":
+            return None
+        asked = {"type": "json_schema", "schema": form["json_schema"]["schema"]}
+        body["output_config"] = {"format": asked}
+    if fields.get("chat_template_kwargs"):
+        body["thinking"] = {"type": "enabled", "budget_tokens": 1024}
+    names = {"stop": "stop_sequences", "stream": "stream"}
+    names |= {name: name for name in ("max_tokens", "temperature", "top_p", "top_k")}
+    return body | {new: fields[name] for name, new in names.items() if name in fields}
+
+
 def in_dialect(path: str, fields: Body) -> Body | None:
     """The fields of chat completions as another dialect has them; None if it has not."""
     if fields.keys() & NOT_IN[path]:
         return None
     if path == "/v1/chat/completions":
         return {"messages": QUESTION, **fields}
+    if path == "/v1/messages":
+        return in_anthropics(fields)
     others = {"messages", "tools", "tool_choice", "parallel_tool_calls"}
     if path == "/v1/completions":
         no_chat = fields.keys() & {*others, "chat_template_kwargs"}
@@ -8607,16 +8901,28 @@ class LoadTest(unittest.TestCase):
         wait_until(lambda: count("fd", process.process.pid) <= before + 2)
 
     def test_too_many_connections(self) -> None:
-        """Those beyond the limit are told so at once, also before they send anything; one that
-        closes makes room.
+        """Idle ones make room for new ones, the oldest first. Where all are busy, the next is told
+        so, and /health is answered.
         """
-        with serving(FakeEngine(), connections=2) as api, contextlib.ExitStack() as stack:
-            first, _ = (stack.enter_context(dial(api.server_port, b"")) for _ in range(2))
+        gate = Gate(opened=False)
+        with (
+            serving(FakeEngine(before_step=gate), connections=2) as api,
+            contextlib.ExitStack() as stack,
+        ):
+            port = api.server_port
+            idle = [stack.enter_context(dial(port, b"GET /he")) for _ in range(2)]
             wait_until(lambda: len(api.handlers) == 2)
-            for data in (b"", post(ASKED), post({"prompt": "x" * 10**6})):
-                check_error(first_answer(api.server_port, data), 503, "too many connections")
-            first.close()
-            wait_until(lambda: ask(api.server_port, "/health").status == 200)
+            for _ in range(5):
+                self.assertEqual(ask(port, "/health").status, 200)
+            self.assertEqual([connection.recv(9) for connection in idle], [b"", b""])
+            busy = [stack.enter_context(dial(port, post(ASKED))) for _ in range(2)]
+            wait_until(lambda: api.under_way == 2)
+            for data in (post(ASKED), post({"prompt": "x" * 10**6})):
+                check_error(first_answer(port, data), 503, "too many connections")
+            self.assertEqual(ask(port, "/health").status, 200)
+            gate.open()
+            for connection in busy:
+                self.assertIn(b"HTTP/1.1 200", connection.recv(99))
 
     def test_a_reader_that_stops(self) -> None:
         """It is cut off after a while and its slot is free; others are answered meanwhile."""
@@ -9400,12 +9706,10 @@ class FaultyEngine(server.TorchEngine):
     fault = ""
     room: dict[int, int] = {}  # noqa: RUF012
 
-    def step(
-        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
-    ) -> list[server.Result]:
+    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
         # a block of slot 6 stays as it is
         block = [cache[6, 32:64].clone() for cache in (*self.keys, *self.values)]
-        results = super().step(batch, meanwhile)
+        results = super().step(batch)
         if self.fault == "a stale block":
             for cache, old in zip((*self.keys, *self.values), block):
                 cache[6, 32:64] = old
@@ -9505,59 +9809,6 @@ class CheckTest(unittest.TestCase):
             process.send_signal(signal.SIGINT)
             self.assertEqual(process.wait(PATIENCE), 130)
             self.assertEqual((process.stdout.read(), process.stderr.read()), (b"", b""))
-
-    def test_a_card(self) -> None:
-        """On the stand-in, with each fault put into its model or below the engine."""
-        together = "the same text in every slot, together"
-        five, scale = "one of the CPU's five likeliest", "the CPU's scale of log-probabilities"
-        ways = ("a prompt in pieces", "a prefix left in its slot", "a prefix of another slot")
-        prefixes = [f"the same text from {way}" for way in ways]
-        read, copy = PagedLlama.read, server.TTEngine.copy
-
-        def exchange(model: PagedLlama, tokens: list[list[int]], *rest: Any) -> torch.Tensor:
-            logits = read(model, tokens, *rest)
-            if len(logits) > 3:
-                logits[[2, 3]] = logits[[3, 2]]
-            return logits
-
-        def keep_stale(model: PagedLlama, *work: Any) -> torch.Tensor:
-            stale = [cache[40].clone() for cache in model.cache]  # slot 19's, if all have two
-            logits = read(model, *work)
-            for cache, block in zip(model.cache, stale):
-                cache[40] = block
-            return logits
-
-        def start_late(
-            model: PagedLlama, tokens: list[list[int]], positions: list[int], *tables: Any
-        ) -> torch.Tensor:
-            late = [
-                position + (position > 0 and len(row) > 1)
-                for row, position in zip(tokens, positions)
-            ]
-            return read(model, tokens, late, *tables)
-
-        def double(*work: Any) -> torch.Tensor:
-            return 2 * read(*work)
-
-        def share_less(engine: server.TTEngine, source: int, slot: int, length: int) -> None:
-            copy(engine, source, slot, length - 32)
-
-        reference = float32_engine(tt_model() / "original", 1, 128)
-        model, engine_class = "test_server.PagedLlama.read", "tt_api_server.TTEngine.copy"
-        for place, fault, wrong in (
-            (model, read, set[str]()),
-            (model, exchange, {together, five}),
-            (model, keep_stale, {together, together.replace("together", "alone")}),
-            (model, start_late, set(prefixes)),
-            (model, double, {scale}),
-            (engine_class, share_less, {prefixes[2]}),
-        ):
-            with self.subTest(fault.__name__), stand_in("2026-09"), mock.patch(place, fault):
-                with contextlib.closing(tt_engine()) as engine:
-                    check = server.EngineCheck(engine, tokenizer(), 0.001)
-                    check.run(no_progress)
-                check.compare(reference)
-                self.assertEqual(set(check.wrong), wrong, check)
 
 
 # ==================================================================================================

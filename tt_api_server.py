@@ -58,15 +58,18 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import email.errors
 import fcntl
 import functools
 import gc
 import hashlib
 import hmac
+import http.client
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -94,6 +97,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import traceback
 import types
 import urllib.parse
@@ -107,7 +111,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, TypeGuard, cast
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +198,7 @@ def fits_depth(value: Any, most: int) -> bool:
     return True
 
 
-def long_json(value: dict[str, Any]) -> bytes:
+def long_json(value: Any) -> bytes:
     """`value` as one line of JSON in UTF-8, in small steps: to write megabytes in one would stop all
     other threads.
     """
@@ -247,7 +251,13 @@ FAMILIES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("layers.{}.attention.q_norm.weight", "model.layers.{}.self_attn.q_norm.weight", "head"),
         ("layers.{}.attention.k_norm.weight", "model.layers.{}.self_attn.k_norm.weight", "head"),
     ),
+    "phi3": (),
 }
+# Phi-3's tensors that hold several of the others, one below the other, and their rows.
+FUSED = {
+    "self_attn.qkv_proj": {"self_attn.q_proj": "q", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
+    "mlp.gate_up_proj": {"mlp.gate_proj": "ffn", "mlp.up_proj": "ffn"},
+}  # fmt: skip
 NAME_FOLDER = "name a folder with config.json, model.safetensors or its index, and tokenizer.json"
 NAME_ANOTHER = f"name a text model of the family {', '.join(FAMILIES)} in bfloat16"
 NAME_ANOTHER += ", not a quantized copy (GPTQ, AWQ, FP8, MLX)"
@@ -261,18 +271,14 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "quantization_config": (None,),
     "quantization": (None,),  # MLX's name
-    "rope_type": ("default", "llama3"),
+    "rope_type": ("default", "llama3", "longrope"),
     "partial_rotary_factor": (1.0, None),
 }
 # transformers' defaults for what config.json leaves out: of all families, and of each.
-DEFAULTS = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-}
+DEFAULTS = {"num_hidden_layers": 32, "num_attention_heads": 32, "rope_theta": 10000.0}
 FAMILY_SETTINGS = (
+    "hidden_size",
+    "rms_norm_eps",
     "vocab_size",
     "intermediate_size",
     "max_position_embeddings",
@@ -280,10 +286,11 @@ FAMILY_SETTINGS = (
     "head_dim",
 )
 FAMILY_DEFAULTS = {  # None: it follows from the others
-    "llama": (32000, 11008, 2048, None, None),
-    "mistral": (32000, 14336, 131072, 8, None),
-    "qwen2": (151936, 22016, 32768, 32, None),
-    "qwen3": (151936, 22016, 32768, 32, 128),
+    "llama": (4096, 1e-6, 32000, 11008, 2048, None, None),
+    "mistral": (4096, 1e-6, 32000, 14336, 131072, 8, None),
+    "qwen2": (4096, 1e-6, 151936, 22016, 32768, 32, None),
+    "qwen3": (4096, 1e-6, 151936, 22016, 32768, 32, 128),
+    "phi3": (3072, 1e-5, 32064, 8192, 4096, None, None),
 }
 # The settings of generation_config.json that are a request's defaults: lowest and highest value.
 GENERATION = {
@@ -293,7 +300,8 @@ GENERATION = {
     "min_p": (0.0, 1),
     "repetition_penalty": (0.01, 100),
 }
-# Llama 3.1's stretching of the rotary wavelengths
+# Llama 3.1's stretching of the rotary wavelengths, and that of Phi-3's long contexts
+LONG_ROPE = ("short_factor", "long_factor", "original_max_position_embeddings")
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 WEIGHTS = (  # of all families, in the same form; {} is the number of the layer
     ("tok_embeddings.weight", "model.embed_tokens.weight", "vocabulary dim"),
@@ -326,7 +334,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     max_position: int  # tokens of the longest context
-    rope_scaling: dict[str, float] | None  # ROPE_SCALING
+    rope_scaling: dict[str, Any] | None  # ROPE_SCALING or LONG_ROPE
     tied: bool  # the embedding is the output matrix, if the checkpoint has no other
 
     @staticmethod
@@ -349,8 +357,8 @@ class ModelConfig:
         dim, heads = settings["hidden_size"], settings["num_attention_heads"]
         # Attention has no sliding window here, so the context ends where a window would begin to
         # slide.
-        slides = settings.get("use_sliding_window", family == "mistral")
-        window = settings.get("sliding_window", 4096) if slides else None
+        slides = settings.get("use_sliding_window", family in ("mistral", "phi3"))
+        window = settings.get("sliding_window", 4096 if family == "mistral" else None)
         numbers = {
             "vocab_size": settings["vocab_size"],
             "dim": dim,
@@ -361,25 +369,34 @@ class ModelConfig:
             "ffn_dim": settings["intermediate_size"],
             "norm_eps": settings["rms_norm_eps"],
             "rope_theta": settings["rope_theta"],
-            "max_position": min(settings["max_position_embeddings"], window or math.inf),
+            "max_position": min(
+                settings["max_position_embeddings"], (slides and window) or math.inf
+            ),
         }
-        scaled = settings["rope_type"] == "llama3"
-        scaling = {name: rope[name] for name in ROPE_SCALING if scaled}
+        kinds = {"default": (), "llama3": ROPE_SCALING, "longrope": LONG_ROPE}
+        scaling = {name: settings[name] for name in kinds[settings["rope_type"]]}
         for name, value in {**numbers, **scaling}.items():
-            if not isinstance(value, (int, float)) or value <= 0:
-                raise ValueError(f"{name} is {shown(value)}")
+            for part in as_list(value):
+                if not isinstance(part, (int, float)) or part <= 0:
+                    raise ValueError(f"{name} is {shown(value)}")
         tied = bool(settings.get("tie_word_embeddings"))
         return ModelConfig(family, **numbers, rope_scaling=scaling or None, tied=tied)
 
-    def weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Meta's name of every weight, with Hugging Face's name and the shape."""
-        sizes = {
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the tables of weights call a size."""
+        return {
             "vocabulary": self.vocab_size,
             "dim": self.dim,
             "ffn": self.ffn_dim,
             "head": self.head_dim,
+            "q": self.n_heads * self.head_dim,
+            "kv": self.n_kv_heads * self.head_dim,
         }
-        sizes |= {"q": self.n_heads * self.head_dim, "kv": self.n_kv_heads * self.head_dim}
+
+    def weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Meta's name of every weight, with Hugging Face's name and the shape."""
+        sizes = self.sizes
         return {
             meta.format(i): (hf.format(i), tuple(sizes[size] for size in shape.split()))
             for meta, hf, shape in WEIGHTS + FAMILIES[self.family]
@@ -458,6 +475,7 @@ class Checkpoint:
         """
         meta = self.files[0].suffix == ".pth"
         stored = {name: tensor for path in self.files for name, tensor in open_file(path).items()}
+        split_fused(stored, self.config)
         weights = self.config.weights()
         own_names = {name: name if meta else hf for name, (hf, _) in weights.items()}
         if "norm.weight" in stored:  # Meta's layout, or a model saved without its head
@@ -489,6 +507,16 @@ class Checkpoint:
             return tensor
 
         return read
+
+
+def split_fused(stored: dict[str, torch.Tensor], config: ModelConfig) -> None:
+    """Replace the tensors that hold several others by these."""
+    for name in list(stored):
+        for fused, parts in FUSED.items():
+            rows = [config.sizes[size] for size in parts.values()]
+            if f".{fused}." in name and len(stored[name]) == sum(rows):
+                for part, tensor in zip(parts, torch.split(stored.pop(name), rows)):
+                    stored[name.replace(fused, part)] = tensor
 
 
 def open_file(path: Path) -> dict[str, torch.Tensor]:
@@ -882,6 +910,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[Message] = (),
         thinking: bool = False,
+        starts: bool = True,
     ) -> list[str]:
         """The prompt in parts, which are encoded one by one.
 
@@ -896,7 +925,7 @@ class ChatTemplate:
                 messages=self.inert(list(messages)),
                 tools=self.inert(list(tools)) or None,
                 enable_thinking=thinking,
-                add_generation_prompt=True,
+                add_generation_prompt=starts,
                 limited=limited_to(PROMPT_CHARACTERS),
             )
             return prompt.split(self.CUT)
@@ -1002,12 +1031,13 @@ class Tokenizer:
         messages: Sequence[Message],
         tools: Sequence[Message] = (),
         thinking: bool = False,
+        starts: bool = True,
     ) -> list[int]:
-        """Token ids of a conversation, up to the start of the assistant's answer.
+        """Token ids of a conversation, with the start of the assistant's answer if it `starts`.
 
         Raises ApiError.
         """
-        return self.vocabulary.encode(self.template.render(messages, tools, thinking))
+        return self.vocabulary.encode(self.template.render(messages, tools, thinking, starts))
 
     def encode_document(self, text: str) -> list[int]:
         """Token ids of plain text at the start of a document."""
@@ -1180,7 +1210,7 @@ class Reader:
         self.thinking = self.text = self.finish = ""
         self.calls: list[Call] = []
         self.count = 0  # tokens of the answer
-        self.stopped = False  # a stop string has come; the text ends before it
+        self.stopped = ""  # the stop string that has come; the text ends before it
         self._tokenizer = tokenizer
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.stop = stop  # strings that end the answer before the model does
@@ -1227,10 +1257,10 @@ class Reader:
         if text and self._first:
             text, self._first = text.removeprefix(self._first), ""
         text = self._held + text
-        ends = [index for index in map(text.find, self.stop) if index >= 0]
+        ends = [(text.find(stop), stop) for stop in self.stop if stop in text]
         if ends:
-            self.stopped = final = True
-            text = text[: min(ends)]
+            end, self.stopped = min(ends)
+            text, final = text[:end], True
         text, may_stop = without_start(text, self.stop, final)
         pieces: list[Piece] = []
         while True:
@@ -2448,13 +2478,10 @@ class Engine(Protocol):
         only if prompts can be prefilled in pieces.
         """
 
-    def step(
-        self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
-    ) -> list[Result]:
+    def step(self, batch: Sequence[Work]) -> list[Result]:
         """Read each item's tokens into its slot; return the next token of each, and the scores that
         are wanted.
 
-        `meanwhile` is called once: while the device computes, if it does so by itself, or before.
         A sampler that cannot draw yet costs only its own item its token: the scheduler sends the
         last token again.
         """
@@ -2615,10 +2642,7 @@ class TorchEngine:
             linear("feed_forward.w2"),
         )
 
-    def step(
-        self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
-    ) -> list[Result]:
-        meanwhile()
+    def step(self, batch: Sequence[Work]) -> list[Result]:
         with torch.inference_mode():
             hidden = self.forward(batch)
             drawing = [work for work in batch if work.sampler]
@@ -2805,18 +2829,25 @@ def rotary_tables(config: ModelConfig, length: int) -> tuple[torch.Tensor, torch
     pair of a head.
 
     Su et al. 2021, with the scaling of Llama 3.1: wavelengths longer than the original context are
-    stretched by the factor, short ones are kept, and those between are interpolated.
+    stretched by the factor, short ones are kept, and those between are interpolated. Or with that
+    of LongRoPE (Ding et al. 2024): each has a factor of its own, for a context up to the original
+    one or beyond it, and cosine and sine grow with the context that the model was made for.
     """
+    scaling, size = config.rope_scaling or {}, 1.0
     frequency = config.rope_theta ** (
         -torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     )
-    if scaling := config.rope_scaling:
+    if "long_factor" in scaling:
+        original = scaling["original_max_position_embeddings"]
+        frequency /= torch.tensor(scaling["long_factor" if length > original else "short_factor"])
+        size = math.sqrt(1 + math.log(config.max_position / original) / math.log(original))
+    elif scaling:
         factor, low, high, original = (scaling[name] for name in ROPE_SCALING)
         turns = original * frequency / (2 * torch.pi)  # in the original context
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
+    return size * angle.cos(), size * angle.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -3140,7 +3171,7 @@ class Card:
         )
         self.board, board_of_copy = choose_board(ttnn, self.copies)
         if self.board == "P100":  # longer pieces can exceed the memory of a core (tt-metal #33991)
-            os.environ.setdefault("MAX_PREFILL_CHUNK_SIZE", "2")
+            os.environ.setdefault("MAX_PREFILL_CHUNK_SIZE", "1")
         pool, trace_region_size = divide_memory(self.checkpoint, board_of_copy)
         self._divide_pool(pool)
         self.trace_region_size = self.trace_region_size or trace_region_size
@@ -3268,8 +3299,8 @@ class TTEngine:
             card.open(progress, accuracy, verbose)
             self.device, self.max_seq_len = card.board.lower(), card.max_seq_len
             self.kv_cache_tokens = data_parallel * (card.blocks - 1) * BLOCK_SIZE
-            size = (self.max_batch_size, card.padded_seq_len // BLOCK_SIZE)
-            self._page_table = torch.zeros(size, dtype=torch.int32)
+            columns = card.padded_seq_len // BLOCK_SIZE
+            self._page_table = torch.zeros(self.max_batch_size, columns, dtype=torch.int32)
             # by pool and block: how many slots hold it; of no use for block 0
             self._holders = torch.zeros(data_parallel, card.blocks, dtype=torch.int32)
             self._read_capabilities()
@@ -3312,8 +3343,8 @@ class TTEngine:
 
     def _choose_shapes(self) -> None:
         """Find out how prompts may be prefilled."""
-        card = self._card
-        align: Any = getattr(card.generator, "_align_resume_offsets", lambda *_: [])
+        card, this = self._card, self._card.generator
+        align: Any = getattr(this, "_align_resume_offsets", lambda *_: [])
         pieces = (SHORT_PREFILL, LONG_PREFILL)
         starts, ends = [SHORT_PREFILL] * 2, [SHORT_PREFILL + length for length in pieces]
         aligned = align(starts, ends, card.kv_cache) == starts  # others would be lowered
@@ -3328,7 +3359,8 @@ class TTEngine:
         longest = min(self.max_seq_len, LONG_PREFILL) if resumes else self.max_seq_len
         padded = card.common.get_padded_prefill_len
         lengths = sorted({padded(min(1 << power, longest)) for power in range(7, 18)})
-        short = [rows for rows in PREFILL_ROWS if rows <= card.slots and card.copies == 1] + [1]
+        most = card.slots if len(this.model) == 1 else 1
+        short = [*(rows for rows in PREFILL_ROWS if rows <= most), 1]
         # of one call, by padded length
         self._rows = {length: short if length == SHORT_PREFILL else [1] for length in lengths}
 
@@ -3362,8 +3394,10 @@ class TTEngine:
         shapes = [(0, length, rows) for length, sizes in self._rows.items() for rows in sizes]
         shapes += [(SHORT_PREFILL, length, 1) for length in self._resumed]
         traced = [shape for shape in shapes if self._traces(shape[1], shape[0])]
-        preparing = [("preparing", traced)] * self._prepares_traces
-        stages = [("compiling", shapes), *preparing, *[("tracing", traced)] * self._traced]
+        stages = [("compiling", shapes)]
+        stages += [("preparing", traced)] * self._prepares_traces + [
+            ("tracing", traced)
+        ] * self._traced
         total, done = sum(1 + len(calls) for _, calls in stages), itertools.count()
         for doing, calls in stages:
             self._tracing = doing != "compiling"
@@ -3381,33 +3415,33 @@ class TTEngine:
             for position, length, rows in calls:
                 progress(f"{doing} {rows} prompts of {length} tokens", next(done) / total)
                 # A program for each place cuts out the 32 rows with the last token.
-                least = length if self._tracing or position or length > LONG_PREFILL else 32
-                ends = range(least, length + 1, 32)
+                once = self._tracing or position or length > LONG_PREFILL
+                ends = [length] if once else range(32, length + 1, 32)
                 # each copy has its own traces
                 for first, end in itertools.product(range(0, slots, self._card.slots), ends):
-                    places = range(first, first + rows)
-                    self._prefill([Work(slot, [0] * end, position, None) for slot in places])
+                    tokens = [0] * end
+                    self._prefill(
+                        [Work(first + row, tokens, position, None) for row in range(rows)]
+                    )
             if doing == "preparing":
                 generator._defer_prefill_recording = False
                 generator._record_pending_prefill_traces()
 
     def _time_decode(self, params: SamplingParams, rows: int, on_card: bool) -> float:
         """Seconds of a decode step of so many slots: the fastest of a few; the first is a reset."""
-        works, times = [Work(slot, [0], 1, Sampler(params)) for slot in range(rows)], []
-        for _ in range(4):
-            began = time.perf_counter()
-            self._decode(works, on_card)
-            times.append(time.perf_counter() - began)
-        return min(times)
+        works = [Work(slot, [0], 1, Sampler(params)) for slot in range(rows)]
+        step = functools.partial(self._decode, works, on_card)
+        return min(timeit.repeat(step, timer=time.perf_counter, number=1, repeat=4))
 
     def _log_sampling(self) -> None:
         """Say where tokens are drawn, and why."""
-        self.sampling = "; ".join(
+        said = (
             f"{'greedy' if greedy else 'sampled'} on the {'card' if card < every else 'host'}: "
             f"{1e3 * card:.1f} ms a step on the card, {1e3 * one:.1f} to {1e3 * every:.1f} on the host "
             f"for 1 to {self.max_batch_size} slots"
             for greedy, (card, one, every) in self._seconds.items()
-        ).replace("inf ms a step", "not at all")
+        )
+        self.sampling = "; ".join(said).replace("inf ms a step", "not at all")
         logger.info("tokens are drawn %s", self.sampling)
 
     def _on_card(self, works: Sequence[Work]) -> bool:
@@ -3418,7 +3452,8 @@ class TTEngine:
         samplers = [work.sampler for work in works if work.sampler]
         if any(sampler.on_host for sampler in samplers):
             return False
-        card, one, every = self._seconds[all(sampler.params.greedy for sampler in samplers)]
+        greedy = all(sampler.params.greedy for sampler in samplers)
+        card, one, every = self._seconds[greedy]
         share = (len(samplers) - 1) / max(self.max_batch_size - 1, 1)
         return card < one + share * (every - one)
 
@@ -3448,34 +3483,33 @@ class TTEngine:
         places[:] = blocks
         self._decoding = {}
 
-    def step(
-        self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
-    ) -> list[Result]:
+    def step(self, batch: Sequence[Work]) -> list[Result]:
         """Prefill the batch's prompts, those of one padded length together, then decode its other
         slots together.
 
         After an exception the next step works, but the KV cache of this step's slots is undefined.
         """
-        pieces = [piece for work in batch for piece in self._pieces(work)]
-        decoding = [work for work in pieces if work.position and len(work.tokens) == 1]
-        if len(decoding) < len(pieces):
-            meanwhile()
-            meanwhile = lambda: None  # noqa: E731
         tokens: dict[int, Token | None] = {}
+        decoding: list[Work] = []
+        pieces: list[Work] = []
+        for work in batch:
+            if work.position and len(work.tokens) == 1:
+                decoding.append(work)
+            else:
+                pieces += self._pieces(work)
         padded = self._card.common.get_padded_prefill_len
+        fresh = [piece for piece in pieces if not piece.position]
         for length, sizes in self._rows.items():
-            works = [
-                work for work in pieces if not work.position and padded(len(work.tokens)) == length
-            ]
+            works = [work for work in fresh if padded(len(work.tokens)) == length]
             while works:
                 rows = next(rows for rows in sizes if 3 * rows <= 4 * len(works))
                 tokens |= self._prefill(works[:rows])
                 del works[:rows]
         for piece in pieces:
-            if piece.position and len(piece.tokens) > 1:
+            if piece.position:
                 tokens |= self._prefill([piece])
         if decoding:
-            tokens |= self._decode(decoding, self._on_card(decoding), meanwhile)
+            tokens |= self._decode(decoding, self._on_card(decoding))
         return [Result(tokens.get(work.slot)) for work in batch]
 
     def _pieces(self, work: Work) -> list[Work]:
@@ -3503,6 +3537,7 @@ class TTEngine:
             for work, end in zip(works, ends)
         )
         slots = [work.slot for work in works]
+        resumed = {"start_pos": [work.position for work in works]} if works[0].position else {}
         logits = self._card.generator.prefill_forward_text(
             torch.tensor(list(rows)),
             page_table=self._page_table[slots],
@@ -3513,15 +3548,12 @@ class TTEngine:
             # span all slots up to the highest, and be out of bounds until 2026-06.
             empty_slots=slots if len(works) == 1 else list(range(len(works))),
             enable_trace=self._tracing,
-            start_pos=[work.position for work in works],
+            **resumed,
         )
         return drawn_by_slot(zip(works, logits.view(len(works), -1)))
 
-    def _decode(
-        self, batch: Sequence[Work], on_card: bool, meanwhile: Callable[[], None] = lambda: None
-    ) -> dict[int, Token | None]:
+    def _decode(self, batch: Sequence[Work], on_card: bool) -> dict[int, Token | None]:
         """Decode one token for each of these slots; the others are idle. Returns as _prefill."""
-        generator = self._card.generator
         decoding = {work.slot: work.sampler.params if work.sampler else None for work in batch}
         # if the host samples, each step takes the host's inputs anyway
         reset = on_card and decoding != self._decoding
@@ -3530,31 +3562,27 @@ class TTEngine:
         if reset:
             # At a reset the card keeps its own token if its position is the host's or one ahead,
             # unless the slot is in this set. The host's tokens are always right.
-            generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
+            self._card.generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
             self._sampling_of_batch = self._sampling_on_card(decoding)
         # Lists first: after each operation on a tensor the step may have to wait for another
         # thread.
         tokens, positions = [0] * self.max_batch_size, [-1] * self.max_batch_size  # -1: idle
         for work in batch:
             tokens[work.slot], positions[work.slot] = work.tokens[0], work.position
-        output = generator.decode_forward(
+        output = self._card.generator.decode_forward(
             torch.tensor(tokens).view(-1, 1),
             torch.tensor(positions),
             page_table=self._page_table,
             kv_cache=self._card.kv_cache,
             enable_trace=self._tracing,
-            read_from_device=False,
+            read_from_device=on_card,
             sampling_params=self._sampling_of_batch if on_card else None,
             **self._decode_commands(on_card, reset),
         )
-        meanwhile()
-        output = generator.read_decode_output(output)
         if not on_card:
             logits = self._read_logits(output)
             return drawn_by_slot((work, logits[work.slot]) for work in batch)
-        # the others are log_probs
-        drawn, _ = generator.process_decode_output_host(output, is_tokens=True)
-        self._decoding, tokens = decoding, drawn.tolist()
+        self._decoding, tokens = decoding, output[0].tolist()  # the other is log_probs
         return {work.slot: Token(tokens[work.slot]) for work in batch if work.sampler}
 
     def _read_logits(self, output: Any) -> list[torch.Tensor]:
@@ -3563,7 +3591,7 @@ class TTEngine:
         The Generator's own way converts those of all slots to float32, which takes longer.
         """
         card, rows = self._card, []
-        for logits, _ in output:  # the others are log_probs
+        for logits, _ in card.generator.read_decode_output(output):  # the others are log_probs
             chip = card.ttnn.to_torch(card.ttnn.get_device_tensors(logits)[0])  # all have the same
             rows += chip[0, 0, : card.slots, : card.generator.model_args[0].vocab_size]
         return rows
@@ -3881,6 +3909,7 @@ def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torc
 
 
 STREAM_PAUSE = 0.006  # seconds that a handler's thread lets tokens gather before it looks for more
+LISTEN_SECONDS = 5.0  # that it waits for a token before it looks how long its stream is silent
 GROWTH = 128  # tokens that a request gets room for ahead; on a card, each new room costs a reset
 
 
@@ -3980,41 +4009,39 @@ class Request:
         return round((self.first_token or time.monotonic()) - self.submitted, 3)
 
 
-def tell(request: Request, event: Event) -> None:
-    """Give an event to the request's handler."""
-    request.events.put(event)
-    if event.what == request.outcome:
-        request.ended.set()
-
-
 by_request = operator.attrgetter("request")
 
 
-def pieces_of(requests: Sequence[Request], stream: bool) -> Iterator[tuple[Request, Piece]]:
+def pieces_of(requests: Sequence[Request], stream: bool) -> Iterator[list[tuple[Request, Piece]]]:
     """The pieces of a body's answers, as they come. Raises ApiError if one breaks off.
 
     With `stream` the first token comes at once and the others 6 ms late: if 32 threads woke when a
-    step ends, they would delay the next step. Otherwise all come at the end.
+    step ends, they would delay the next step. An empty list says that nothing has come for
+    LISTEN_SECONDS. Otherwise all come at the end.
     """
     if not stream:
         for request in requests:
             request.ended.wait()
     events, running, pause = requests[0].events, set(requests), 0.0
     while running:
-        new = [events.get()]
-        time.sleep(pause)
+        new: list[Event] = []
+        with contextlib.suppress(queue.Empty):
+            new.append(events.get(timeout=LISTEN_SECONDS))
+            time.sleep(pause)
+            pause = STREAM_PAUSE
         while not events.empty():
             new.append(events.get())
-        pause = STREAM_PAUSE
+        told: list[tuple[Request, Piece]] = []
         for index, own in itertools.groupby(sorted(new, key=by_request), by_request):
             request = requests[index]
             pieces = [
                 piece for event in own if not request.reader.finish for piece in request.read(event)
             ]
-            yield from ((request, piece) for piece in merged(pieces))
+            told += ((request, piece) for piece in merged(pieces))
             if request.reader.finish:
                 request.check_finish()
                 running.discard(request)
+        yield told
 
 
 @dataclass(eq=False)
@@ -4131,7 +4158,6 @@ class Scheduler:
         self._wake = threading.Condition()
         self._failures = 0
         self._step_began = math.inf
-        self._untold: list[tuple[Request, Event]] = []
 
     # The handlers' threads call:
 
@@ -4194,7 +4220,6 @@ class Scheduler:
             if request in self.queue:
                 self.queue.remove(request)
                 self._finish(request, outcome)
-                tell(request, Event(request.index, outcome))
             self._wake.notify()
 
     def stop(self, drain: bool) -> None:
@@ -4240,10 +4265,12 @@ class Scheduler:
     def _in_flight(self) -> list[Request]:
         return list(filter(None, [*self.queue, *(slot.request for slot in self.slots)]))
 
-    def _finish(self, request: Request, outcome: str) -> None:
+    def _finish(self, request: Request, outcome: str, last: Token | None = None) -> None:
         with self._wake:
             request.outcome = outcome
             self.statistics.finish(request)
+            request.events.put(Event(request.index, outcome, last))
+            request.ended.set()
 
     # The scheduler's own thread:
 
@@ -4288,8 +4315,6 @@ class Scheduler:
     def _serve(self) -> None:
         while True:
             with self._wake:
-                if not self.busy:
-                    self._tell_all()
                 self._wake.wait_for(lambda: self.queue or self._state != "healthy" or self.busy)
                 for slot in self.slots:
                     if slot.request and slot.request.cancelled:
@@ -4298,21 +4323,11 @@ class Scheduler:
                 self._grow()
                 self._admit()
                 if self._state != "healthy" and not self._in_flight():
-                    return self._tell_all()
+                    return
             if batch := self._plan():
                 self._step(batch)
             elif self.busy:
-                self._tell_all()
                 time.sleep(0.002)  # until a grammar knows what may come next
-
-    def _tell_all(self) -> None:
-        """Tell the handlers what has come since the last step.
-
-        The threads that this wakes would delay the next step, so a card begins it before.
-        """
-        for request, event in self._untold:
-            tell(request, event)
-        self._untold.clear()
 
     def _grow(self) -> None:
         """Give running answers room for their next tokens, all at once.
@@ -4463,7 +4478,7 @@ class Scheduler:
         """Run one step. If it fails, its requests fail, and all others go on."""
         self._step_began = time.monotonic()
         try:
-            results = self._engine.step(batch, self._tell_all)
+            results = self._engine.step(batch)
         except Exception as error:
             logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
             for work in batch:
@@ -4483,7 +4498,7 @@ class Scheduler:
                 continue
             # after an interruption they come again
             for token in result.scores[max(request.told - work.position, 0) :]:
-                self._untold.append((request, Event(request.index, "prompt", token)))
+                request.events.put(Event(request.index, "prompt", token))
                 request.told += 1
             if work.sampler:
                 self._take(slot, request, result.token)
@@ -4510,7 +4525,7 @@ class Scheduler:
             else:
                 request.tokens.append(token.id)  # the slot's, too
                 request.sampler.push(token.id)
-                self._untold.append((request, Event(request.index, "token", token)))
+                request.events.put(Event(request.index, "token", token))
                 if request.generated >= request.max_tokens:
                     self._leave(slot, "length")
 
@@ -4520,8 +4535,7 @@ class Scheduler:
         # a whole answer, since a card may fail at every decode but at no prefill
         if outcome in ("stop", "length"):
             self._failures = 0
-        self._finish(slot.request, outcome)
-        self._untold.append((slot.request, Event(slot.request.index, outcome, last)))
+        self._finish(slot.request, outcome, last)
         slot.request, slot.used = None, time.monotonic()
         # After an error the slot's KV cache cannot be trusted.
         self._keep(slot, slot.held if self._engine.prompt_chunk and outcome != "error" else 0)
@@ -4564,8 +4578,6 @@ class Scheduler:
             self._state = "stopping" if self._state == "stopping" else "unhealthy"
             for request in self._in_flight():
                 self._finish(request, "error")
-                self._untold.append((request, Event(request.index, "error")))
-            self._tell_all()
             self.queue.clear()
             for slot in self.slots:  # without reserve(): the engine may be closed
                 slot.request = None
@@ -4659,6 +4671,7 @@ MESSAGES: Check = (
 )
 CONTENT: Check = "a string or a list of text parts", lambda v: isinstance(v, (str, list))
 PART: Table = {"type": (..., ('"text"', lambda v: v == "text")), "text": (..., TEXT)}
+REFUSAL_PART: Table = {"type": (..., TEXT), "refusal": (..., TEXT)}  # a part of an earlier answer
 
 # The fields of messages, by role.
 MESSAGE: Table = {"content": (..., CONTENT)}
@@ -4712,6 +4725,14 @@ TEMPLATE_OPTIONS: Check = (
         and all(type(flag) is bool for flag in v.values())
     ),
 )
+SWITCH: Check = "true, false or a level", lambda v: isinstance(v, (bool, str))
+THINKING: Table = {  # the names that clients have for the one switch that templates have
+    "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
+    "enable_thinking": (None, SWITCH),
+    "think": (None, SWITCH),
+    "reasoning_effort": (None, TEXT),
+    "reasoning": ({}, OBJECT),
+}
 
 SAMPLING: Table = {  # of every dialect; a default of None is the model's own
     "temperature": (None, number(0, 2)),
@@ -4726,7 +4747,7 @@ CHAT: Table = {  # POST /chat
     "messages": (None, MESSAGES),
     "system": (None, TEXT),
     "max_tokens": (128, whole_from(1)),
-    "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
+    **THINKING,
     **SAMPLING,
     "temperature": (0.7, number(0, 2)),
     "top_p": (0.9, number(0, 1)),
@@ -4751,7 +4772,7 @@ CHAT_COMPLETIONS: Table = {
     "max_completion_tokens": (None, LIMIT),
     "n": (1, whole_from(1, 16)),
     "response_format": ({"type": "text"}, OBJECT),
-    "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
+    **THINKING,
     **OPENAI,
     "logprobs": (False, FLAG),
     "top_logprobs": (0, whole_from(0, 20)),
@@ -4782,18 +4803,20 @@ RESPONSES: Table = {
     "instructions": (None, TEXT),
     "max_output_tokens": (None, LIMIT),
     "metadata": ({}, OBJECT),
+    "previous_response_id": (None, TEXT),
+    "store": (True, FLAG),
     "text": ({}, OBJECT),
+    "truncation": ("disabled", one_of(("disabled", "auto"))),
     "tools": ([], LIST),
     "tool_choice": (
         "auto",
         ('none, auto, required or {"type": "function", "name": ...}', CHOICE[1]),
     ),
     "parallel_tool_calls": (True, FLAG),
-    "include": (
-        [],
-        ("a list without message.output_text.logprobs", lambda v: "logprobs" not in str(v)),
-    ),
-    "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
+    "include": ([], LIST),
+    "top_logprobs": (None, whole_from(0, 20)),
+    **dict.fromkeys(("prompt_cache_key", "safety_identifier"), (None, TEXT)),  # repeated
+    **THINKING,
     **OPENAI,
 }
 ITEMS: dict[str, Table] = {  # of a response's input
@@ -4801,11 +4824,50 @@ ITEMS: dict[str, Table] = {  # of a response's input
     "reasoning": {"summary": ("", CONTENT), "content": ("", CONTENT)},
     "function_call": {"call_id": (..., TEXT), **CALLED},
     "function_call_output": {"call_id": (..., TEXT), "output": (..., CONTENT)},
-    "item_reference": {"id": (..., TEXT)},
 }
 ITEM_PART: Table = {
     "type": (..., one_of(("input_text", "output_text", "text", "summary_text", "reasoning_text"))),
     "text": (..., TEXT),
+}
+
+ANTHROPIC_MESSAGES: Table = {
+    "model": (None, TEXT),
+    "messages": (..., MESSAGES),
+    "max_tokens": (None, whole_from(1)),
+    "system": ("", CONTENT),
+    "stop_sequences": ([], STOP),
+    "stream": (False, FLAG),
+    "temperature": (None, number(0, 2)),
+    "top_p": (None, number(0, 1)),
+    "top_k": (None, whole_from(0)),
+    "tools": ([], LIST),
+    "tool_choice": ({"type": "auto"}, OBJECT),
+    "thinking": ({"type": "disabled"}, OBJECT),
+    "output_config": ({}, OBJECT),
+    "output_format": (None, OBJECT),  # of older clients, for output_config.format
+}
+ANTHROPIC_TOOL: Table = {
+    **NAMED,
+    "description": (None, TEXT),
+    "input_schema": (..., OBJECT),
+    "strict": (False, FLAG),
+}
+ANTHROPIC_CHOICE: Table = {
+    "type": (..., one_of(("auto", "any", "tool", "none"))),
+    "name": (None, NONEMPTY),
+    "disable_parallel_tool_use": (False, FLAG),
+}
+ANTHROPIC_FORMAT: Table = {
+    "type": (..., ('"json_schema"', lambda v: v == "json_schema")),
+    "schema": (..., OBJECT),
+}
+ANTHROPIC_THINKING: Table = {"type": (..., one_of(("enabled", "adaptive", "disabled")))}
+BLOCKS: dict[str, Table] = {  # of a message's content
+    "text": {"text": (..., TEXT)},
+    "thinking": {"thinking": (..., TEXT)},
+    "redacted_thinking": {},
+    "tool_use": {"id": (..., TEXT), **NAMED, "input": (..., OBJECT)},
+    "tool_result": {"tool_use_id": (..., TEXT), "content": ("", CONTENT)},
 }
 
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any
@@ -4862,7 +4924,6 @@ RESPONSES_UNSUPPORTED: dict[str, Sequence[Any]] = {
             "conversation",
             "max_tokens",
             "messages",
-            "previous_response_id",
             "prompt",
             "response_format",
         ),
@@ -4871,8 +4932,6 @@ RESPONSES_UNSUPPORTED: dict[str, Sequence[Any]] = {
     "background": [False],
     "logprobs": [False],
     "n": [1],
-    "store": [False],
-    "truncation": ["disabled"],
 }
 
 # handles a field that a table does not have: its path, name and value
@@ -4894,11 +4953,8 @@ def refuse_unsupported(path: str, name: str, value: Any, table: Table) -> None:
     """
     unsupported = RESPONSES_UNSUPPORTED if table is RESPONSES else UNSUPPORTED
     if name in unsupported and value not in unsupported[name]:
-        cure = STATELESS if name in ("previous_response_id", "conversation") else "leave it out"
+        cure = "send previous_response_id" if name == "conversation" else "leave it out"
         raise ApiError(400, f"{path} is not supported here: {cure}", path, "unsupported_parameter")
-
-
-STATELESS = "the server keeps no answers, so send the whole conversation as input"
 
 
 def check(
@@ -4944,6 +5000,7 @@ class Asked:
     messages: list[Message] = field(default_factory=list)  # a conversation; or
     prompts: Sequence[str | list[int]] | None = None  # plain texts, or token ids
     special_tokens: bool = True  # those that begin a plain text
+    starts: bool = True  # the prompt ends with what an answer of the assistant begins with
     begun: str = ""  # the start of the answer, which the model continues
     tools: list[Message] = field(default_factory=list)  # for the chat template
     functions: Sequence[Function] = ()  # that may be called
@@ -4961,7 +5018,47 @@ class Asked:
     stream: bool = False
     usage: bool = False  # a stream ends with it
     said: str = ""  # what the answer repeats: /chat's prompt, or a response's fields in JSON
+    history: tuple[bytes, ...] | None = None  # a response's items as KeptItems has them, to be kept
     prompt_name: str = "messages"  # the field that has the prompt, for errors
+
+
+class KeptItems:
+    """Items of /v1/responses for later requests that refer to them: those of a conversation up to
+    an answer, by the answer's id, and those of answers, each by its own.
+
+    They are kept in memory for an hour, and the oldest go when they take more than 64 MB.
+    """
+
+    SECONDS, BYTES = 3600, 64 << 20
+
+    def __init__(self) -> None:
+        # the time, and lists of items in JSON, which are one conversation
+        self._kept: dict[str, tuple[float, tuple[bytes, ...]]] = {}
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def keep(self, identity: str, lists: tuple[bytes, ...]) -> None:
+        with self._lock:
+            self._kept[identity] = (time.monotonic(), lists)
+            self._size += sum(map(len, lists))
+            self._drop_old()
+
+    def find(self, identity: str, where: str) -> tuple[bytes, ...]:
+        """Raises ApiError if it is not here."""
+        with self._lock:
+            self._drop_old()
+            if identity in self._kept:
+                return self._kept[identity][1]
+        cure = "answers are kept for an hour: send the whole conversation as input"
+        raise ApiError(400, f"there is no {printable(identity)} here, {cure}", where)
+
+    def _drop_old(self) -> None:
+        while self._kept:
+            identity, (kept, lists) = next(iter(self._kept.items()))
+            if self._size <= self.BYTES and time.monotonic() - kept <= self.SECONDS:
+                return
+            self._size -= sum(map(len, lists))
+            del self._kept[identity]
 
 
 class Model(NamedTuple):
@@ -4973,6 +5070,7 @@ class Model(NamedTuple):
     defaults: Mapping[str, float]  # of the sampling, by the checkpoint
     max_seq_len: int
     scores_prompts: bool
+    kept: KeptItems
 
 
 # A reader for each dialect: JSON to what it asks for. Each raises ApiError.
@@ -5014,10 +5112,10 @@ def read_chat_completions(body: Any, model: Model) -> Asked:
         raise ApiError(400, "top_logprobs needs logprobs: send logprobs as true", "top_logprobs")
     chat = read_messages(fields["messages"], OPENAI_ROLES)
     continues = fields["continue_final_message"]
-    if fields["add_generation_prompt"] is continues:
+    if fields["add_generation_prompt"] and continues:
         name = "add_generation_prompt"
         raise ApiError(
-            400, f"{name} must be the opposite of continue_final_message: leave it out", name
+            400, f"{name} does not go with continue_final_message: leave one of them out", name
         )
     if continues and chat[-1]["role"] != "assistant":
         raise ApiError(
@@ -5026,6 +5124,7 @@ def read_chat_completions(body: Any, model: Model) -> Asked:
     asked = read_common(fields, model)
     asked.begun = chat.pop()["content"] if continues else ""
     asked.messages = chat
+    asked.starts = continues or fields["add_generation_prompt"] is not False
     asked.thinks = read_thinking(fields, model)
     asked.limit = fields["max_completion_tokens"] or fields["max_tokens"]
     asked.sampling = read_sampling(
@@ -5073,29 +5172,123 @@ def read_responses(body: Any, model: Model) -> Asked:
         else:
             check(tool, {"type": (..., TYPE)}, f"tools[{i}]")
             functions.append((f"tools[{i}]", tool))
+    include, likely = fields["include"], fields["top_logprobs"]
+    logprobs = likely or 0 if likely or "message.output_text.logprobs" in include else None
     choice = fields["tool_choice"]
     if isinstance(choice, dict):
         choice = check(choice, {"type": (..., TYPE), **NAMED}, "tool_choice")
     asked = read_common(fields, model)
-    asked.messages = read_items(fields["instructions"], fields["input"])
+    earlier, items = read_history(fields, model.kept)
+    asked.messages = read_items(fields["instructions"], items)
+    if fields["store"]:
+        asked.history = earlier
     asked.thinks = read_thinking(fields, model)
     asked.limit = fields["max_output_tokens"]
-    asked.sampling = read_sampling(fields, model.defaults)
+    asked.sampling = read_sampling(fields, model.defaults, logprobs)
     asked.form = read_form(fields, text["format"], "text.format")
     asked.prompt_name = "input"
     read_tools(asked, functions, choice, fields["parallel_tool_calls"], model)
-    repeated = (
-        "instructions",
-        "max_output_tokens",
-        "metadata",
-        "tools",
-        "tool_choice",
-        "parallel_tool_calls",
-    )
-    said = {name: fields[name] for name in repeated}
-    said |= {"text": text, "temperature": asked.sampling.temperature, "top_p": asked.sampling.top_p}
+    said = {name: fields[name] for name in REPEATED}
+    said["text"], said["top_logprobs"] = text, likely or 0
+    said["temperature"], said["top_p"] = asked.sampling.temperature, asked.sampling.top_p
+    said["tools"] = [
+        {"type": "function", "description": None, **check(tool, FUNCTION), **tool}
+        for _, tool in functions
+    ]
+    reasoning = {"effort": fields["reasoning_effort"], "summary": None, **fields["reasoning"]}
+    nothing = {"background": False, "max_tool_calls": None, "service_tier": "default"}
+    said |= {"reasoning": reasoning, **nothing}
     asked.said = long_json(said).decode()
     return asked
+
+
+def read_anthropic(body: Any, model: Model) -> Asked:
+    """The body of POST /v1/messages: https://platform.claude.com/docs/en/api/messages
+
+    The model's name is not checked: Claude Code asks for Anthropic's own.
+    """
+    fields = check(body, ANTHROPIC_MESSAGES)
+    config = check(fields["output_config"], {"format": (None, OBJECT)}, "output_config")
+    asked = Asked(
+        messages=read_turns(fields["system"], fields["messages"]),
+        limit=fields["max_tokens"],
+        sampling=read_sampling(fields, model.defaults),
+        stop=as_list(fields["stop_sequences"]),
+        stream=fields["stream"],
+    )
+    thinking = check(fields["thinking"], ANTHROPIC_THINKING, "thinking")["type"]
+    asked.thinks = thinking != "disabled" and model.tokenizer.thinks
+    if form := config["format"] or fields["output_format"]:
+        schema = check(form, ANTHROPIC_FORMAT, "output_config.format")["schema"]
+        asked.form = Form("json", schema, strict=True)
+    choice = check(fields["tool_choice"], ANTHROPIC_CHOICE, "tool_choice")
+    wanted: str | dict[str, Any] = {"any": "required"}.get(choice["type"], choice["type"])
+    if wanted == "tool":
+        wanted = check(choice, NAMED, "tool_choice")
+    read_tools(
+        asked,
+        [
+            (f"tools[{i}]", read_anthropic_tool(tool, f"tools[{i}]"))
+            for i, tool in enumerate(fields["tools"])
+            # Anthropic runs the others, or has trained its models on them
+            if not isinstance(tool, dict) or tool.get("type") in (None, "custom")
+        ],
+        wanted,
+        not choice["disable_parallel_tool_use"],
+        model,
+    )
+    return asked
+
+
+def read_anthropic_tool(tool: Any, where: str) -> dict[str, Any]:
+    """A tool as OpenAI's dialects have it."""
+    fields = check(tool, ANTHROPIC_TOOL, where)
+    return {"parameters": fields.pop("input_schema"), **fields}
+
+
+# Claude Code's first words to the model, which are new with every request: with them in the prompt
+# nothing of it could be reused.
+BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
+
+
+def read_turns(system: Any, turns: list[Any]) -> list[Message]:
+    """Anthropic's messages for the chat template."""
+    text = [BILLING.sub("", block["text"]) for block in read_blocks(system, "system", ("text",))]
+    chat: list[Message] = [{"role": "system", "content": "\n\n".join(filter(None, text))}]
+    roles = one_of(("user", "assistant", "system"))
+    for i, turn in enumerate(turns):
+        where = f"messages[{i}]"
+        role = check(turn, {"role": (..., roles), **MESSAGE}, where)["role"]
+        for block in read_blocks(turn["content"], f"{where}.content", BLOCKS):
+            chat.append(read_block(block, role))
+    return joined(chat if chat[0]["content"] else chat[1:])
+
+
+def read_blocks(content: Any, where: str, kinds: Iterable[str]) -> list[dict[str, Any]]:
+    """The blocks of a content, each with its type."""
+    blocks = []
+    for i, block in enumerate(content if isinstance(content, list) else [{"text": content}]):
+        place = f"{where}[{i}]"
+        kind = check(block, {"type": ("text", one_of(kinds))}, place)["type"]
+        blocks.append({"type": kind, **check(block, BLOCKS[kind], place)})
+    return blocks
+
+
+def read_block(block: dict[str, Any], role: str) -> Message:
+    """A block as a message of its own."""
+    kind = block["type"]
+    if kind == "tool_result":
+        content = read_blocks(block["content"], "content of a tool_result", ("text",))
+        text = "".join(part["text"] for part in content)
+        return {"role": "tool", "tool_call_id": short_id(block["tool_use_id"]), "content": text}
+    if kind == "tool_use":
+        function = {"name": block["name"], "arguments": block["input"]}
+        call = {"id": short_id(block["id"]), "type": "function", "function": function}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
+    if kind == "text":
+        # a system message amid the others, which some templates refuse
+        return {"role": "assistant" if role == "assistant" else "user", "content": block["text"]}
+    return {"role": role, "content": "", "reasoning_content": block.get("thinking", "")}
 
 
 # What readers have in common.
@@ -5135,15 +5328,18 @@ def read_sampling(
 
 
 def read_thinking(fields: dict[str, Any], model: Model) -> bool:
-    """Whether the model is to think before it answers."""
-    thinks: bool = fields["chat_template_kwargs"].get("enable_thinking", False)
-    if thinks and not model.tokenizer.thinks:
-        raise ApiError(
-            400,
-            "this model's template has no enable_thinking: leave it out",
-            "chat_template_kwargs",
-        )
-    return thinks
+    """Whether the model is to think before it answers. Of no effect where its template has no
+    switch for it, so that one configuration of a client serves all models.
+    """
+    effort = fields["reasoning_effort"] or fields["reasoning"].get("effort")
+    wishes = (
+        fields["chat_template_kwargs"].get("enable_thinking"),
+        fields["enable_thinking"],
+        fields["think"],
+        effort,
+    )
+    wish = next((wish for wish in wishes if wish is not None), False)
+    return wish not in (False, "none") and model.tokenizer.thinks
 
 
 def read_messages(
@@ -5172,9 +5368,12 @@ def read_text(content: Any, table: Table, where: str, unknown: Unknown = refuse_
     """The text of a string or of a list of parts."""
     if not isinstance(content, list):
         return str(content)
-    return "".join(
-        check(part, table, f"{where}[{j}]", unknown)["text"] for j, part in enumerate(content)
-    )
+    texts = []
+    for j, part in enumerate(content):
+        refuses = isinstance(part, dict) and part.get("type") == "refusal"
+        fields = check(part, REFUSAL_PART if refuses else table, f"{where}[{j}]", unknown)
+        texts.append(fields["refusal" if refuses else "text"])
+    return "".join(texts)
 
 
 def read_call(call: Any, where: str) -> Message:
@@ -5242,19 +5441,51 @@ def read_form(
     return forms[0] if forms else None
 
 
+REPEATED = (  # fields of a response that are those of its request
+    "instructions", "max_output_tokens", "metadata", "tool_choice", "parallel_tool_calls", "store",
+    "previous_response_id", "truncation", "frequency_penalty", "presence_penalty",
+    "prompt_cache_key", "safety_identifier",
+)  # fmt: skip
 # codex sends them to every model, and works without them
 OPTIONAL_TOOLS = ("namespace", "web_search")
 
 
-def read_items(instructions: str | None, items: Any) -> list[Message]:
-    """A response's input as messages: one for the items of a role in a row, as some templates want
-    it.
+def read_history(
+    fields: dict[str, Any], kept: KeptItems
+) -> tuple[tuple[bytes, ...], list[tuple[str, Any]]]:
+    """All items of a response's conversation, as KeptItems has them, and with the place of each for
+    errors. Raises ApiError.
     """
-    if not isinstance(items, list):
-        items = [{"role": "user", "content": items}]
+    given, previous = fields["input"], fields["previous_response_id"]
+    if not isinstance(given, list):
+        given = [{"role": "user", "content": given}]
+    new: list[tuple[str, Any]] = []
+    for i, item in enumerate(given):
+        where = f"input[{i}]"
+        if isinstance(item, dict) and item.get("type") == "item_reference":
+            identity = check(item, {"id": (..., TEXT)}, where)["id"]
+            # earlier thinking can be missing
+            if not identity.startswith("reasoning_"):
+                lists = kept.find(identity, f"{where}.id")
+                new += ((where, item) for items in lists for item in from_json(items))
+        else:
+            new.append((where, item))
+    earlier = kept.find(previous, "previous_response_id") if previous else ()
+    old = [("previous_response_id", item) for items in earlier for item in from_json(items)]
+    return (*earlier, long_json([item for _, item in new])), old + new
+
+
+def read_items(instructions: str | None, items: list[tuple[str, Any]]) -> list[Message]:
+    """A response's input as messages."""
     chat: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
-    for i, item in enumerate(items):
-        message, last = read_item(item, f"input[{i}]"), chat[-1] if chat else {}
+    return joined(chat + [read_item(item, where) for where, item in items])
+
+
+def joined(messages: list[Message]) -> list[Message]:
+    """The messages, those of a role in a row made one, as some templates want it."""
+    chat: list[Message] = []
+    for message in messages:
+        last = chat[-1] if chat else {}
         if message["role"] == "tool" or message["role"] != last.get("role"):
             chat.append(message)
             continue
@@ -5272,14 +5503,6 @@ def read_item(item: Any, where: str) -> Message:
     """An item of a response's input as a message."""
     kind = check(item, {"type": ("message", one_of(ITEMS))}, where)["type"]
     fields = check(item, ITEMS[kind], where)
-    if kind == "item_reference" and not fields["id"].startswith("reasoning_"):
-        sdk = "the AI SDK does with providerOptions: {openai: {store: false}}"
-        raise ApiError(
-            400,
-            f"{where} is an item_reference: {STATELESS} ({sdk})",
-            where,
-            "unsupported_parameter",
-        )
     names = ("content", "summary", "output")
     text = {name: read_text(fields.get(name, ""), ITEM_PART, f"{where}.{name}") for name in names}
     if kind == "message":
@@ -5294,7 +5517,6 @@ def read_item(item: Any, where: str) -> Message:
             "tool_call_id": short_id(fields["call_id"]),
             "content": text["output"],
         }
-    # The AI SDK only refers to earlier thinking, which can be missing.
     return {
         "role": "assistant",
         "content": "",
@@ -5328,7 +5550,7 @@ SCORED_ENTRIES = (
 def prompt_tokens(asked: Asked, tokenizer: Tokenizer) -> list[list[int]]:
     """The token ids of each prompt. Raises ApiError."""
     if asked.prompts is None:
-        tokens = tokenizer.encode_chat(asked.messages, asked.tools, asked.thinks)
+        tokens = tokenizer.encode_chat(asked.messages, asked.tools, asked.thinks, asked.starts)
         encoded = [tokens + tokenizer.encode_text(asked.begun)]
     else:
         encode = tokenizer.encode_document if asked.special_tokens else tokenizer.encode_text
@@ -5454,6 +5676,12 @@ def tokenize(body: Any, model: Model) -> dict[str, Any]:
     return {"count": len(tokens), "max_model_len": model.max_seq_len, "tokens": tokens}
 
 
+def count_tokens(body: Any, model: Model) -> dict[str, Any]:
+    """The answer to POST /v1/messages/count_tokens. Raises ApiError."""
+    (tokens,) = prompt_tokens(read_anthropic(body, model), model.tokenizer)
+    return {"input_tokens": len(tokens)}
+
+
 def detokenize(body: Any, model: Model) -> dict[str, Any]:
     """The answer to vLLM's /detokenize: the text of token ids. Raises ApiError."""
     tokens = check(body, {"tokens": (..., IDS)})["tokens"]
@@ -5487,8 +5715,14 @@ class Writer(Protocol):
     def whole(self) -> dict[str, Any]:
         """The answer that is not streamed, once all pieces have been added."""
 
+    def ping(self) -> bytes:
+        """What keeps a silent stream awake."""
+
     def broken(self, error: ApiError) -> bytes:
         """The end of a stream that breaks off."""
+
+
+WAITING = b": waiting\n\n"  # a comment in a stream of events
 
 
 def to_json(value: dict[str, Any]) -> bytes:
@@ -5496,9 +5730,10 @@ def to_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
-def server_sent(value: dict[str, Any]) -> bytes:
+def server_sent(value: dict[str, Any], name: str = "") -> bytes:
     """`value` as a server-sent event."""
-    return b"data: " + to_json(value) + b"\n"
+    event = f"event: {name}\n".encode() if name else b""
+    return event + b"data: " + to_json(value) + b"\n"
 
 
 def plain_error(error: ApiError) -> dict[str, Any]:
@@ -5512,6 +5747,22 @@ def openai_error(error: ApiError) -> dict[str, Any]:
     return {
         "error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}
     }
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """The body of an error, in Anthropic's form."""
+    known = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = ANTHROPIC_ERRORS.get(error.status, known)
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+ANTHROPIC_ERRORS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
 
 
 class ChatWriter:
@@ -5550,6 +5801,9 @@ class ChatWriter:
             "finish_reason": reader.finish,
         }
 
+    def ping(self) -> bytes:
+        return to_json({"response": ""})
+
     def broken(self, error: ApiError) -> bytes:
         return to_json(plain_error(error))
 
@@ -5560,6 +5814,17 @@ class ChatWriter:
 def new_head(prefix: str, model: Model) -> dict[str, Any]:
     """What every object of an answer repeats."""
     return {"id": f"{prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
+
+
+def logprob_entry(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
+    """A token's entry in a list of log-probabilities."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        name, text = spelled(tokenizer, token)
+        return {"token": name, "logprob": logprob, "bytes": list(text)}
+
+    top = [entry(*likely) for likely in token.likely]
+    return {**entry(token.id, token.logprob), "top_logprobs": top}
 
 
 def spelled(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
@@ -5574,6 +5839,7 @@ class ChatChoice:
     """A choice of POST /v1/chat/completions: a message."""
 
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    THINKING = ("reasoning", "reasoning_content")  # vLLM's name, and its earlier one
 
     def __init__(self, tokenizer: Tokenizer, asked: Asked, request: Request) -> None:
         self.tokenizer, self.request = tokenizer, request
@@ -5587,7 +5853,7 @@ class ChatChoice:
 
     def add(self, piece: Piece) -> dict[str, Any]:
         tokens = [token for token in piece.tokens if token.id not in self.request.stop_tokens]
-        entries = [self._entry(token) for token in tokens] if self.logprobs else []
+        entries = [logprob_entry(self.tokenizer, t) for t in tokens] if self.logprobs else []
         self.entries += entries
         if piece.kind == "end":
             called = self.request.reader.calls and piece.text == "stop"
@@ -5598,7 +5864,7 @@ class ChatChoice:
         reader = self.request.reader
         message: dict[str, Any] = {"role": "assistant", "content": reader.text, "refusal": None}
         if reader.thinking:
-            message["reasoning_content"] = reader.thinking  # vLLM's name
+            message |= dict.fromkeys(self.THINKING, reader.thinking)
         if reader.calls:
             message["content"] = reader.text or None
             message["tool_calls"] = [self._call(call, call.arguments) for call in reader.calls]
@@ -5619,7 +5885,8 @@ class ChatChoice:
         if piece.kind == "end":
             return {}
         if piece.kind in ("thinking", "text"):
-            return {"reasoning_content" if piece.kind == "thinking" else "content": piece.text}
+            names = self.THINKING if piece.kind == "thinking" else ("content",)
+            return dict.fromkeys(names, piece.text)
         more: dict[str, Any] = {"function": {"arguments": piece.text}}
         if piece.kind == "call":
             self.told += 1
@@ -5629,16 +5896,6 @@ class ChatChoice:
     def _call(self, call: Call, arguments: str) -> dict[str, Any]:
         function = {"name": call.name, "arguments": arguments}
         return {"id": call.id, "type": "function", "function": function}
-
-    def _entry(self, token: Token) -> dict[str, Any]:
-        """A token's entry in the list of log-probabilities."""
-
-        def entry(token: int, logprob: float | None) -> dict[str, Any]:
-            name, text = spelled(self.tokenizer, token)
-            return {"token": name, "logprob": logprob, "bytes": list(text)}
-
-        top = [entry(*likely) for likely in token.likely]
-        return {**entry(token.id, token.logprob), "top_logprobs": top}
 
 
 class TextChoice:
@@ -5739,6 +5996,9 @@ class ChoicesWriter:
         answer = {"object": self.choice.whole_object, "choices": choices, "usage": self._usage()}
         return {**self.head, **answer}
 
+    def ping(self) -> bytes:
+        return WAITING
+
     def broken(self, error: ApiError) -> bytes:
         return server_sent(openai_error(error))
 
@@ -5792,7 +6052,8 @@ class ResponsesWriter:
             "created_at": head["created"],
             "model": model.name,
         }
-        self.said = asked.said
+        self.said, self.history, self.kept = asked.said, asked.history, model.kept
+        self.logprobs = asked.sampling.logprobs is not None
         self.output: list[dict[str, Any]] = []  # items; the last may be open
         self.item: dict[str, Any] = {}  # the open one
         self.place: dict[str, Any] = {}  # of it, as events give it
@@ -5808,6 +6069,7 @@ class ResponsesWriter:
         if piece.kind == "end":
             status = "incomplete" if piece.text == "length" else "completed"
             data = self._close_item(status)
+            self._keep()
             return data + self._event(status, response=self.whole())
         if piece.kind == "call":
             call = request.reader.calls[
@@ -5817,7 +6079,7 @@ class ResponsesWriter:
         if piece.kind == "arguments":
             self.item["arguments"] += piece.text
             return self._event("function_call_arguments.delta", **self.place, delta=piece.text)
-        return self._say("message" if piece.kind == "text" else "reasoning", piece.text)
+        return self._say("message" if piece.kind == "text" else "reasoning", piece)
 
     def close(self) -> bytes:
         return b""
@@ -5827,8 +6089,12 @@ class ResponsesWriter:
         return self._response(
             "incomplete" if cut else "completed",
             incomplete_details={"reason": "max_output_tokens"} if cut else None,
+            completed_at=None if cut else int(time.time()),
             usage=self._usage(),
         )
+
+    def ping(self) -> bytes:
+        return WAITING
 
     def broken(self, error: ApiError) -> bytes:
         # OpenAI's own clients raise the first as an exception. codex knows only the second.
@@ -5840,7 +6106,7 @@ class ResponsesWriter:
         )
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
-        empty = dict.fromkeys(("error", "incomplete_details", "usage"))
+        empty = dict.fromkeys(("error", "incomplete_details", "usage", "completed_at"))
         said = from_json(self.said)
         return {**self.head, "status": status, "output": self.output, **empty, **said, **more}
 
@@ -5855,7 +6121,19 @@ class ResponsesWriter:
             "total_tokens": prompt + reader.count,
         }
 
-    def _say(self, kind: str, text: str) -> bytes:
+    def _keep(self) -> None:
+        """Keep the conversation for the next request, and each item, unless the client wants none
+        of it.
+        """
+        if self.history is not None:
+            whole = [
+                item for item in self.output if item["status"] == "completed" or "content" in item
+            ]
+            self.kept.keep(self.head["id"], (*self.history, long_json(whole)))
+            for item in whole:
+                self.kept.keep(item["id"], (long_json([item]),))
+
+    def _say(self, kind: str, piece: Piece) -> bytes:
         """The events of text in the open item, if it is of this kind, or else in a new one."""
         data, (parts, part, part_event, text_event) = b"", TEXT_ITEMS[kind]
         if self.item.get("type") != kind:
@@ -5863,9 +6141,15 @@ class ResponsesWriter:
             data = self._open_item(kind, **role, **{parts: []})
             self.place[f"{parts}_index"] = 0
             self.item[parts] = [{**part, "text": ""}]
+            if kind == "message":
+                self.item[parts][0]["logprobs"] = []
             data += self._event(f"{part_event}.added", **self.place, part=self.item[parts][0])
-        self.item[parts][0]["text"] += text
-        return data + self._event(f"{text_event}.delta", **self.place, delta=text, logprobs=[])
+        (part,) = self.item[parts]
+        part["text"] += piece.text
+        entries = [logprob_entry(self.tokenizer, t) for t in piece.tokens] if self.logprobs else []
+        part.get("logprobs", []).extend(entries)
+        told = self._event(f"{text_event}.delta", **self.place, delta=piece.text, logprobs=entries)
+        return data + told
 
     def _open_item(self, kind: str, **more: Any) -> bytes:
         data = self._close_item()
@@ -5888,12 +6172,17 @@ class ResponsesWriter:
         item["status"] = status
         if "arguments" in item:
             data = self._event(
-                "function_call_arguments.done", **self.place, arguments=item["arguments"]
+                "function_call_arguments.done",
+                **self.place,
+                name=item["name"],
+                arguments=item["arguments"],
             )
         else:
             parts, _, part_event, text_event = TEXT_ITEMS[item["type"]]
             (part,) = item[parts]
-            data = self._event(f"{text_event}.done", **self.place, text=part["text"], logprobs=[])
+            entries = part.get("logprobs", [])
+            said = {"text": part["text"], "logprobs": entries}
+            data = self._event(f"{text_event}.done", **self.place, **said)
             data += self._event(f"{part_event}.done", **self.place, part=part)
         return data + self._event(
             "output_item.done", output_index=self.place["output_index"], item=item
@@ -5904,6 +6193,104 @@ class ResponsesWriter:
         event = {"type": kind, "sequence_number": next(self.numbers), **fields}
         encode = long_json if "response" in fields else to_json
         return f"event: {kind}\n".encode() + b"data: " + encode(event) + b"\n"
+
+
+# A block of each kind, empty; the delta that adds to it, and what that calls its text.
+ANTHROPIC_BLOCKS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "thinking": (
+        {"type": "thinking", "thinking": "", "signature": ""},
+        "thinking_delta",
+        "thinking",
+    ),
+    "text": ({"type": "text", "text": ""}, "text_delta", "text"),
+    "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
+}
+
+
+class AnthropicWriter:
+    """POST /v1/messages: a list of blocks, or the events that build it."""
+
+    content_type = "text/event-stream"
+
+    def __init__(self, model: Model, asked: Asked, requests: Sequence[Request]) -> None:
+        (self.request,) = requests
+        identity = f"msg_{uuid.uuid4().hex}"
+        self.head = {"id": identity, "type": "message", "role": "assistant", "model": model.name}
+        self.content: list[dict[str, Any]] = []  # blocks
+        self.kind = ""  # of the last one, while it is open
+        self.calls = 0  # begun so far
+
+    def begin(self) -> bytes:
+        return self._event("message_start", message=self.whole())
+
+    def add(self, request: Request, piece: Piece) -> bytes:
+        if piece.kind == "end":
+            whole = self.whole()
+            stop = {name: whole[name] for name in ("stop_reason", "stop_sequence")}
+            told = self._event("message_delta", delta=stop, usage=whole["usage"])
+            return self._close_block() + told
+        data, kind = b"", "call" if piece.kind == "arguments" else piece.kind
+        if piece.kind == "call" or kind != self.kind:
+            data = self._close_block() + self._open_block(kind)
+        if piece.kind == "call":
+            return data
+        _, delta, name = ANTHROPIC_BLOCKS[kind]
+        if piece.kind != "arguments":
+            self.content[-1][name] += piece.text
+        return data + self._event_of_block("delta", delta={"type": delta, name: piece.text})
+
+    def close(self) -> bytes:
+        return self._event("message_stop")
+
+    def whole(self) -> dict[str, Any]:
+        request, reader = self.request, self.request.reader
+        reason = {"stop": "end_turn", "length": "max_tokens"}.get(reader.finish)
+        if reason == "end_turn":
+            reason = "stop_sequence" if reader.stopped else "tool_use" if reader.calls else reason
+        usage = {
+            "input_tokens": len(request.prompt) - request.cached,
+            "cache_read_input_tokens": request.cached,
+            "cache_creation_input_tokens": 0,
+            "output_tokens": reader.count,
+        }
+        stop = {"stop_reason": reason, "stop_sequence": reader.stopped or None}
+        return {**self.head, "content": self.content, **stop, "usage": usage}
+
+    def ping(self) -> bytes:
+        return self._event("ping")
+
+    def broken(self, error: ApiError) -> bytes:
+        return server_sent(anthropic_error(error), "error")
+
+    def _open_block(self, kind: str) -> bytes:
+        self.kind, (block, _, _) = kind, ANTHROPIC_BLOCKS[kind]
+        block = dict(block)
+        if kind == "call":
+            call = self.request.reader.calls[self.calls]
+            self.calls += 1
+            block |= {"id": call.id, "name": call.name}
+        self.content.append(block)
+        return self._event_of_block("start", content_block=block)
+
+    def _close_block(self) -> bytes:
+        kind, self.kind = self.kind, ""
+        if not kind:
+            return b""
+        block, data = self.content[-1], b""
+        if kind == "call":
+            block["input"] = json_object(self.request.reader.calls[self.calls - 1].arguments) or {}
+        if kind == "thinking":  # clients send it back, and keep no thinking without one
+            block["signature"] = hashlib.sha256(block["thinking"].encode()).hexdigest()
+            delta = {"type": "signature_delta", "signature": block["signature"]}
+            data = self._event_of_block("delta", delta=delta)
+        return data + self._event_of_block("stop")
+
+    def _event_of_block(self, what: str, **fields: Any) -> bytes:
+        """An event of the last block."""
+        return self._event(f"content_block_{what}", index=len(self.content) - 1, **fields)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        return server_sent({"type": kind, **fields}, kind)
 
 
 # ==================================================================================================
@@ -6106,6 +6493,28 @@ poll()
 # ==================================================================================================
 
 MAX_BODY = 2 << 20  # bytes: several times the longest context
+MAX_HEADER = 64 << 10  # bytes, beside the first line
+# http.client looks for the parts of a multipart message, and has only its header
+MULTIPART_DEFECTS = (
+    email.errors.CloseBoundaryNotFoundDefect,
+    email.errors.MultipartInvariantViolationDefect,
+    email.errors.NoBoundaryInMultipartDefect,
+    email.errors.StartBoundaryNotFoundDefect,
+)
+
+
+class HeaderLines:
+    """The lines of a header as http.client reads them, of which all together have a limit."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file, self._left = file, MAX_HEADER
+
+    def readline(self, size: int) -> bytes:
+        line = self._file.readline(min(size, self._left + 1))
+        self._left -= len(line)
+        if self._left < 0:
+            raise http.client.LineTooLong("header")
+        return line
 
 
 class ApiHandler(BaseHTTPRequestHandler):
@@ -6127,16 +6536,30 @@ class ApiHandler(BaseHTTPRequestHandler):
         # by when a whole header or body must be here; the sweep enforces it
         self.deadline = math.inf
         self.late = False  # the deadline has passed
+        self.command = ""
         self.waiting: list[Request] = []  # the requests that are being answered
-        self.refused = len(self.server.handlers) >= self.server.max_connections
+        # for all but /health
+        self.refused = not self.server.make_room()
         self.server.handlers.add(self)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the client has not sent the header of a request."""
+        return not self.command and self.deadline < math.inf
+
+    def give_up(self) -> None:
+        """End an idle connection."""
+        self.deadline = math.inf
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def handle_one_request(self) -> None:
         """Wait for a request, answer it and log it."""
         self.command = self.path = self.endpoint = self.route = self.outcome = ""
         self.headers, self.request_version = self.MessageClass(), "HTTP/1.1"
-        self.status, self.unread, self.body = 0, self.refused, b""
+        self.status, self.unread, self.body = 0, False, b""
         self.writer: Writer | None = None  # of the answer that is under way
+        self.spoke = 0.0  # when a stream last said something
         self.deadline = time.monotonic() + self.server.patience
         try:
             self.answer()
@@ -6163,9 +6586,10 @@ class ApiHandler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         """Answer one request, or send an error. Raises OSError if the client has left."""
         try:
-            if self.refused:
-                raise ApiError(503, "too many connections are open: try again in a moment")
             if self.read_header():
+                self.close_connection = self.close_connection or self.refused
+                if self.refused and self.endpoint != "/health":
+                    raise ApiError(503, "too many connections are open: try again in a moment")
                 self.check_site()
                 self.check_key()
                 self.body = self.read_body()
@@ -6188,7 +6612,12 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline(65537)
         if len(self.raw_requestline) > 65536:
             self.send_error(414)
-        if not self.raw_requestline or not self.parse_request():
+        file, self.rfile = self.rfile, cast("io.BufferedIOBase", HeaderLines(self.rfile))
+        try:
+            complete = self.raw_requestline and self.parse_request()
+        finally:
+            self.rfile = file
+        if not complete:
             self.close_connection = True
             return False
         self.deadline = math.inf
@@ -6204,12 +6633,9 @@ class ApiHandler(BaseHTTPRequestHandler):
             self.request_version != "HTTP/1.0"
         )
         folded, hosts = "\n" in "".join(fields), sum(field.startswith("host:") for field in fields)
+        defects = [d for d in self.headers.defects if not isinstance(d, MULTIPART_DEFECTS)]
         malformed = (
-            self.headers.defects
-            or folded
-            or hosts > 1
-            or not re.fullmatch(known, framing)
-            or not self.endpoint
+            defects or folded or hosts > 1 or not re.fullmatch(known, framing) or not self.endpoint
         )
         self.unread = bool(malformed) or framing not in ("", "content-length: 0")
         if malformed or self.late:
@@ -6251,13 +6677,14 @@ class ApiHandler(BaseHTTPRequestHandler):
         return bool(own) or kind == "loopback" or origin in named or "*" in named
 
     def check_key(self) -> None:
-        """Require the API key, as a Bearer token or as a Basic password, for which a browser asks
-        its user.
+        """Require the API key: as a Bearer token, as Anthropic's clients send it, or as a Basic
+        password, for which a browser asks its user.
         """
         key = self.server.api_key
         if key is None or self.endpoint == "/health" or self.command == "OPTIONS":
             return
-        kind, _, credentials = self.headers.get("Authorization", "").partition(" ")
+        own = f"Bearer {self.headers.get('x-api-key', '')}"
+        kind, _, credentials = self.headers.get("Authorization", own).partition(" ")
         given = credentials.strip().encode("latin-1")
         if kind.lower() == "basic":
             with contextlib.suppress(ValueError):
@@ -6391,7 +6818,10 @@ class ApiHandler(BaseHTTPRequestHandler):
             "owned_by": "tt_api_server",
         }
         model["max_model_len"] = server.scheduler.max_seq_len  # as vLLM calls it
-        self.send(200, to_json(model if name else {"object": "list", "data": [model]}))
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(server.created))
+        model |= {"type": "model", "display_name": server.model, "created_at": created}  # Anthropic
+        page = {"has_more": False, "first_id": server.model, "last_id": server.model}
+        self.send(200, to_json(model if name else {"object": "list", "data": [model], **page}))
 
     def complete(self) -> None:
         """Generate text, in any dialect, streamed or not."""
@@ -6404,12 +6834,14 @@ class ApiHandler(BaseHTTPRequestHandler):
             if stream:
                 self.send_piece(writer.begin())
             eager = stream or bool(requests[0].reader.stop)
-            for request, piece in pieces_of(requests, eager):
-                data = writer.add(request, piece)
-                if piece.kind == "end":  # it may run on after a stop string
-                    self.server.scheduler.cancel(request, request.reader.finish)
-                if stream:
-                    self.send_piece(data)
+            for pieces in pieces_of(requests, eager):
+                data = b"".join(writer.add(request, piece) for request, piece in pieces)
+                for request, piece in pieces:
+                    if piece.kind == "end":  # it may run on after a stop string
+                        self.server.scheduler.cancel(request, request.reader.finish)
+                silent = time.monotonic() - self.spoke
+                if stream and (data or silent > self.server.silence):
+                    self.send_piece(data or writer.ping())
             if stream:
                 self.send_piece(writer.close(), last=True)
             else:
@@ -6445,7 +6877,8 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def tokenize(self) -> None:
         self.server.scheduler.check_available()
-        read = tokenize if self.endpoint == "/tokenize" else detokenize
+        read = ROUTES[self.route].read
+        assert read
         with self.turn():
             answer = read(self.read_json(), self.server.served)
         self.send(200, long_json(answer))
@@ -6460,10 +6893,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         body, self.body = self.body, b""
         if hung_up(self.connection):  # while others had their turn
             raise ConnectionError("the client has left")
-        if (
-            self.headers.get_content_type() != "application/json"
-            or "Content-Encoding" in self.headers
-        ):
+        coding = self.headers.get("Content-Encoding", "identity").lower()
+        if self.headers.get_content_type() != "application/json" or coding != "identity":
             raise ApiError(
                 415,
                 "the body must be uncompressed JSON: send it with -H 'Content-Type: application/json'",
@@ -6506,6 +6937,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             )
         self.wfile.write(data)
         self.wfile.flush()
+        self.spoke = time.monotonic()
 
     def send_head(self, status: int, headers: dict[str, str]) -> None:
         """Write the status line and the header."""
@@ -6532,6 +6964,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             self.send_piece(self.writer.broken(error), last=True)
         else:
             form = openai_error if self.endpoint.startswith(OPENAI_PATHS) else plain_error
+            form = anthropic_error if self.endpoint.startswith("/v1/messages") else form
             self.send(error.status, to_json(form(error)), **error.headers)
         logger.debug("%s %s: %s", printable(self.command), printable(self.path), error)
 
@@ -6540,7 +6973,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     ) -> NoReturn:
         """http.server calls this for a first line or a header that it cannot parse."""
         self.unread = True
-        too_long = "a line of the header has more than 65536 bytes, or the header has more than 100 fields: send less"
+        too_long = f"the first line or the header has more than {MAX_HEADER} bytes, or more than 100 fields: send less"
         raise ApiError(
             code,
             too_long if code in (414, 431) else f"send HTTP/1.1 without TLS: {printable(message)}",
@@ -6576,7 +7009,7 @@ class Route(NamedTuple):
 
     method: str
     endpoint: Callable[[ApiHandler], None]
-    read: Callable[[Any, Model], Asked] | None = None  # the body
+    read: Callable[[Any, Model], Any] | None = None  # the body; what is asked for, or the answer
     writer: Callable[[Model, Asked, Sequence[Request]], Writer] | None = None  # of the answer
     example: str = ""  # a body
 
@@ -6584,6 +7017,7 @@ class Route(NamedTuple):
 chat_writer = functools.partial(ChoicesWriter, ChatChoice)
 text_writer = functools.partial(ChoicesWriter, TextChoice)
 CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "Hello!"}]}'
+ANTHROPIC_EXAMPLE = CHAT_EXAMPLE[:-1] + ', "max_tokens": 100}'
 PROMPT_EXAMPLE = '{"prompt": "Hello!"}'
 OPENAI_PATHS = ("/v1", "/tokenize", "/detokenize")  # their errors have OpenAI's form
 ROUTES: dict[str, Route] = {
@@ -6600,9 +7034,15 @@ ROUTES: dict[str, Route] = {
     "/v1/completions": Route(
         "POST", ApiHandler.complete, read_completions, text_writer, PROMPT_EXAMPLE
     ),
+    "/v1/messages": Route(
+        "POST", ApiHandler.complete, read_anthropic, AnthropicWriter, ANTHROPIC_EXAMPLE
+    ),
+    "/v1/messages/count_tokens": Route(
+        "POST", ApiHandler.tokenize, count_tokens, example=CHAT_EXAMPLE
+    ),
     "/v1/models": Route("GET", ApiHandler.models),
-    "/tokenize": Route("POST", ApiHandler.tokenize, example=PROMPT_EXAMPLE),
-    "/detokenize": Route("POST", ApiHandler.tokenize, example='{"tokens": [9906]}'),
+    "/tokenize": Route("POST", ApiHandler.tokenize, tokenize, example=PROMPT_EXAMPLE),
+    "/detokenize": Route("POST", ApiHandler.tokenize, detokenize, example='{"tokens": [9906]}'),
     "/v1/models/NAME": Route("GET", ApiHandler.models),
 }
 
@@ -6663,11 +7103,13 @@ class ApiServer(ThreadingHTTPServer):
         super().__init__((host, port), ApiHandler)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.patience = patience
+        self.silence = 10.0  # seconds after which a stream says that it waits
         self.on_loopback = kind_of_host(f"//[{host}]" if ":" in host else f"//{host}") == "loopback"
         self.scheduler: Scheduler
         self.tokenizer: Tokenizer
         self.grammars: Grammars
         self.defaults: Mapping[str, float] = {}  # of the sampling, by the checkpoint
+        self.kept = KeptItems()
         self.model = self.folder = self.note = ""
         self.api_key: str | None = None
         self.allowed_origins: list[str] = []
@@ -6698,6 +7140,14 @@ class ApiServer(ThreadingHTTPServer):
                 request.send(NO_THREAD)
                 request.shutdown(socket.SHUT_WR)
             self.leaving.append(request)
+
+    def make_room(self) -> bool:
+        """Whether one connection more fits. The one that has been idle for longest makes room."""
+        handlers = list(self.handlers)
+        idle = [handler for handler in handlers if handler.idle]
+        if idle and len(handlers) >= self.max_connections:
+            min(idle, key=lambda handler: handler.deadline).give_up()
+        return len(handlers) - len(idle) < self.max_connections
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log it. socketserver's own prints a traceback, and waits where nobody reads it."""
@@ -6787,6 +7237,7 @@ class ApiServer(ThreadingHTTPServer):
             self.defaults,
             scheduler.max_seq_len,
             scheduler.scores_prompts,
+            self.kept,
         )
 
     @property
