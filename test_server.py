@@ -752,8 +752,11 @@ class FakeEngine:
                 del uses[block]
         blocks[begin:end] = new
 
-    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+    def step(
+        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[server.Result]:
         self._enter()
+        meanwhile()
         prompt_tokens = sum(len(work.tokens) for work in batch if len(work.tokens) > 1)
         self._must(len(batch) > 0, "no step is empty")
         self._must(len({work.slot for work in batch}) == len(batch), "a slot is in a batch once")
@@ -801,8 +804,10 @@ class Narrow(FakeEngine):
         super().copy(source, slot, length)
         self.engine.copy(source, slot, length)
 
-    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
-        super().step(batch)
+    def step(
+        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[server.Result]:
+        super().step(batch, meanwhile)
         return self.engine.step(batch)
 
 
@@ -844,8 +849,10 @@ class Speaker(FakeEngine):
             self._said[slot] = 0
         return super().reserve(slot, length)
 
-    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
-        result = super().step(batch)
+    def step(
+        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[server.Result]:
+        result = super().step(batch, meanwhile)
         for i, work in enumerate(batch):
             if work.sampler:
                 said = self._said[work.slot]
@@ -2426,12 +2433,12 @@ class GeneratorBase:
             "the Generator would warm up within the first request"
         )
         assert call.page_table.dtype == torch.int32 and call.tokens.dtype == torch.int64
-        assert call.start_pos is None or self.card.resumes, (
+        assert not any(call.start_pos) or self.card.resumes, (
             "not before 2026-09: it reads the wrong blocks"
         )
         assert call.sampling_params is None, "a greedy prompt may draw with another's temperature"
         slots, ends, count = call.empty_slots, call.prompt_lens, len(call.tokens)
-        starts = self.align(call.start_pos or [0] * count, ends)
+        starts = self.align(call.start_pos, ends)
         padded = [
             get_padded_prefill_len(end - start) for start, end in zip(starts, ends, strict=True)
         ]
@@ -2476,6 +2483,8 @@ class GeneratorBase:
             for begin in range(start, end, model.max_prefill_chunk_size):
                 if begin and not traced:
                     self.card.runs[f"{shape}, at {begin}"] += 1
+        if padded <= 1024:  # a program for each place cuts out the 32 rows with the last token
+            self.card.runs[f"rows {(end - start - 1) // 32} of {padded} on copy {copy}"] += 1
         # The padding is written too, where the page table says: as far as it goes, or to the
         # prompt's last block.
         length = end if start else padded
@@ -2567,7 +2576,7 @@ class GeneratorBase:
         self.card.now += self.card.seconds[kind] + rows_read * self.card.seconds["row"]
         padded = (len(self.model), 1, 32, server.LLAMA3_VOCABULARY + 64)
         rows = torch.full((slots,), 2**31 - 1) if samples else torch.full(padded, math.nan)
-        assert call.read_from_device == samples, "all logits would become float32"
+        assert not call.read_from_device, "the step would wait, and logits become float32"
         for copy, model in enumerate(self.model):
             first = copy * self.size
             active = [slot for slot in range(first, first + self.size) if position[slot] >= 0]
@@ -2590,8 +2599,16 @@ class GeneratorBase:
         return rows.to(torch.uint32) if samples else rows, None  # log_probs
 
     def read_decode_output(self, output: tuple[torch.Tensor, None]) -> list[Any]:
-        """Of each copy the logits of its first chip, [1, 1, 32, vocabulary], padded; log_probs."""
-        return [(logits[None], None) for logits in output[0]]
+        """Of each copy the tokens, or the logits of its first chip, [1, 1, 32, vocabulary], padded;
+        and log_probs.
+        """
+        rows = output[0]
+        copies = rows[:, None] if rows.dim() > 1 else rows.view(len(self.model), -1)
+        return [(copy, None) for copy in copies]
+
+    def process_decode_output_host(self, output: list[Any], is_tokens: bool) -> tuple[Any, None]:
+        assert is_tokens, "all logits would become float32"
+        return torch.cat([tokens for tokens, _ in output]), None
 
     def inputs(self, call: Any, samples: bool) -> list[torch.Tensor]:
         """What a step reads: a traced one the card's own since its last one, unless the release
@@ -3988,11 +4005,15 @@ class SchedulerTest(unittest.TestCase):
         class Agents(FakeEngine):
             """Ends each answer after 200 tokens."""
 
-            def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+            def step(
+                self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+            ) -> list[server.Result]:
                 test.check_use(self, scheduler)
                 ends = [work.position + len(work.tokens) >= 1700 for work in batch]
                 end = server.Result(server.Token(server.END))
-                return [end if last else one for last, one in zip(ends, super().step(batch))]
+                return [
+                    end if last else one for last, one in zip(ends, super().step(batch, meanwhile))
+                ]
 
         test, engine = self, Agents(32, 32768, 1024, pool=32768, block=32, align=128)
         agents = [request([i] * 1500, 32768 - 1500, frozenset({server.END})) for i in range(16)]
@@ -6530,6 +6551,8 @@ def replay(data: bytes) -> Body:
         f"event: {event['type']}" for event in sent
     ]
     assert [event["sequence_number"] for event in sent] == list(range(len(parts)))
+    for event in sent:
+        check_type("event", event)
     created, progress, *middle, end = sent
     assert (created["type"], progress["type"]) == ("response.created", "response.in_progress"), (
         sent[:2]
@@ -6807,6 +6830,8 @@ class ResponsesTest(unittest.TestCase):
             events_of = self.post(api, tools=[], stream=True).body.decode().split("\n\n")
             error, failed = (json.loads(event.partition("data: ")[2]) for event in events_of[-3:-1])
             self.assertEqual((error["type"], failed["type"]), ("error", "response.failed"))
+            for event in (error, failed):
+                check_type("event", event)
             self.assertEqual(failed["sequence_number"], error["sequence_number"] + 1)
             message = error["error"]["message"]
             self.assertIn("the engine failed", message)
@@ -6844,7 +6869,11 @@ class ResponsesTest(unittest.TestCase):
             ("input[0].arguments", "JSON object in a string", {"input": [call]}),
             ("input", "missing", {"input": None}),
             ("input", "not empty", {"input": []}),
-            ("input", "context holds 8192 in all: shorten", {"input": "x " * 9000}),
+            (
+                "input",
+                "> 8192 maximum, which is the whole context: shorten",
+                {"input": "x " * 9000},
+            ),
             ("tools[1].type", 'must be "function", not "mcp"', {"tools": [tool, {"type": "mcp"}]}),
             (
                 "tools[0].name",
@@ -6996,7 +7025,7 @@ class MessagesTest(unittest.TestCase):
                 {"output_config": {"format": {"type": "json_schema"}}},
             ),
             (
-                "the prompt has .* tokens",
+                "prompt is too long: .* tokens > 8192 maximum",
                 {"messages": [{"role": "user", "content": "a b " * 9999}]},
             ),
         ]
@@ -7006,6 +7035,23 @@ class MessagesTest(unittest.TestCase):
                 reply = ask(port, "/v1/messages", body)
                 check_error(reply, 400, expected)
                 self.assertEqual(reply.json["error"]["type"], "invalid_request_error")
+
+    def test_what_clients_rely_on(self) -> None:
+        """The asked model's name, an answer that goes on, and the refusal of a thread."""
+        port, limit = shared_server("random").port, {"max_tokens": 3, "temperature": 0}
+        begun = [*QUESTION, {"role": "assistant", "content": "It is"}]
+        goes_on = {"messages": begun, "continue_final_message": True}
+        expected = ask(port, "/tokenize", goes_on).json["count"]
+        counted = ask(port, "/v1/messages/count_tokens", {"messages": begun}).json
+        self.assertEqual(counted, {"input_tokens": expected})
+        # Claude Code sends back the thinking of the model that it asked for
+        whole = both(port, "/v1/messages", {"model": "claude-x", "messages": begun, **limit})
+        self.assertEqual(whole["model"], "claude-x")
+        thread = {"type": "create"}
+        reply = ask(port, "/v1/messages", {"messages": QUESTION, "thread": thread, **limit})
+        error = reply.json["error"]
+        self.assertEqual((reply.status, error["type"]), (400, "invalid_request_error"))
+        self.assertEqual(error["details"]["error_code"], "thread_unsupported_request")
 
     @needs("anthropic")
     def test_the_python_client(self) -> None:
@@ -7046,6 +7092,91 @@ class MessagesTest(unittest.TestCase):
                 ai.messages.create(
                     **{**asked, "messages": [{"role": "user", "content": [{"type": "image"}]}]}
                 )
+
+
+class LenientTest(unittest.TestCase):
+    """What clients send by habit has its effect, or none where it can have none."""
+
+    PATHS = ("/chat", "/v1/chat/completions", "/v1/responses")
+
+    def prompt_tokens(self, port: int, path: str, **options: object) -> int:
+        asked = {"input": "Hi"} if path == "/v1/responses" else {"messages": QUESTION}
+        whole = ask(port, path, {**asked, **options}).json
+        usage = whole.get("usage", whole)
+        return int(usage.get("prompt_tokens") or usage["input_tokens"])
+
+    @needs("tokenizers")
+    def test_names_of_thinking(self) -> None:
+        """All turn the template's switch, and none harms where it has none."""
+        switch: list[Body] = [
+            {"chat_template_kwargs": {"enable_thinking": True}},
+            {"enable_thinking": True},
+            {"think": "high"},
+            {"reasoning_effort": "low"},
+            {"reasoning": {"effort": "medium"}},
+        ]
+        off: list[Body] = [{"think": False}, {"reasoning_effort": "none"}]
+        for template, effect in ((QWEN, True), ("{{ messages | tojson }}", False)):
+            tokens = file_tokenizer(byte_folder(), template)
+            with serving(Speaker("Yes", tokens)) as api:
+                use(api, tokens)
+                for path in self.PATHS:
+                    plain = self.prompt_tokens(api.server_port, path)
+                    for options in (*switch, *off):
+                        with self.subTest(path, options=options, effect=effect):
+                            found = self.prompt_tokens(api.server_port, path, **options)
+                            self.assertEqual(found != plain, effect and options in switch)
+
+    @needs("tokenizers")
+    def test_both_names_of_what_was_thought(self) -> None:
+        with acting(family("qwen")) as (api, actor):
+            actor.say("<think>Hm</think>Yes")
+            path = "/v1/chat/completions"
+            (choice,) = both(api.server_port, path, {"messages": QUESTION})["choices"]
+            message = choice["message"]
+            self.assertEqual((message["reasoning"], message["reasoning_content"]), ("Hm", "Hm"))
+
+    def test_what_is_read(self) -> None:
+        port = shared_server("random").port
+        refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+        said = {"role": "assistant", "content": "No."}
+        counts = [
+            ask(port, "/tokenize", {"messages": [*QUESTION, message, *QUESTION]}).json["count"]
+            for message in (refused, said)
+        ]
+        self.assertEqual(*counts)
+        whole, bare = (
+            ask(port, "/tokenize", {"messages": QUESTION, "add_generation_prompt": begins}).json
+            for begins in (True, False)
+        )
+        self.assertEqual(whole["tokens"][: bare["count"]], bare["tokens"])
+        self.assertLess(bare["count"], whole["count"])
+
+    @needs("tokenizers")
+    def test_what_agents_send(self) -> None:
+        """A limit beyond the context is cut; a stored response tells so; log-probabilities come."""
+        with acting(family("qwen")) as (api, actor):
+            actor.say("It is warm.")
+            for path, asked in (
+                ("/v1/chat/completions", {"messages": QUESTION, "max_tokens": 32000}),
+                ("/v1/messages", {"messages": QUESTION, "max_tokens": 32000}),
+                ("/v1/responses", {"input": "Hi", "max_output_tokens": 32000}),
+            ):
+                (said,) = what_was_said(path, both(api.server_port, path, asked))
+                self.assertEqual(said, Said("It is warm."))
+            body = {"input": "Hi", "store": True, "truncation": "auto", "top_logprobs": 2}
+            whole = both(api.server_port, "/v1/responses", body)
+            self.assertEqual((whole["store"], whole["truncation"]), (True, "auto"))
+            entries = whole["output"][0]["content"][0]["logprobs"]
+            self.assertEqual("".join(entry["token"] for entry in entries), "It is warm.")
+            self.assertEqual({len(entry["top_logprobs"]) for entry in entries}, {2})
+
+    def test_a_multipart_body(self) -> None:
+        """Its own status: its header is not malformed."""
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        port = shared_server("random").port
+        for path, status in (("/chat", 415), ("/v1/files", 404)):
+            self.assertEqual(ask(port, path, b"--x--", headers=kind).status, status)
 
 
 class AwakeTest(unittest.TestCase):
@@ -7104,6 +7235,7 @@ def fold_chat_completions(chunks: list[Body]) -> Body:
     head, choices = chunks[0], collections.defaultdict[int, Body](dict)
     for chunk in chunks:
         assert (chunk["id"], chunk["object"]) == (head["id"], "chat.completion.chunk")
+        check_type("chunk", chunk)
         for piece in chunk["choices"]:
             choice = choices[piece["index"]]
             assert choice.get("finish_reason") is None, "nothing follows the end"
@@ -7215,6 +7347,36 @@ def without_chance(value: Any) -> Any:
     return [without_chance(entry) for entry in value] if isinstance(value, list) else value
 
 
+@functools.cache
+def openai_types() -> Mapping[str, Callable[[Body], object]]:
+    """What raises for a value that is not of OpenAI's type, by the type's name; empty without the
+    package `openai`.
+    """
+    if absent("openai"):
+        return {}
+    import pydantic
+    from openai.types import chat, responses
+
+    types: tuple[Any, ...] = (
+        chat.ChatCompletion,
+        chat.ChatCompletionChunk,
+        responses.Response,
+        responses.ResponseStreamEvent,
+    )
+    names = ("/v1/chat/completions", "chunk", "/v1/responses", "event")
+    adapters = [pydantic.TypeAdapter[Any](kind) for kind in types]
+    return {
+        name: functools.partial(adapter.validate_python, strict=True)
+        for name, adapter in zip(names, adapters)
+    }
+
+
+def check_type(name: str, value: Body) -> None:
+    """Raise unless it is of OpenAI's type; some types are not known here."""
+    if name in openai_types():
+        openai_types()[name](value)
+
+
 def both(port: int, path: str, body: Body) -> Body:
     """The whole answer to a body, which must be what its stream adds up to."""
     plain = ask(port, path, body)
@@ -7232,6 +7394,7 @@ def both(port: int, path: str, body: Body) -> Body:
         fold = fold_chat_completions if "chat" in path else fold_completions
         folded = fold(events(stream.body))
     whole = plain.json
+    check_type(path, whole)
     assert without_chance(folded) == without_chance(whole), f"streamed {folded}\nwhole {whole}"
     return whole
 
@@ -7354,8 +7517,10 @@ class Actor(Speaker):
                 self.script += [added[part]] if part in added else self.tokens.encode_text(part)
         self.script.append(min(self.tokens.stop_tokens))
 
-    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
-        results = FakeEngine.step(self, batch)
+    def step(
+        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[server.Result]:
+        results = FakeEngine.step(self, batch, meanwhile)
         for i, work in enumerate(batch):
             if work.sampler:
                 said = self._said[work.slot]
@@ -9002,7 +9167,7 @@ class TextAttackTest(unittest.TestCase):
                 while not reply.done():
                     answers += ask(port, "/health").status == 200
                 check_error(
-                    reply.result(), 400, r"^the prompt has \d{5,} tokens.*, but the context holds"
+                    reply.result(), 400, r"^prompt is too long: \d{5,} tokens > \d+ maximum"
                 )
                 self.assertGreater(answers, 2)
 
@@ -9706,10 +9871,12 @@ class FaultyEngine(server.TorchEngine):
     fault = ""
     room: dict[int, int] = {}  # noqa: RUF012
 
-    def step(self, batch: Sequence[server.Work]) -> list[server.Result]:
+    def step(
+        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[server.Result]:
         # a block of slot 6 stays as it is
         block = [cache[6, 32:64].clone() for cache in (*self.keys, *self.values)]
-        results = super().step(batch)
+        results = super().step(batch, meanwhile)
         if self.fault == "a stale block":
             for cache, old in zip((*self.keys, *self.values), block):
                 cache[6, 32:64] = old
@@ -9809,6 +9976,59 @@ class CheckTest(unittest.TestCase):
             process.send_signal(signal.SIGINT)
             self.assertEqual(process.wait(PATIENCE), 130)
             self.assertEqual((process.stdout.read(), process.stderr.read()), (b"", b""))
+
+    def test_a_card(self) -> None:
+        """On the stand-in, with each fault put into its model or below the engine."""
+        together = "the same text in every slot, together"
+        five, scale = "one of the CPU's five likeliest", "the CPU's scale of log-probabilities"
+        ways = ("a prompt in pieces", "a prefix left in its slot", "a prefix of another slot")
+        prefixes = [f"the same text from {way}" for way in ways]
+        read, copy = PagedLlama.read, server.TTEngine.copy
+
+        def exchange(model: PagedLlama, tokens: list[list[int]], *rest: Any) -> torch.Tensor:
+            logits = read(model, tokens, *rest)
+            if len(logits) > 3:
+                logits[[2, 3]] = logits[[3, 2]]
+            return logits
+
+        def keep_stale(model: PagedLlama, *work: Any) -> torch.Tensor:
+            stale = [cache[40].clone() for cache in model.cache]  # slot 19's, if all have two
+            logits = read(model, *work)
+            for cache, block in zip(model.cache, stale):
+                cache[40] = block
+            return logits
+
+        def start_late(
+            model: PagedLlama, tokens: list[list[int]], positions: list[int], *tables: Any
+        ) -> torch.Tensor:
+            late = [
+                position + (position > 0 and len(row) > 1)
+                for row, position in zip(tokens, positions)
+            ]
+            return read(model, tokens, late, *tables)
+
+        def double(*work: Any) -> torch.Tensor:
+            return 2 * read(*work)
+
+        def share_less(engine: server.TTEngine, source: int, slot: int, length: int) -> None:
+            copy(engine, source, slot, length - 32)
+
+        reference = float32_engine(tt_model() / "original", 1, 128)
+        model, engine_class = "test_server.PagedLlama.read", "tt_api_server.TTEngine.copy"
+        for place, fault, wrong in (
+            (model, read, set[str]()),
+            (model, exchange, {together, five}),
+            (model, keep_stale, {together, together.replace("together", "alone")}),
+            (model, start_late, set(prefixes)),
+            (model, double, {scale}),
+            (engine_class, share_less, {prefixes[2]}),
+        ):
+            with self.subTest(fault.__name__), stand_in("2026-09"), mock.patch(place, fault):
+                with contextlib.closing(tt_engine()) as engine:
+                    check = server.EngineCheck(engine, tokenizer(), 0.001)
+                    check.run(no_progress)
+                check.compare(reference)
+                self.assertEqual(set(check.wrong), wrong, check)
 
 
 # ==================================================================================================

@@ -97,7 +97,6 @@ import sys
 import tempfile
 import threading
 import time
-import timeit
 import traceback
 import types
 import urllib.parse
@@ -2478,10 +2477,13 @@ class Engine(Protocol):
         only if prompts can be prefilled in pieces.
         """
 
-    def step(self, batch: Sequence[Work]) -> list[Result]:
+    def step(
+        self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[Result]:
         """Read each item's tokens into its slot; return the next token of each, and the scores that
         are wanted.
 
+        `meanwhile` is called once: while the device computes, if it does so by itself, or before.
         A sampler that cannot draw yet costs only its own item its token: the scheduler sends the
         last token again.
         """
@@ -2642,7 +2644,10 @@ class TorchEngine:
             linear("feed_forward.w2"),
         )
 
-    def step(self, batch: Sequence[Work]) -> list[Result]:
+    def step(
+        self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[Result]:
+        meanwhile()
         with torch.inference_mode():
             hidden = self.forward(batch)
             drawing = [work for work in batch if work.sampler]
@@ -3171,7 +3176,7 @@ class Card:
         )
         self.board, board_of_copy = choose_board(ttnn, self.copies)
         if self.board == "P100":  # longer pieces can exceed the memory of a core (tt-metal #33991)
-            os.environ.setdefault("MAX_PREFILL_CHUNK_SIZE", "1")
+            os.environ.setdefault("MAX_PREFILL_CHUNK_SIZE", "2")
         pool, trace_region_size = divide_memory(self.checkpoint, board_of_copy)
         self._divide_pool(pool)
         self.trace_region_size = self.trace_region_size or trace_region_size
@@ -3299,8 +3304,8 @@ class TTEngine:
             card.open(progress, accuracy, verbose)
             self.device, self.max_seq_len = card.board.lower(), card.max_seq_len
             self.kv_cache_tokens = data_parallel * (card.blocks - 1) * BLOCK_SIZE
-            columns = card.padded_seq_len // BLOCK_SIZE
-            self._page_table = torch.zeros(self.max_batch_size, columns, dtype=torch.int32)
+            size = (self.max_batch_size, card.padded_seq_len // BLOCK_SIZE)
+            self._page_table = torch.zeros(size, dtype=torch.int32)
             # by pool and block: how many slots hold it; of no use for block 0
             self._holders = torch.zeros(data_parallel, card.blocks, dtype=torch.int32)
             self._read_capabilities()
@@ -3343,8 +3348,8 @@ class TTEngine:
 
     def _choose_shapes(self) -> None:
         """Find out how prompts may be prefilled."""
-        card, this = self._card, self._card.generator
-        align: Any = getattr(this, "_align_resume_offsets", lambda *_: [])
+        card = self._card
+        align: Any = getattr(card.generator, "_align_resume_offsets", lambda *_: [])
         pieces = (SHORT_PREFILL, LONG_PREFILL)
         starts, ends = [SHORT_PREFILL] * 2, [SHORT_PREFILL + length for length in pieces]
         aligned = align(starts, ends, card.kv_cache) == starts  # others would be lowered
@@ -3359,8 +3364,7 @@ class TTEngine:
         longest = min(self.max_seq_len, LONG_PREFILL) if resumes else self.max_seq_len
         padded = card.common.get_padded_prefill_len
         lengths = sorted({padded(min(1 << power, longest)) for power in range(7, 18)})
-        most = card.slots if len(this.model) == 1 else 1
-        short = [*(rows for rows in PREFILL_ROWS if rows <= most), 1]
+        short = [rows for rows in PREFILL_ROWS if rows <= card.slots and card.copies == 1] + [1]
         # of one call, by padded length
         self._rows = {length: short if length == SHORT_PREFILL else [1] for length in lengths}
 
@@ -3394,10 +3398,8 @@ class TTEngine:
         shapes = [(0, length, rows) for length, sizes in self._rows.items() for rows in sizes]
         shapes += [(SHORT_PREFILL, length, 1) for length in self._resumed]
         traced = [shape for shape in shapes if self._traces(shape[1], shape[0])]
-        stages = [("compiling", shapes)]
-        stages += [("preparing", traced)] * self._prepares_traces + [
-            ("tracing", traced)
-        ] * self._traced
+        preparing = [("preparing", traced)] * self._prepares_traces
+        stages = [("compiling", shapes), *preparing, *[("tracing", traced)] * self._traced]
         total, done = sum(1 + len(calls) for _, calls in stages), itertools.count()
         for doing, calls in stages:
             self._tracing = doing != "compiling"
@@ -3415,33 +3417,33 @@ class TTEngine:
             for position, length, rows in calls:
                 progress(f"{doing} {rows} prompts of {length} tokens", next(done) / total)
                 # A program for each place cuts out the 32 rows with the last token.
-                once = self._tracing or position or length > LONG_PREFILL
-                ends = [length] if once else range(32, length + 1, 32)
+                least = length if self._tracing or position or length > LONG_PREFILL else 32
+                ends = range(least, length + 1, 32)
                 # each copy has its own traces
                 for first, end in itertools.product(range(0, slots, self._card.slots), ends):
-                    tokens = [0] * end
-                    self._prefill(
-                        [Work(first + row, tokens, position, None) for row in range(rows)]
-                    )
+                    places = range(first, first + rows)
+                    self._prefill([Work(slot, [0] * end, position, None) for slot in places])
             if doing == "preparing":
                 generator._defer_prefill_recording = False
                 generator._record_pending_prefill_traces()
 
     def _time_decode(self, params: SamplingParams, rows: int, on_card: bool) -> float:
         """Seconds of a decode step of so many slots: the fastest of a few; the first is a reset."""
-        works = [Work(slot, [0], 1, Sampler(params)) for slot in range(rows)]
-        step = functools.partial(self._decode, works, on_card)
-        return min(timeit.repeat(step, timer=time.perf_counter, number=1, repeat=4))
+        works, times = [Work(slot, [0], 1, Sampler(params)) for slot in range(rows)], []
+        for _ in range(4):
+            began = time.perf_counter()
+            self._decode(works, on_card)
+            times.append(time.perf_counter() - began)
+        return min(times)
 
     def _log_sampling(self) -> None:
         """Say where tokens are drawn, and why."""
-        said = (
+        self.sampling = "; ".join(
             f"{'greedy' if greedy else 'sampled'} on the {'card' if card < every else 'host'}: "
             f"{1e3 * card:.1f} ms a step on the card, {1e3 * one:.1f} to {1e3 * every:.1f} on the host "
             f"for 1 to {self.max_batch_size} slots"
             for greedy, (card, one, every) in self._seconds.items()
-        )
-        self.sampling = "; ".join(said).replace("inf ms a step", "not at all")
+        ).replace("inf ms a step", "not at all")
         logger.info("tokens are drawn %s", self.sampling)
 
     def _on_card(self, works: Sequence[Work]) -> bool:
@@ -3452,8 +3454,7 @@ class TTEngine:
         samplers = [work.sampler for work in works if work.sampler]
         if any(sampler.on_host for sampler in samplers):
             return False
-        greedy = all(sampler.params.greedy for sampler in samplers)
-        card, one, every = self._seconds[greedy]
+        card, one, every = self._seconds[all(sampler.params.greedy for sampler in samplers)]
         share = (len(samplers) - 1) / max(self.max_batch_size - 1, 1)
         return card < one + share * (every - one)
 
@@ -3483,33 +3484,34 @@ class TTEngine:
         places[:] = blocks
         self._decoding = {}
 
-    def step(self, batch: Sequence[Work]) -> list[Result]:
+    def step(
+        self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[Result]:
         """Prefill the batch's prompts, those of one padded length together, then decode its other
         slots together.
 
         After an exception the next step works, but the KV cache of this step's slots is undefined.
         """
+        pieces = [piece for work in batch for piece in self._pieces(work)]
+        decoding = [work for work in pieces if work.position and len(work.tokens) == 1]
+        if len(decoding) < len(pieces):
+            meanwhile()
+            meanwhile = lambda: None  # noqa: E731
         tokens: dict[int, Token | None] = {}
-        decoding: list[Work] = []
-        pieces: list[Work] = []
-        for work in batch:
-            if work.position and len(work.tokens) == 1:
-                decoding.append(work)
-            else:
-                pieces += self._pieces(work)
         padded = self._card.common.get_padded_prefill_len
-        fresh = [piece for piece in pieces if not piece.position]
         for length, sizes in self._rows.items():
-            works = [work for work in fresh if padded(len(work.tokens)) == length]
+            works = [
+                work for work in pieces if not work.position and padded(len(work.tokens)) == length
+            ]
             while works:
                 rows = next(rows for rows in sizes if 3 * rows <= 4 * len(works))
                 tokens |= self._prefill(works[:rows])
                 del works[:rows]
         for piece in pieces:
-            if piece.position:
+            if piece.position and len(piece.tokens) > 1:
                 tokens |= self._prefill([piece])
         if decoding:
-            tokens |= self._decode(decoding, self._on_card(decoding))
+            tokens |= self._decode(decoding, self._on_card(decoding), meanwhile)
         return [Result(tokens.get(work.slot)) for work in batch]
 
     def _pieces(self, work: Work) -> list[Work]:
@@ -3537,7 +3539,6 @@ class TTEngine:
             for work, end in zip(works, ends)
         )
         slots = [work.slot for work in works]
-        resumed = {"start_pos": [work.position for work in works]} if works[0].position else {}
         logits = self._card.generator.prefill_forward_text(
             torch.tensor(list(rows)),
             page_table=self._page_table[slots],
@@ -3548,12 +3549,15 @@ class TTEngine:
             # span all slots up to the highest, and be out of bounds until 2026-06.
             empty_slots=slots if len(works) == 1 else list(range(len(works))),
             enable_trace=self._tracing,
-            **resumed,
+            start_pos=[work.position for work in works],
         )
         return drawn_by_slot(zip(works, logits.view(len(works), -1)))
 
-    def _decode(self, batch: Sequence[Work], on_card: bool) -> dict[int, Token | None]:
+    def _decode(
+        self, batch: Sequence[Work], on_card: bool, meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[int, Token | None]:
         """Decode one token for each of these slots; the others are idle. Returns as _prefill."""
+        generator = self._card.generator
         decoding = {work.slot: work.sampler.params if work.sampler else None for work in batch}
         # if the host samples, each step takes the host's inputs anyway
         reset = on_card and decoding != self._decoding
@@ -3562,27 +3566,31 @@ class TTEngine:
         if reset:
             # At a reset the card keeps its own token if its position is the host's or one ahead,
             # unless the slot is in this set. The host's tokens are always right.
-            self._card.generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
+            generator._slots_prefilled_since_decode = set(range(self.max_batch_size))
             self._sampling_of_batch = self._sampling_on_card(decoding)
         # Lists first: after each operation on a tensor the step may have to wait for another
         # thread.
         tokens, positions = [0] * self.max_batch_size, [-1] * self.max_batch_size  # -1: idle
         for work in batch:
             tokens[work.slot], positions[work.slot] = work.tokens[0], work.position
-        output = self._card.generator.decode_forward(
+        output = generator.decode_forward(
             torch.tensor(tokens).view(-1, 1),
             torch.tensor(positions),
             page_table=self._page_table,
             kv_cache=self._card.kv_cache,
             enable_trace=self._tracing,
-            read_from_device=on_card,
+            read_from_device=False,
             sampling_params=self._sampling_of_batch if on_card else None,
             **self._decode_commands(on_card, reset),
         )
+        meanwhile()
+        output = generator.read_decode_output(output)
         if not on_card:
             logits = self._read_logits(output)
             return drawn_by_slot((work, logits[work.slot]) for work in batch)
-        self._decoding, tokens = decoding, output[0].tolist()  # the other is log_probs
+        # the others are log_probs
+        drawn, _ = generator.process_decode_output_host(output, is_tokens=True)
+        self._decoding, tokens = decoding, drawn.tolist()
         return {work.slot: Token(tokens[work.slot]) for work in batch if work.sampler}
 
     def _read_logits(self, output: Any) -> list[torch.Tensor]:
@@ -3591,7 +3599,7 @@ class TTEngine:
         The Generator's own way converts those of all slots to float32, which takes longer.
         """
         card, rows = self._card, []
-        for logits, _ in card.generator.read_decode_output(output):  # the others are log_probs
+        for logits, _ in output:  # the others are log_probs
             chip = card.ttnn.to_torch(card.ttnn.get_device_tensors(logits)[0])  # all have the same
             rows += chip[0, 0, : card.slots, : card.generator.model_args[0].vocab_size]
         return rows
@@ -4009,6 +4017,13 @@ class Request:
         return round((self.first_token or time.monotonic()) - self.submitted, 3)
 
 
+def tell(request: Request, event: Event) -> None:
+    """Give an event to the request's handler."""
+    request.events.put(event)
+    if event.what == request.outcome:
+        request.ended.set()
+
+
 by_request = operator.attrgetter("request")
 
 
@@ -4158,6 +4173,7 @@ class Scheduler:
         self._wake = threading.Condition()
         self._failures = 0
         self._step_began = math.inf
+        self._untold: list[tuple[Request, Event]] = []
 
     # The handlers' threads call:
 
@@ -4220,6 +4236,7 @@ class Scheduler:
             if request in self.queue:
                 self.queue.remove(request)
                 self._finish(request, outcome)
+                tell(request, Event(request.index, outcome))
             self._wake.notify()
 
     def stop(self, drain: bool) -> None:
@@ -4265,12 +4282,10 @@ class Scheduler:
     def _in_flight(self) -> list[Request]:
         return list(filter(None, [*self.queue, *(slot.request for slot in self.slots)]))
 
-    def _finish(self, request: Request, outcome: str, last: Token | None = None) -> None:
+    def _finish(self, request: Request, outcome: str) -> None:
         with self._wake:
             request.outcome = outcome
             self.statistics.finish(request)
-            request.events.put(Event(request.index, outcome, last))
-            request.ended.set()
 
     # The scheduler's own thread:
 
@@ -4315,6 +4330,8 @@ class Scheduler:
     def _serve(self) -> None:
         while True:
             with self._wake:
+                if not self.busy:
+                    self._tell_all()
                 self._wake.wait_for(lambda: self.queue or self._state != "healthy" or self.busy)
                 for slot in self.slots:
                     if slot.request and slot.request.cancelled:
@@ -4323,11 +4340,21 @@ class Scheduler:
                 self._grow()
                 self._admit()
                 if self._state != "healthy" and not self._in_flight():
-                    return
+                    return self._tell_all()
             if batch := self._plan():
                 self._step(batch)
             elif self.busy:
+                self._tell_all()
                 time.sleep(0.002)  # until a grammar knows what may come next
+
+    def _tell_all(self) -> None:
+        """Tell the handlers what has come since the last step.
+
+        The threads that this wakes would delay the next step, so a card begins it before.
+        """
+        for request, event in self._untold:
+            tell(request, event)
+        self._untold.clear()
 
     def _grow(self) -> None:
         """Give running answers room for their next tokens, all at once.
@@ -4478,7 +4505,7 @@ class Scheduler:
         """Run one step. If it fails, its requests fail, and all others go on."""
         self._step_began = time.monotonic()
         try:
-            results = self._engine.step(batch)
+            results = self._engine.step(batch, self._tell_all)
         except Exception as error:
             logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
             for work in batch:
@@ -4498,7 +4525,7 @@ class Scheduler:
                 continue
             # after an interruption they come again
             for token in result.scores[max(request.told - work.position, 0) :]:
-                request.events.put(Event(request.index, "prompt", token))
+                self._untold.append((request, Event(request.index, "prompt", token)))
                 request.told += 1
             if work.sampler:
                 self._take(slot, request, result.token)
@@ -4525,7 +4552,7 @@ class Scheduler:
             else:
                 request.tokens.append(token.id)  # the slot's, too
                 request.sampler.push(token.id)
-                request.events.put(Event(request.index, "token", token))
+                self._untold.append((request, Event(request.index, "token", token)))
                 if request.generated >= request.max_tokens:
                     self._leave(slot, "length")
 
@@ -4535,7 +4562,8 @@ class Scheduler:
         # a whole answer, since a card may fail at every decode but at no prefill
         if outcome in ("stop", "length"):
             self._failures = 0
-        self._finish(slot.request, outcome, last)
+        self._finish(slot.request, outcome)
+        self._untold.append((slot.request, Event(slot.request.index, outcome, last)))
         slot.request, slot.used = None, time.monotonic()
         # After an error the slot's KV cache cannot be trusted.
         self._keep(slot, slot.held if self._engine.prompt_chunk and outcome != "error" else 0)
@@ -4578,6 +4606,8 @@ class Scheduler:
             self._state = "stopping" if self._state == "stopping" else "unhealthy"
             for request in self._in_flight():
                 self._finish(request, "error")
+                self._untold.append((request, Event(request.index, "error")))
+            self._tell_all()
             self.queue.clear()
             for slot in self.slots:  # without reserve(): the engine may be closed
                 slot.request = None
@@ -4884,10 +4914,12 @@ UNSUPPORTED: dict[str, Sequence[Any]] = {
             "guided_json",
             "guided_regex",
             "json_schema",
+            "mcp_servers",
             "n_predict",
             "prompt_logprobs",
             "regex",
             "structural_tag",
+            "thread",
             "truncate_prompt_tokens",
             "web_search_options",
         ),
@@ -5017,7 +5049,9 @@ class Asked:
     echo: bool = False  # the prompt comes before the answer
     stream: bool = False
     usage: bool = False  # a stream ends with it
-    said: str = ""  # what the answer repeats: /chat's prompt, or a response's fields in JSON
+    # what the answer repeats: /chat's prompt, the name of the model in /v1/messages, or a response's
+    # fields in JSON
+    said: str = ""
     history: tuple[bytes, ...] | None = None  # a response's items as KeptItems has them, to be kept
     prompt_name: str = "messages"  # the field that has the prompt, for errors
 
@@ -5179,7 +5213,9 @@ def read_responses(body: Any, model: Model) -> Asked:
         choice = check(choice, {"type": (..., TYPE), **NAMED}, "tool_choice")
     asked = read_common(fields, model)
     earlier, items = read_history(fields, model.kept)
-    asked.messages = read_items(fields["instructions"], items)
+    asked.messages = joined(
+        fields["instructions"], [read_item(item, where) for where, item in items]
+    )
     if fields["store"]:
         asked.history = earlier
     asked.thinks = read_thinking(fields, model)
@@ -5195,9 +5231,10 @@ def read_responses(body: Any, model: Model) -> Asked:
         {"type": "function", "description": None, **check(tool, FUNCTION), **tool}
         for _, tool in functions
     ]
-    reasoning = {"effort": fields["reasoning_effort"], "summary": None, **fields["reasoning"]}
-    nothing = {"background": False, "max_tool_calls": None, "service_tier": "default"}
-    said |= {"reasoning": reasoning, **nothing}
+    said["reasoning"] = {
+        "effort": fields["reasoning_effort"], "summary": None, **fields["reasoning"]
+    }  # fmt: skip
+    said |= {"background": False, "max_tool_calls": None, "service_tier": "default"}
     asked.said = long_json(said).decode()
     return asked
 
@@ -5205,7 +5242,8 @@ def read_responses(body: Any, model: Model) -> Asked:
 def read_anthropic(body: Any, model: Model) -> Asked:
     """The body of POST /v1/messages: https://platform.claude.com/docs/en/api/messages
 
-    The model's name is not checked: Claude Code asks for Anthropic's own.
+    The model's name is not checked, as Claude Code asks for Anthropic's own, but repeated: it sends
+    back the thinking of no other.
     """
     fields = check(body, ANTHROPIC_MESSAGES)
     config = check(fields["output_config"], {"format": (None, OBJECT)}, "output_config")
@@ -5215,12 +5253,16 @@ def read_anthropic(body: Any, model: Model) -> Asked:
         sampling=read_sampling(fields, model.defaults),
         stop=as_list(fields["stop_sequences"]),
         stream=fields["stream"],
+        said=fields["model"] or model.name,
     )
     thinking = check(fields["thinking"], ANTHROPIC_THINKING, "thinking")["type"]
     asked.thinks = thinking != "disabled" and model.tokenizer.thinks
     if form := config["format"] or fields["output_format"]:
         schema = check(form, ANTHROPIC_FORMAT, "output_config.format")["schema"]
         asked.form = Form("json", schema, strict=True)
+    last = asked.messages[-1] if asked.messages else {}
+    if last.get("role") == "assistant" and last.keys() == {"role", "content"}:
+        asked.begun = asked.messages.pop()["content"]  # the answer continues it
     choice = check(fields["tool_choice"], ANTHROPIC_CHOICE, "tool_choice")
     wanted: str | dict[str, Any] = {"any": "required"}.get(choice["type"], choice["type"])
     if wanted == "tool":
@@ -5254,14 +5296,14 @@ BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
 def read_turns(system: Any, turns: list[Any]) -> list[Message]:
     """Anthropic's messages for the chat template."""
     text = [BILLING.sub("", block["text"]) for block in read_blocks(system, "system", ("text",))]
-    chat: list[Message] = [{"role": "system", "content": "\n\n".join(filter(None, text))}]
+    chat: list[Message] = []
     roles = one_of(("user", "assistant", "system"))
     for i, turn in enumerate(turns):
         where = f"messages[{i}]"
         role = check(turn, {"role": (..., roles), **MESSAGE}, where)["role"]
         for block in read_blocks(turn["content"], f"{where}.content", BLOCKS):
             chat.append(read_block(block, role))
-    return joined(chat if chat[0]["content"] else chat[1:])
+    return joined("\n\n".join(filter(None, text)), chat)
 
 
 def read_blocks(content: Any, where: str, kinds: Iterable[str]) -> list[dict[str, Any]]:
@@ -5278,8 +5320,7 @@ def read_block(block: dict[str, Any], role: str) -> Message:
     """A block as a message of its own."""
     kind = block["type"]
     if kind == "tool_result":
-        content = read_blocks(block["content"], "content of a tool_result", ("text",))
-        text = "".join(part["text"] for part in content)
+        text = read_text(block["content"], PART, "content of a tool_result")
         return {"role": "tool", "tool_call_id": short_id(block["tool_use_id"]), "content": text}
     if kind == "tool_use":
         function = {"name": block["name"], "arguments": block["input"]}
@@ -5360,8 +5401,8 @@ def read_messages(
             ]
         if "tool_call_id" in fields:
             fields["tool_call_id"] = short_id(fields["tool_call_id"])
-        chat.append({name: value for name, value in fields.items() if value or name == "content"})
-    return chat
+        chat.append(fields)
+    return [bare(message) for message in chat]
 
 
 def read_text(content: Any, table: Table, where: str, unknown: Unknown = refuse_unsupported) -> str:
@@ -5475,15 +5516,9 @@ def read_history(
     return (*earlier, long_json([item for _, item in new])), old + new
 
 
-def read_items(instructions: str | None, items: list[tuple[str, Any]]) -> list[Message]:
-    """A response's input as messages."""
-    chat: list[Message] = [{"role": "system", "content": instructions}] if instructions else []
-    return joined(chat + [read_item(item, where) for where, item in items])
-
-
-def joined(messages: list[Message]) -> list[Message]:
+def joined(system: str | None, messages: list[Message]) -> list[Message]:
     """The messages, those of a role in a row made one, as some templates want it."""
-    chat: list[Message] = []
+    chat: list[Message] = [{"role": "system", "content": system}] if system else []
     for message in messages:
         last = chat[-1] if chat else {}
         if message["role"] == "tool" or message["role"] != last.get("role"):
@@ -5493,10 +5528,12 @@ def joined(messages: list[Message]) -> list[Message]:
             texts = [text for text in (last.get(name), message.get(name)) if text]
             last[name] = "\n\n".join(texts)
         last["tool_calls"] = last.get("tool_calls", []) + message.get("tool_calls", [])
-    return [
-        {name: value for name, value in message.items() if value or name == "content"}
-        for message in chat
-    ]
+    return [bare(message) for message in chat]
+
+
+def bare(message: Message) -> Message:
+    """A message without empty fields, which some templates take for full ones."""
+    return {name: value for name, value in message.items() if value or name == "content"}
 
 
 def read_item(item: Any, where: str) -> Message:
@@ -5635,9 +5672,10 @@ def answer_limit(asked: Asked, prompt: list[int], model: Model) -> int:
         raise ApiError(400, "the prompt is empty: send text", asked.prompt_name)
     context = model.max_seq_len
     if len(prompt) >= context:
-        message = f"the prompt has {len(prompt)} tokens, but the context holds {context} in all"
+        # Clients know these words, and shorten the conversation.
+        message = f"prompt is too long: {len(prompt)} tokens > {context} maximum"
         name, code = asked.prompt_name, "context_length_exceeded"
-        raise ApiError(400, f"{message}: shorten the prompt", name, code)
+        raise ApiError(400, f"{message}, which is the whole context: shorten it", name, code)
     room = context - len(prompt)
     return room if asked.limit in (None, -1) else min(asked.limit, room)
 
@@ -5694,35 +5732,38 @@ def detokenize(body: Any, model: Model) -> dict[str, Any]:
 # ==================================================================================================
 
 
-class Writer(Protocol):
+class Writer:
     """Writes the answers to one body, in one dialect.
 
     A whole answer is what its pieces add up to. The requests may wait for long, so a writer keeps
     what it needs of `asked`, and nothing of the body.
     """
 
-    content_type: str  # of a stream
+    content_type = "text/event-stream"
 
     def begin(self) -> bytes:
         """The start of a stream, before the first piece."""
+        return b""
 
     def add(self, request: Request, piece: Piece) -> bytes:
         """Add a piece to the answer; returns what a stream says of it."""
+        raise NotImplementedError
 
     def close(self) -> bytes:
         """The end of a stream."""
+        return b""
 
     def whole(self) -> dict[str, Any]:
         """The answer that is not streamed, once all pieces have been added."""
+        raise NotImplementedError
 
     def ping(self) -> bytes:
         """What keeps a silent stream awake."""
+        return b": waiting\n\n"  # a comment
 
     def broken(self, error: ApiError) -> bytes:
         """The end of a stream that breaks off."""
-
-
-WAITING = b": waiting\n\n"  # a comment in a stream of events
+        raise NotImplementedError
 
 
 def to_json(value: dict[str, Any]) -> bytes:
@@ -5752,8 +5793,11 @@ def openai_error(error: ApiError) -> dict[str, Any]:
 def anthropic_error(error: ApiError) -> dict[str, Any]:
     """The body of an error, in Anthropic's form."""
     known = "invalid_request_error" if error.status < 500 else "api_error"
-    kind = ANTHROPIC_ERRORS.get(error.status, known)
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    said = {"type": ANTHROPIC_ERRORS.get(error.status, known), "message": str(error)}
+    if error.param == "thread":  # their tool runners then send the whole conversation
+        refused = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        return {"type": "error", "error": {**said, "details": refused}}
+    return {"type": "error", "error": said}
 
 
 ANTHROPIC_ERRORS = {
@@ -5765,7 +5809,7 @@ ANTHROPIC_ERRORS = {
 }
 
 
-class ChatWriter:
+class ChatWriter(Writer):
     """POST /chat: one JSON object; in a stream, one a line."""
 
     content_type = "application/x-ndjson"
@@ -5774,16 +5818,10 @@ class ChatWriter:
         self.said = asked.said
         (self.request,) = requests
 
-    def begin(self) -> bytes:
-        return b""
-
     def add(self, request: Request, piece: Piece) -> bytes:
         if piece.kind == "end":
             return to_json({"done": True, **self.whole()})
         return to_json({"thinking" if piece.kind == "thinking" else "response": piece.text})
-
-    def close(self) -> bytes:
-        return b""
 
     def whole(self) -> dict[str, Any]:
         request, reader = self.request, self.request.reader
@@ -5811,9 +5849,8 @@ class ChatWriter:
 # What OpenAI's dialects have in common.
 
 
-def new_head(prefix: str, model: Model) -> dict[str, Any]:
-    """What every object of an answer repeats."""
-    return {"id": f"{prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
+def new_id(prefix: str) -> str:
+    return f"{prefix}{uuid.uuid4().hex}"
 
 
 def logprob_entry(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
@@ -5964,10 +6001,8 @@ class TextChoice:
         }
 
 
-class ChoicesWriter:
+class ChoicesWriter(Writer):
     """OpenAI's JSON or server-sent events with a list of choices, one for each request."""
-
-    content_type = "text/event-stream"
 
     def __init__(
         self,
@@ -5976,7 +6011,10 @@ class ChoicesWriter:
         asked: Asked,
         requests: Sequence[Request],
     ) -> None:
-        self.head = new_head(choice.prefix, model)
+        # what every object repeats
+        self.head = {
+            "id": new_id(choice.prefix), "created": int(time.time()), "model": model.name
+        }  # fmt: skip
         self.choice = choice
         self.choices = [choice(model.tokenizer, asked, request) for request in requests]
         self.requests, self.n, self.usage = requests, asked.n, asked.usage
@@ -5995,9 +6033,6 @@ class ChoicesWriter:
         choices = [choice.whole() for choice in self.choices]
         answer = {"object": self.choice.whole_object, "choices": choices, "usage": self._usage()}
         return {**self.head, **answer}
-
-    def ping(self) -> bytes:
-        return WAITING
 
     def broken(self, error: ApiError) -> bytes:
         return server_sent(openai_error(error))
@@ -6037,19 +6072,16 @@ TEXT_ITEMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 }
 
 
-class ResponsesWriter:
+class ResponsesWriter(Writer):
     """POST /v1/responses: a list of items, or the events that build it."""
-
-    content_type = "text/event-stream"
 
     def __init__(self, model: Model, asked: Asked, requests: Sequence[Request]) -> None:
         (self.request,) = requests
         self.tokenizer = model.tokenizer
-        head = new_head("resp_", model)
-        self.head = {
-            "id": head["id"],
+        self.head: dict[str, Any] = {
+            "id": new_id("resp_"),
             "object": "response",
-            "created_at": head["created"],
+            "created_at": int(time.time()),
             "model": model.name,
         }
         self.said, self.history, self.kept = asked.said, asked.history, model.kept
@@ -6081,9 +6113,6 @@ class ResponsesWriter:
             return self._event("function_call_arguments.delta", **self.place, delta=piece.text)
         return self._say("message" if piece.kind == "text" else "reasoning", piece)
 
-    def close(self) -> bytes:
-        return b""
-
     def whole(self) -> dict[str, Any]:
         cut = self.request.reader.finish == "length"
         return self._response(
@@ -6092,9 +6121,6 @@ class ResponsesWriter:
             completed_at=None if cut else int(time.time()),
             usage=self._usage(),
         )
-
-    def ping(self) -> bytes:
-        return WAITING
 
     def broken(self, error: ApiError) -> bytes:
         # OpenAI's own clients raise the first as an exception. codex knows only the second.
@@ -6155,7 +6181,7 @@ class ResponsesWriter:
         data = self._close_item()
         self.item = {
             "type": kind,
-            "id": f"{kind}_{uuid.uuid4().hex}",
+            "id": new_id(f"{kind}_"),
             "status": "in_progress",
             **more,
         }
@@ -6207,15 +6233,17 @@ ANTHROPIC_BLOCKS: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-class AnthropicWriter:
+class AnthropicWriter(Writer):
     """POST /v1/messages: a list of blocks, or the events that build it."""
-
-    content_type = "text/event-stream"
 
     def __init__(self, model: Model, asked: Asked, requests: Sequence[Request]) -> None:
         (self.request,) = requests
-        identity = f"msg_{uuid.uuid4().hex}"
-        self.head = {"id": identity, "type": "message", "role": "assistant", "model": model.name}
+        self.head = {
+            "id": new_id("msg_"),
+            "type": "message",
+            "role": "assistant",
+            "model": asked.said,
+        }
         self.content: list[dict[str, Any]] = []  # blocks
         self.kind = ""  # of the last one, while it is open
         self.calls = 0  # begun so far
