@@ -50,11 +50,12 @@ import time
 import traceback
 import types
 import unittest
+import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 from unittest import mock
 
 import tt_api_server as server
@@ -611,6 +612,12 @@ def streamed(
             yield (json.loads(line) for line in lines if line.strip() and line.strip() != b"[DONE]")
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 def dial(port: int, data: bytes, small_buffers: bool = False) -> socket.socket:
     """A bare connection on which these bytes have been sent; with small buffers it holds little of
     the answer.
@@ -1136,7 +1143,6 @@ class CheckpointErrorTest(unittest.TestCase):
 
         self.check(
             ("/no/such/folder", "--model is /no/such/folder, which is not a folder here"),
-            ("meta-llama/Llama-3.2-1B-Instruct", "hf download meta-llama/Llama-3.2-1B-Instruct"),
             (folder_of(META) / "params.json", "is not a folder here: name"),
             ("~no-such-user/model", "~no-such-user/model.* does not exist"),
             (folder_of({"x": ""}), r"no checkpoint.* params\.json .*safetensors"),
@@ -1739,6 +1745,38 @@ class TorchEngineTest(unittest.TestCase):
             [server.Result()],
             "no token is wanted",
         )
+
+    def test_a_pytorch_without_the_operators_that_are_not_its_interface(self) -> None:
+        """The same within rounding; and with operators that want other arguments, or do another
+        thing.
+        """
+
+        def other(*_: object) -> torch.Tensor:
+            return torch.zeros(32, 32)
+
+        def wanting(*, more: object) -> torch.Tensor:
+            raise AssertionError(more)
+
+        names = "_reorder_linear_weight _linear_pointwise linear_prepack_fp16 linear_dynamic_fp16"
+        kinds = {
+            "missing": types.SimpleNamespace(),
+            "other": types.SimpleNamespace(**dict.fromkeys(names.split(), other)),
+            "arguments": types.SimpleNamespace(**dict.fromkeys(names.split(), wanting)),
+        }
+        for (shape, expected), (kind, operators) in itertools.product(
+            REFERENCE.items(), kinds.items()
+        ):
+            checkpoint = server.read_checkpoint(random_checkpoint("meta", shape))
+            for dtype, part in (("auto", 1e-4), ("float32", 1e-4), ("bfloat16", 0.06)):
+                with (
+                    self.subTest(kind, dtype=dtype, shape=shape),
+                    mock.patch.object(torch.ops, "mkldnn", operators),
+                    mock.patch.object(torch.ops, "quantized", operators),
+                ):
+                    engine = server.TorchEngine(checkpoint, 1, 64, no_progress, dtype=dtype)
+                    logits = logits_of(engine, server.Work(0, PROMPT, 0, GREEDY))
+                    bound = part * max(1.0, *map(abs, expected))
+                    self.assert_close(logits[0, ::EVERY].float(), expected, bound)
 
     def test_the_other_precisions(self) -> None:
         """Near enough for two bytes a weight; in bfloat16, prompts cut at multiples of 16 give the
@@ -8984,67 +9022,104 @@ class OperationTest(unittest.TestCase):
                     self.assertEqual(systemd.recv(100), b"STOPPING=1")
                 self.assertEqual(process.wait(), 0 if number == signal.SIGTERM else -number)
 
-    @needs("nginx")
-    def test_nginx_over_two_servers_of_which_one_is_killed(self) -> None:
-        """With the README's configuration: nothing is lost but answers that had begun on the one
-        that is killed.
+    def in_front(
+        self, start: Callable[[int, list[int]], subprocess.Popen[bytes]], act: str
+    ) -> None:
+        """What `start` starts on this port, over these of two servers, loses nothing when one of
+        them is stopped, and when one is killed no more than the streams that had begun there.
         """
-        servers = [random_server(self, "--max-batch-size", "4") for _ in range(2)]
-        for process in servers:
-            process.ready()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        block = re.search(
-            r"```nginx\n(.*?)```", SERVER.with_name("README.md").read_text(), re.DOTALL
-        )
-        assert block
-        own = {"8080": port, "127.0.0.1:8081": servers[0].port, "127.0.0.1:8082": servers[1].port}
-        configuration = re.sub(
-            "|".join(own), lambda name: f"127.0.0.1:{own.pop(name[0])}", block[1]
-        )
-        self.assertEqual(own, {})
-        folder = Path(tempfile.mkdtemp(dir=SCRATCH))
-        paths = "".join(
-            f"{of}_temp_path {folder}/{of};"
-            for of in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        head = f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}"
-        (folder / "nginx.conf").write_text(
-            f"{head} http {{ access_log off; {paths}\n{configuration}\n}}"
-        )
-        nginx = subprocess.Popen(
-            ["nginx", "-p", folder, "-e", folder / "error.log", "-c", folder / "nginx.conf"]
-        )
-        self.addCleanup(nginx.wait)
-        self.addCleanup(nginx.terminate)
-        wait_until(lambda: (folder / "pid").exists())  # it listens by then
+        servers = [random_server(self, "--max-batch-size", "4").ready() for _ in range(2)]
+        port = free_port()
+        front = start(port, [process.port for process in servers])
+        self.addCleanup(front.wait)
+        self.addCleanup(front.terminate)
+        ended, model = threading.Event(), ask(servers[0].port, "/health").json["model"]
+
+        def answered(text: str, stream: bool) -> bool:
+            body = {"messages": [{"role": "user", "content": text}], "stream": stream}
+            body |= {"model": model, "max_tokens": 30}
+            with contextlib.suppress(http.client.HTTPException, OSError):
+                reply = ask(port, "/v1/chat/completions", body)
+                return bool(re.search(rb'"finish_reason": ?"(stop|length)"', reply.body))
+            return False
 
         def client(number: int) -> list[str]:
             outcomes = []
             for i in range(8):
-                late, reason = servers[0].process.poll() is not None, None
-                body = {
-                    "prompt": f"{number} {i}",
-                    "max_tokens": 30,
-                    "stream": (number + i) % 2 == 0,
-                }
-                with contextlib.suppress(http.client.HTTPException, OSError, ValueError):
-                    reason = json.loads(ask(port, "/chat", body).body.splitlines()[-1]).get(
-                        "finish_reason"
-                    )
-                outcomes.append(
-                    "whole" if reason in ("stop", "length") else "lost late" if late else "lost"
-                )
+                stream, late = (number + i) % 2 == 0, ended.is_set()
+                whole = answered(f"{number} {i}", stream)
+                outcomes.append("whole" if whole else f"lost, {stream=}, {late=}")
                 if (number, i) == (0, 2):
-                    servers[0].process.kill()
+                    getattr(servers[0].process, act)()
+                    ended.set()
             return outcomes
 
+        for number in range(100):  # until it knows both
+            wait_until(functools.partial(answered, f"{number} ?", False))
+            if all(finished(scrape(process.port))[1] for process in servers):
+                break
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             outcomes = collections.Counter(itertools.chain(*pool.map(client, range(8))))
-        self.assertEqual(outcomes["lost late"], 0, outcomes)
-        self.assertLessEqual(outcomes["lost"], 8, outcomes)  # streams that had begun there
+        del outcomes["whole"]
+        begun = {"lost, stream=True, late=False"} if act == "kill" else set()
+        self.assertLessEqual(set(outcomes), begun, outcomes)
+        self.assertLessEqual(outcomes.total(), 8)
         wait_for_figure(servers[1].port, "num_requests_running", 0, 0)
+
+    @needs("nginx")
+    def test_nginx_over_two_servers(self) -> None:
+        """With the README's configuration."""
+        block = re.search(
+            r"```nginx\n(.*?)```", SERVER.with_name("README.md").read_text(), re.DOTALL
+        )
+        assert block
+
+        def start(port: int, ports: list[int]) -> subprocess.Popen[bytes]:
+            names = ("8080", "127.0.0.1:8081", "127.0.0.1:8082")
+            own = dict(zip(names, (port, *ports)))
+            configuration = re.sub(
+                "|".join(own), lambda name: f"127.0.0.1:{own.pop(name[0])}", block[1]
+            )
+            self.assertEqual(own, {})
+            folder = Path(tempfile.mkdtemp(dir=SCRATCH))
+            paths = "".join(
+                f"{of}_temp_path {folder}/{of};"
+                for of in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            )
+            head = f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}"
+            (folder / "nginx.conf").write_text(
+                f"{head} http {{ access_log off; {paths}\n{configuration}\n}}"
+            )
+            return subprocess.Popen(
+                ["nginx", "-p", folder, "-e", folder / "error.log", "-c", folder / "nginx.conf"]
+            )
+
+        for act in "terminate", "kill":
+            with self.subTest(act):
+                self.in_front(start, act)
+
+    @needs("sglang_router")
+    def test_sglang_router_over_two_servers(self) -> None:
+        """With the README's command; it sends a chat to the server that has its beginning."""
+        readme = SERVER.with_name("README.md").read_text()
+        command = re.search(r"^python3 -m sglang_router.*?[^\\]$", readme, re.DOTALL | re.MULTILINE)
+        assert command
+
+        def start(port: int, ports: list[int]) -> subprocess.Popen[bytes]:
+            own = {"8080": port, "8081": ports[0], "8082": ports[1]}
+            line = re.sub("|".join(own), lambda name: str(own.pop(name[0])), command[0])
+            self.assertEqual(own, {})
+            words = shlex.split(line.replace("\\\n", " "))[1:]
+            quick = ["--shutdown-grace-period-secs", "1"]
+            return subprocess.Popen(
+                [sys.executable, *words, "--prometheus-port", str(free_port()), *quick],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+        for act in "terminate", "kill":
+            with self.subTest(act):
+                self.in_front(start, act)
 
 
 def count(what: str, pid: int) -> int:
@@ -9077,9 +9152,11 @@ class LoadTest(unittest.TestCase):
             port = api.server_port
             idle = [stack.enter_context(dial(port, b"GET /he")) for _ in range(2)]
             wait_until(lambda: len(api.handlers) == 2)
-            for _ in range(5):
-                self.assertEqual(ask(port, "/health").status, 200)
-            self.assertEqual([connection.recv(9) for connection in idle], [b"", b""])
+            get = head(start="GET /health HTTP/1.1")
+            for oldest in idle:
+                newer = stack.enter_context(dial(port, get))
+                self.assertEqual(newer.recv(12)[9:], b"200")
+                self.assertEqual(oldest.recv(9), b"")
             busy = [stack.enter_context(dial(port, post(ASKED))) for _ in range(2)]
             wait_until(lambda: api.under_way == 2)
             for data in (post(ASKED), post({"prompt": "x" * 10**6})):
@@ -9455,7 +9532,13 @@ class Browser:
         it.
         """
         wait_until(lambda: len(self.texts(".assistant")) == count and not self.busy)
-        return self.texts(".assistant")[-1], self.texts("article small")[-1]
+        return self.texts(".assistant")[-1], self.texts("article small span")[-1]
+
+    def click(self, text: str) -> None:
+        """Click the button with this text, which must be the only one in view."""
+        buttons = self.driver.find_elements("css selector", "button")
+        (button,) = (button for button in buttons if button.text == text)
+        button.click()
 
 
 @needs("chromium", "chromedriver", "selenium")
@@ -9567,12 +9650,9 @@ class PageTest(unittest.TestCase):
                 (page.ended(1)[0], page.typed, page.texts(".user")), (shown, "", [f"{markup}\ntwo"])
             )
             names = page.script(
-                "return [...document.querySelectorAll('main *')].map((e) => e.tagName)"
+                "return [...document.querySelectorAll('main :is(h2, div, p) *')].map((e) => e.tagName)"
             )
-            self.assertEqual(
-                (names, page.driver.title),
-                (["ARTICLE", "H2", "DIV", "SPAN", "B", "SMALL"], "fake-llama"),
-            )
+            self.assertEqual((names, page.driver.title), (["SPAN", "B"], "fake-llama"))
 
     def test_markdown(self) -> None:
         """Headings, lists, bold and code, as the answer comes; what goes back to the server is what
@@ -9596,6 +9676,54 @@ class PageTest(unittest.TestCase):
             page.press("And?", ENTER)
             self.assertEqual(page.ended(2)[0], text)
             self.assertEqual(page.script("return sent[1].messages[1].content"), answer)
+
+    def test_a_conversation_that_begins_with_a_click_and_survives_a_reload(self) -> None:
+        """Thinking is shown when it is opened; an answer is copied as it came, and asked for again."""
+        page, markup = self.page, "<img src=x onerror=document.title='no'> **why**"
+        engine = Speaker(f"<think>\n{markup}\n</think>\n\nIt is **{markup}**.")
+        with serving(engine) as api:
+            page.open(api.server_port)
+            page.click("Write a haiku")
+            answer, _ = page.ended(1)
+            self.assertEqual(page.texts(".user"), ["Write a haiku"])
+            self.assertFalse(page.find("#ideas").is_displayed())
+            self.assertFalse(page.find("details p").is_displayed())
+            page.find("summary").click()
+            self.assertEqual(page.find("details p").text, markup)
+            page.script("navigator.clipboard.writeText = async (text) => { copied = text }")
+            page.click("Copy")
+            self.assertEqual(page.script("return copied"), f"It is **{markup}**.")
+            page.find("#input").click()
+            page.press("typed meanwhile")
+            page.click("Ask again")
+            self.assertEqual(page.ended(1)[0], answer)
+            self.assertEqual(page.typed, "typed meanwhile")
+            asked = [{"role": "user", "content": "Write a haiku"}]
+            self.assertEqual(page.script("return sent.map((body) => body.messages)"), [asked] * 2)
+            shown = page.ended(1)
+            page.open(api.server_port)
+            self.assertEqual(page.ended(1), shown)
+            self.assertEqual(page.texts("details p"), [markup])
+            self.assertEqual(page.script("return document.title"), "fake-llama")
+            page.press("And then?", ENTER)
+            page.ended(2)
+            said = [*asked, {"role": "assistant", "content": f"It is **{markup}**."}]
+            self.assertEqual(page.script("return sent[0].messages.slice(0, 2)"), said)
+            page.click("New chat")
+            page.open(api.server_port)
+            self.assertEqual(page.texts("article"), [])
+            self.assertTrue(page.find("#ideas").is_displayed())
+
+    def test_a_reload_in_the_middle_of_an_answer(self) -> None:
+        page = self.page
+        with serving(FakeEngine(max_seq_len=4096, before_step=Gate(delay=0.02))) as api:
+            page.open(api.server_port, question="Hello")
+            wait_until(lambda: page.busy and page.texts(".assistant")[-1])
+            self.assertFalse(page.find(".again").is_displayed())
+            page.open(api.server_port)
+            answer, note = page.ended(1)
+            self.assertTrue(note == "Stopped" and 0 < len(answer) < 512, (note, answer))
+            wait_until(lambda: api.scheduler.busy == 0)
 
     def test_loading_and_an_answer_that_comes_as_it_is_generated(self) -> None:
         page, text = self.page, "First comes this.\n\n  Then, that."
@@ -9629,6 +9757,7 @@ class PageTest(unittest.TestCase):
         page, text = self.page, "Five words and some more, all of them in order."
 
         def step(batch: Sequence[server.Work]) -> None:
+            time.sleep(0.02)  # the words before are under way
             if len(engine.steps) in (1, 6):  # before the first word, and in the middle
                 raise RuntimeError("the card is on fire")
 
@@ -9667,9 +9796,7 @@ class PageTest(unittest.TestCase):
             page.wait_for("#state", ".*is stopping")
             gate.open()
             page.ended(1)
-            self.assertEqual(
-                page.script("return document.querySelector('.assistant').text.length"), 512
-            )
+            self.assertEqual(page.script("return articles()[0].turn.answer.length"), 512)
 
     def test_the_view_follows_only_a_reader_at_the_end(self) -> None:
         page = self.page
@@ -9808,8 +9935,7 @@ class CliTest(unittest.TestCase):
         """The port of a server whose standard output and error are this, started by bash; it must
         stop in order.
         """
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port: int = free.getsockname()[1]
+        port = free_port()
         model = str(random_checkpoint("meta", Shape()))
         line = shlex.join(
             [sys.executable, str(SERVER), "--port", str(port), "--model", model, "--verbose"]
@@ -9833,7 +9959,7 @@ class CliTest(unittest.TestCase):
         self.assertEqual(process.wait(PATIENCE), 0)
 
     def test_a_low_limit_of_open_files(self) -> None:
-        """Fewer connections than it would like; those beyond are refused.
+        """Fewer connections than it would like: idle ones make room for those beyond.
 
         And its standard streams are closed.
         """
@@ -9842,16 +9968,13 @@ class CliTest(unittest.TestCase):
             with contextlib.ExitStack() as crowd:
                 crowded = [crowd.enter_context(dial(port, get)) for _ in range(60)]
                 replies = [client.recv(4096) for client in crowded]
-                statuses = collections.Counter(reply[9:12] for reply in replies)
-                self.assertTrue(
-                    set(statuses) == {b"200", b"503"} and statuses[b"200"] >= 10, statuses
-                )
-                for client, reply in zip(crowded, replies):
-                    if reply[9:12] == b"200":  # it goes on
+                self.assertEqual({reply[9:12] for reply in replies}, {b"200"})
+                goes_on = []
+                for client in crowded:
+                    with contextlib.suppress(OSError):  # an idle one has made room
                         client.sendall(get)
-                        self.assertIn(b" 200 OK", client.recv(4096))
-                    else:
-                        self.assertIn(b"\r\nRetry-After: 1\r\n", reply)
+                        goes_on.append(b" 200 OK" in client.recv(4096))
+                self.assertTrue(all(goes_on[-10:]) and sum(goes_on) < 40, goes_on)
             wait_until(lambda: ask(port, "/health").status == 200)
 
     def test_nobody_reads_what_it_says(self) -> None:
@@ -9863,6 +9986,118 @@ class CliTest(unittest.TestCase):
                 self.assertEqual(ask(port, "/health").status, 200)
             os.close(reading)
         os.close(output)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Hugging Face, as huggingface_hub asks it, with one model, and copies that are not needed."""
+
+    protocol_version = "HTTP/1.1"
+    COMMIT = "a" * 40
+    gate = Gate(opened=False)  # before the second half of the weights
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = urllib.parse.urlsplit(self.path).path
+        owner, name = re.findall(r"[\w.-]+", path.removeprefix("/api/models/"))[:2]
+        kept = {file.name: file.read_bytes() for file in family_checkpoint("qwen3").iterdir()}
+        files = kept | dict.fromkeys(("pytorch_model.bin", "original/params.json", "x.gguf"), b"{}")
+        if name == "missing":
+            self.answer(404, b"{}", **{"X-Error-Code": "RepoNotFound"})
+        elif path.startswith(f"/api/models/{owner}/{name}/tree"):
+            tree = [
+                {"type": "file", "path": file, "size": len(data), "oid": f"{zlib.crc32(data):040x}"}
+                for file, data in files.items()
+            ]
+            self.answer(200, json.dumps(tree).encode())
+        elif path.startswith("/api/"):
+            siblings = [{"rfilename": file} for file in files]
+            about = {"id": f"{owner}/{name}", "sha": self.COMMIT, "siblings": siblings}
+            self.answer(200, json.dumps(about).encode())
+        elif name == "gated":
+            self.answer(403, b"{}", **{"X-Error-Code": "GatedRepo"})
+        else:
+            file = path.partition(f"{self.COMMIT}/")[2]
+            etag = f'"{zlib.crc32(files[file]):040x}"'
+            self.answer(200, files[file], **{"X-Repo-Commit": self.COMMIT, "ETag": etag})
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, data: bytes, **headers: str) -> None:
+        if resumed := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            headers["Content-Range"] = f"bytes {resumed[1]}-{len(data) - 1}/{len(data)}"
+            status, data = 206, data[int(resumed[1]) :]
+        self.send_response(status)
+        headers |= {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            half = len(data) // 2 if "safetensors" in self.path else len(data)
+            self.asked.append(self.path.rpartition("/")[2])
+            self.wfile.write(data[:half])
+            if half < len(data):
+                self.gate(())
+            self.wfile.write(data[half:])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class DownloadTest(unittest.TestCase):
+    """--model OWNER/NAME, from a stand-in for Hugging Face on this machine."""
+
+    def test_without_the_package(self) -> None:
+        with (
+            mock.patch.dict(sys.modules, {"huggingface_hub": None}),
+            self.assertRaisesRegex(server.UserError, "^no/where is .*pip install huggingface_hub"),
+        ):
+            server.find_checkpoint("no/where")
+
+    @needs("huggingface_hub", "safetensors", "tokenizers")
+    def test_a_download(self) -> None:
+        """/health answers meanwhile, a stop ends it, and another start goes on and has what is
+        needed, and no more.
+        """
+        hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        self.addCleanup(hub.server_close)
+        self.addCleanup(hub.shutdown)
+        self.addCleanup(Hub.gate.open)
+        home = tempfile.mkdtemp(dir=SCRATCH)
+        url = f"http://127.0.0.1:{hub.server_port}"
+        variables = {"HF_HOME": home, "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1"}
+        variables["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        for name, more, pattern in (
+            ("some/gated", {}, "gated: accept its licence at .*some/gated.* hf auth login$"),
+            ("some/missing", {}, "there is no https.*some/missing, or it is not for you: "),
+            ("some/model", {"HF_HUB_OFFLINE": "1"}, "cannot be downloaded now .*: try again"),
+            ("some/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be downloaded now .*: "),
+        ):
+            with self.subTest(name, **more):
+                ended = run_to_end("--port", "0", "--model", name, **{**variables, **more})
+                self.assertEqual(ended.returncode, 2, ended.stderr)
+                line = ended.stderr.strip().splitlines()[-1]
+                self.assertRegex(line, f"^error: {name} is not in Hugging Face's cache.*{pattern}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process = ServerProcess("--model", "some/model", **ONE_THREAD, **variables)
+            self.addCleanup(process.close)
+            process.wait_for("  downloading some/model\n")
+            progress = check_unavailable(process.port, "loading")["progress"]
+            self.assertEqual(progress["doing"], "downloading some/model")
+            if number == signal.SIGINT:
+                process.process.send_signal(number)
+                self.assertEqual(process.wait(), 0)
+        Hub.gate.open()
+        process.ready()
+        self.assertEqual(ask(process.port, "/health").json["model"], "model")
+        self.assertEqual(chat(process.port, max_tokens=3)["tokens_generated"], 3)
+        got = set(Hub.asked)
+        self.assertLessEqual({"config.json", "tokenizer.json", "model.safetensors"}, got)
+        self.assertFalse(got & {"pytorch_model.bin", "params.json", "x.gguf"}, got)
+        Hub.asked.clear()
+        process = ServerProcess("--model", "some/model", **ONE_THREAD, **variables).ready()
+        process.close()
+        self.assertEqual(Hub.asked, [], "what is there is not asked for again")
 
 
 class FaultyEngine(server.TorchEngine):

@@ -257,6 +257,8 @@ FUSED = {
     "self_attn.qkv_proj": {"self_attn.q_proj": "q", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
     "mlp.gate_up_proj": {"mlp.gate_proj": "ffn", "mlp.up_proj": "ffn"},
 }  # fmt: skip
+# The files at Hugging Face that tell of a model, for this server and for tt-metal.
+SETTINGS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 NAME_FOLDER = "name a folder with config.json, model.safetensors or its index, and tokenizer.json"
 NAME_ANOTHER = f"name a text model of the family {', '.join(FAMILIES)} in bfloat16"
 NAME_ANOTHER += ", not a quantized copy (GPTQ, AWQ, FP8, MLX)"
@@ -450,6 +452,7 @@ class Checkpoint:
     name: str
     stop_tokens: frozenset[int]  # that end an answer, by the model's configuration
     defaults: Mapping[str, float]  # of a request, by generation_config.json: see GENERATION
+    repository: str = ""  # OWNER/NAME at Hugging Face, from where the weights are still to come
 
     @property
     def folder(self) -> Path:
@@ -598,24 +601,68 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
     source, name = next(((source, name) for source, name in named.items() if name), ("", ""))
     if not name:
         return None
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-    folder = home_path(name)
-    if is_name and not os.path.isdir(folder):
+    folder, repository = home_path(name), ""
+    if not os.path.isdir(folder) and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         folder = cached_model(name)
+        weights = safetensors_files(folder) or list(folder.rglob("consolidated.*.pth"))
+        if not weights or not all(path.exists() for path in weights):
+            folder, repository = download(name, SETTINGS), name
     try:
         if os.path.isdir(folder):  # Path.is_dir raises an error for a name that is too long
-            return read_checkpoint(folder)
+            return read_checkpoint(folder, repository)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be read ({error.strerror}): let this user read it"
         ) from error
-    if is_name:
-        raise UserError(
-            f"{source} is {name}, which is neither a folder here nor in Hugging Face's cache: hf download {name} (from "
-            "pip install huggingface_hub; for a gated model, first accept its licence at "
-            f"https://huggingface.co/{name} and run hf auth login)"
-        )
     raise UserError(f"{source} is {name}, which is not a folder here: {NAME_FOLDER}")
+
+
+def download(name: str, files: Sequence[str]) -> Path:
+    """Bring these files of OWNER/NAME into Hugging Face's cache; return their folder.
+
+    Raises UserError.
+    """
+    page = f"https://huggingface.co/{name}"
+    try:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours is shown
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns="*/*"))
+    except ImportError as error:
+        raise UserError(
+            f"{name} is neither a folder here nor in Hugging Face's cache: pip install huggingface_hub, and it is "
+            "downloaded"
+        ) from error
+    except Exception as error:
+        problem, *_ = str(error).splitlines() or [""]
+        cure = f"it cannot be downloaded now ({type(error).__name__}: {problem}): try again, or name a folder"
+        if type(error).__name__ == "RepositoryNotFoundError":
+            cure = (
+                f"there is no {page}, or it is not for you: correct the name, or run hf auth login"
+            )
+        if type(error).__name__ == "GatedRepoError":
+            cure = f"it is gated: accept its licence at {page}, and run hf auth login"
+        raise UserError(f"{name} is not in Hugging Face's cache, and {cure}") from error
+
+
+def download_weights(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Download the weights. What an interrupted download has left is used.
+
+    Raises UserError.
+    """
+    name, blobs = checkpoint.repository, checkpoint.folder.parents[1] / "blobs"
+    size = 2 * sum(math.prod(shape) for _, shape in checkpoint.config.weights().values())
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    job = pool.submit(download, name, [path.name for path in checkpoint.files])
+    pool.shutdown(wait=False)  # a stop does not wait for it
+    held = 0
+    while not job.done():
+        with contextlib.suppress(FileNotFoundError):  # a file that is complete gets another name
+            held = sum(512 * path.lstat().st_blocks for path in blobs.iterdir())
+        progress(f"downloading {name}", min(held / size, 1.0))
+        concurrent.futures.wait([job], 0.5)
+    if not all((job.result() / path.name).exists() for path in checkpoint.files):
+        raise UserError(f"{name} has no {checkpoint.files[0].name}: {NAME_ANOTHER}")
 
 
 def safetensors_files(folder: Path) -> list[Path]:
@@ -629,9 +676,11 @@ def safetensors_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(index.values()))]
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, repository: str = "") -> Checkpoint:
     """Choose between the layouts in `folder` and its subfolder `original`, and read the
     configuration.
+
+    `repository`: from where the weights are still to come.
     """
     home = folder.parent if folder.name == "original" else folder
     meta = next(
@@ -641,6 +690,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     parts = sorted(meta.glob("consolidated.*.pth")) if meta else []
     # .pth needs no further package
     files = parts if len(parts) == 1 else safetensors_files(hf) if hf else []
+    if repository and hf and not files:
+        files = [hf / "model.safetensors"]
     mistral = (home / "tekken.json").is_file() and not (home / "tokenizer.json").is_file()
     if mistral or not files:
         needs = "it needs params.json and consolidated.00.pth, or config.json and model.safetensors or its index"
@@ -666,7 +717,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder}: the model's configuration is damaged ({error!r}): download it again"
         ) from error
     ends = {end for source in (settings, generation) for end in as_list(source.get("eos_token_id"))}
-    return Checkpoint(files, hf, config, name, frozenset(ends - {None}), read_defaults(generation))
+    defaults = read_defaults(generation)
+    return Checkpoint(files, hf, config, name, frozenset(ends - {None}), defaults, repository)
 
 
 def read_defaults(generation: dict[str, Any]) -> dict[str, float]:
@@ -2512,6 +2564,7 @@ class Run(NamedTuple):
 
 # the product with a weight [out, in]: rows [T, in] to [T, out]
 Linear = Callable[["torch.Tensor"], "torch.Tensor"]
+MakeLinear = Callable[["torch.Tensor", "torch.dtype"], Linear]
 
 
 class Layer(NamedTuple):
@@ -2578,14 +2631,19 @@ class TorchEngine:
 
         There: float32 rows, with weights of two bytes where FBGEMM can widen them.
         """
-        onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        fast_bfloat16 = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+        fast_bfloat16 = False
+        with contextlib.suppress(AttributeError):  # as the operators below, not PyTorch's interface
+            fast_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.dtype = torch.bfloat16 if fast_bfloat16 else torch.float32
         if dtype != "auto":
             self.dtype = getattr(torch, dtype)
-        self._half = dtype == "auto" and not fast_bfloat16 and fbgemm
-        self._packed = onednn and (fast_bfloat16 or self.dtype == torch.float32)
+        self._linear: MakeLinear = plain_linear
+        if dtype == "auto" and not fast_bfloat16 and multiplies(half_linear, self.dtype):
+            self._linear = half_linear
+        elif (fast_bfloat16 or self.dtype == torch.float32) and multiplies(
+            packed_linear, self.dtype
+        ):
+            self._linear = packed_linear
 
     def _load(self, checkpoint: Checkpoint, progress: Progress) -> None:
         """Read the layers and the head, two at a time: one waits for the disk while the other is
@@ -2595,7 +2653,9 @@ class TorchEngine:
         pool = concurrent.futures.ThreadPoolExecutor(2)
         try:
             layers = pool.map(functools.partial(self._read_layer, checkpoint), range(count))
-            head = pool.submit(lambda: self._linear(checkpoint.open_weights()("output.weight")))
+            head = pool.submit(
+                lambda: self._linear(checkpoint.open_weights()("output.weight"), self.dtype)
+            )
             self.layers: list[Layer] = []
             for layer in layers:
                 progress("loading the weights", len(self.layers) / (count + 1))
@@ -2603,12 +2663,6 @@ class TorchEngine:
             self.head = head.result()
         finally:  # after a stop, without the layers that are not begun
             pool.shutdown(wait=False, cancel_futures=True)
-
-    def _linear(self, weight: torch.Tensor) -> Linear:
-        if self._half:
-            return half_linear(weight)
-        weight = weight.to(self.dtype)
-        return packed_linear(weight) if self._packed else functools.partial(F.linear, weight=weight)
 
     def _read_layer(self, checkpoint: Checkpoint, number: int) -> Layer:
         # Mapped anew for each layer: pages that were read stay in memory as long as their mapping.
@@ -2618,7 +2672,8 @@ class TorchEngine:
             return read(prefix + name).to(self.dtype, copy=True)
 
         def linear(*names: str) -> Linear:  # several weights become one, stacked
-            return self._linear(torch.cat([read(f"{prefix}{name}.weight") for name in names]))
+            weight = torch.cat([read(f"{prefix}{name}.weight") for name in names])
+            return self._linear(weight, self.dtype)
 
         query_key_value, query_key_norm = (
             linear("attention.wq", "attention.wk", "attention.wv"),
@@ -2781,13 +2836,30 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(*shape)
 
 
-def packed_linear(weight: torch.Tensor) -> Linear:
+def multiplies(linear: MakeLinear, dtype: torch.dtype) -> bool:
+    """Whether this PyTorch, on this machine, has the operators of a product, as it is called here.
+
+    They are not part of PyTorch's interface: another release may change them.
+    """
+    weight, rows = torch.eye(32, dtype=dtype), torch.arange(64.0).view(2, 32).to(dtype)
+    try:
+        return torch.equal(linear(weight, dtype)(rows), rows)
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+
+
+def plain_linear(weight: torch.Tensor, dtype: torch.dtype) -> Linear:
+    """The product with a weight as it is."""
+    return functools.partial(F.linear, weight=weight.to(dtype))
+
+
+def packed_linear(weight: torch.Tensor, dtype: torch.dtype) -> Linear:
     """The product with a weight in oneDNN's own layout.
 
     oneDNN compiles code for each number of rows, and keeps it. So large numbers are rounded up:
     there are then fewer of them.
     """
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # the layout for 32 rows
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 32)  # the layout for 32 rows
 
     def product(rows: torch.Tensor) -> torch.Tensor:
         count = len(rows)
@@ -2806,7 +2878,7 @@ def biased(product: Linear, bias: torch.Tensor) -> Linear:
     return lambda rows: product(rows) + bias
 
 
-def half_linear(weight: torch.Tensor) -> Linear:
+def half_linear(weight: torch.Tensor, _: torch.dtype) -> Linear:
     """The product of float32 rows with a weight kept in float16, which FBGEMM widens in registers.
 
     For x86 processors without bfloat16: float32 weights would take twice the memory, and twice the
@@ -6351,7 +6423,14 @@ b, .title { font-weight: 600; }
 code { font-family: ui-monospace, monospace; font-size: .9rem; }
 pre, :not(pre) > code { padding: .1rem .3rem; border-radius: .4rem; background: var(--tint); }
 pre { padding: .75rem 1rem; white-space: pre-wrap; }
-pre button { float: right; padding: 0 .5rem; font-size: .8rem; }
+article > small { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
+article > small > span { flex: 1; }
+pre button, article > small > button { padding: 0 .5rem; font-size: .8rem; color: CanvasText; }
+pre button { float: right; }
+details, #ideas { color: var(--soft); }
+#ideas { display: grid; justify-items: start; gap: .5rem; padding-bottom: 2rem; }
+main:not(:empty) + #ideas, details:not(:has(p:not(:empty))), .failed button, article:not(:last-child) .again,
+[aria-busy=true] :last-child > small > button { display: none; }
 [aria-busy=true] :last-child > .assistant::after { content: "▍"; color: var(--accent); }
 .failed small, .gone, .stopping, .unhealthy { color: var(--alert); }
 #state { width: 100%; }
@@ -6369,7 +6448,14 @@ pre button { float: right; padding: 0 .5rem; font-size: .8rem; }
   <label>Max tokens <input id="max-tokens" type="number" min="1" value="512"></label>
 </section>
 <main aria-live="polite"></main>
-<template><article><h2 class="user"></h2><div class="assistant"></div><small></small></article></template>
+<section id="ideas">
+  To begin with:
+  <button>What is machine learning?</button> <button>Write a haiku</button> <button>Tell me a joke</button>
+</section>
+<template><article>
+  <h2 class="user"></h2><details><summary>Thinking</summary><p></p></details><div class="assistant"></div>
+  <small><span></span><button>Copy</button><button class="again">Ask again</button></small>
+</article></template>
 <footer>
   <textarea id="input" rows="2" placeholder="What would you like to know?" aria-label="Message" autofocus></textarea>
   <button id="send" disabled>Send</button>
@@ -6414,13 +6500,21 @@ function styled(line) {
   return line.split(/(\*\*[^*\n]+\*\*|`[^`\n]+`)/).map((part, i) => i % 2 ? marked(part) : part)
 }
 
+// The clipboard is for pages from localhost or with TLS; elsewhere the element is selected, to be copied by hand.
+function copies(button, element, text = () => element.textContent) {
+  button.onclick = async () => {
+    if (!navigator.clipboard) return getSelection().selectAllChildren(element)
+    await navigator.clipboard.writeText(text())
+    button.textContent = "Copied"
+    setTimeout(() => { button.textContent = "Copy" }, 1500)
+  }
+  return button
+}
+
 function block(source) {
   if (source.startsWith("```")) {
     const code = make("code", "", source.replace(/^.*\n?/, "").replace(/\n?```[ \t]*\n?$/, ""))
-    const copy = make("button", "", "Copy")
-    // The clipboard is for pages from localhost or with TLS; elsewhere the code is selected, to be copied by hand.
-    copy.onclick = () => navigator.clipboard?.writeText(code.textContent) ?? getSelection().selectAllChildren(code)
-    return make("pre", "", copy, code)
+    return make("pre", "", copies(make("button", "", "Copy"), code), code)
   }
   return make("span", "", ...source.split(/(?<=\n)/).flatMap((line) => {
     const [, title] = line.match(/^#{1,6} +([^]*)/) || []
@@ -6429,7 +6523,7 @@ function block(source) {
 }
 
 function show(element, text) {  // makes only the blocks that have changed
-  for (const [i, source] of text.match(BLOCK).entries()) {
+  for (const [i, source] of (text.match(BLOCK) || []).entries()) {
     const old = element.children[i]
     if (old?.source === source) continue
     const made = Object.assign(block(source), {source})
@@ -6444,40 +6538,69 @@ async function poll() {
   setTimeout(poll, health.status === "healthy" ? 5000 : 1000)
 }
 
-async function ask() {
-  const question = input.value
+// A turn is what is kept, and what an article shows: {question, thinking, answer, note, failed}.
+const articles = () => [...document.querySelectorAll("article")]
+
+function add(turn) {
+  const article = $("template").content.firstElementChild.cloneNode(true)
+  const [user, , assistant, foot] = article.children
+  user.textContent = turn.question
+  copies(foot.children[1], assistant, () => turn.answer)
+  foot.lastElementChild.onclick = () => ask(turn.question, article)
+  $("main").append(Object.assign(article, {turn}))
+  draw(article)
+  return article
+}
+
+function draw(article) {
+  const {thinking, answer, note, failed} = article.turn
+  const [, thoughts, assistant, foot] = article.children
+  article.className = failed ? "failed" : ""
+  thoughts.lastElementChild.textContent = thinking.trim()
+  show(assistant, answer)
+  foot.firstElementChild.textContent = note
+}
+
+function save() {  // for this tab
+  try {
+    sessionStorage.chat = JSON.stringify(articles().map((article) => article.turn))
+  } catch { /* the browser keeps nothing, or not so much */ }
+}
+
+async function ask(question, old) {
   if (health.status !== "healthy" || request || !question.trim()) return
-  const turn = $("template").content.firstElementChild.cloneNode(true)
-  const [user, assistant, note] = turn.children
-  user.textContent = question
-  $("main").append(turn)
-  input.value = ""
+  old ? old.remove() : input.value = ""
+  input.focus()
+  const turn = {question, thinking: "", answer: "", note: ""}
+  const article = add(turn)
   atEnd = true
   request = new AbortController()
   render()
-  const last = await receive(assistant).catch(() => ({}))  // the reader stopped it, or the connection broke
+  const last = await receive(article).catch(() => ({}))  // the reader stopped it, or the connection broke
   if (last.done) {
-    note.textContent = `${last.tokens_per_second} tokens/s · first token after ${last.time_to_first_token_seconds} s`
-    if (last.finish_reason === "length") note.prepend(`Cut off at the limit of ${last.tokens_generated} tokens · `)
+    if (last.finish_reason === "length") turn.note = `Cut off at the limit of ${last.tokens_generated} tokens · `
+    turn.note += `${last.tokens_per_second} tokens/s · first token after ${last.time_to_first_token_seconds} s`
   } else if (request.signal.aborted) {
-    note.textContent = "Stopped"
+    turn.note = "Stopped"
   } else {
-    turn.className = "failed"
-    note.textContent = "Failed: " + (last.error || "the connection to the server broke")
+    turn.failed = true
+    turn.note = "Failed: " + (last.error || "the connection to the server broke")
     input.value = [question, input.value].filter(Boolean).join("\n")  // to send it again
   }
   request = null
+  draw(article)
+  save()
   render()
 }
 
-async function receive(assistant) {  // shows the answer as it arrives; returns the last line: the figures, or an error
-  const shown = document.querySelectorAll("article:not(.failed) > :is(h2, div)")  // the last is the answer to come
-  const said = (part) => ({role: part.className, content: part.text ?? part.textContent})
-  const messages = [...shown].slice(0, -1).map(said)
+async function receive(article) {  // shows the answer as it arrives; returns the last line: the figures, or an error
+  const turn = article.turn
+  const messages = articles().map((other) => other.turn).filter((other) => !other.failed).flatMap((other) =>
+    [{role: "user", content: other.question}, {role: "assistant", content: other.answer}])
   const response = await fetch("/chat", {
     method: "POST", headers: {"Content-Type": "application/json"}, signal: request.signal,
     body: JSON.stringify({  // an empty number is NaN, in JSON null: the server's default
-      messages, stream: true, system: $("#system").value || null,
+      messages: messages.slice(0, -1), stream: true, system: $("#system").value || null,
       temperature: $("#temperature").valueAsNumber, max_tokens: $("#max-tokens").valueAsNumber,
     }),
   })
@@ -6488,8 +6611,10 @@ async function receive(assistant) {  // shows the answer as it arrives; returns 
     rest = lines.pop()
     for (const line of lines) {
       last = JSON.parse(line)
-      if (last.thinking && !last.done) assistant.nextElementSibling.textContent = "Thinking"
-      if (last.response && !last.done) show(assistant, assistant.text = (assistant.text || "") + last.response)
+      if (last.done) continue
+      turn.thinking += last.thinking || ""
+      turn.answer += last.response || ""
+      draw(article)
     }
   }
   return last
@@ -6500,15 +6625,24 @@ document.onkeydown = (event) => {
   if (event.key === "Escape") request?.abort()
   if (event.key !== "Enter" || event.shiftKey || event.target !== input) return
   event.preventDefault()
-  ask()
+  ask(input.value)
 }
-$("#send").onclick = () => request ? request.abort() : ask()
+$("#send").onclick = () => request ? request.abort() : ask(input.value)
+for (const idea of $("#ideas").children) idea.onclick = () => ask(input.value = idea.textContent)
 $("footer").onclick = () => input.focus()
 $("#new").onclick = () => {
   request?.abort()
   $("main").replaceChildren()
+  save()
   input.focus()
 }
+onbeforeunload = onpagehide = () => {
+  request?.abort()
+  save()
+}
+try {  // what a reload has interrupted has no note
+  for (const turn of JSON.parse(sessionStorage.chat)) add({...turn, note: turn.note || "Stopped"})
+} catch { /* nothing is kept */ }
 document.onscroll = () => { atEnd = scrollY + innerHeight > document.body.scrollHeight - 2 }
 new ResizeObserver(() => { if (atEnd) scrollTo(0, document.body.scrollHeight) }).observe(document.body)
 poll()
@@ -6575,11 +6709,16 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Whether the client has not sent the header of a request."""
         return not self.command and self.deadline < math.inf
 
-    def give_up(self) -> None:
-        """End an idle connection."""
-        self.deadline = math.inf
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
+    def give_up(self) -> bool:
+        """End an idle connection. False: a request has just come, or the client has left."""
+        poll = select.poll()
+        with contextlib.suppress(OSError, ValueError):
+            poll.register(self.connection, select.POLLIN)
+            if not poll.poll(0):
+                self.deadline = math.inf
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return True
+        return False
 
     def handle_one_request(self) -> None:
         """Wait for a request, answer it and log it."""
@@ -6762,7 +6901,8 @@ class ApiHandler(BaseHTTPRequestHandler):
     def respond(self) -> None:
         """Call the endpoint. Raises ApiError if there is none, or for a wrong method."""
         if self.route not in ROUTES:
-            near = difflib.get_close_matches(self.endpoint, ROUTES, 1, 0.7)
+            # of a long path difflib would take the memory and the time of a hundred requests
+            near = difflib.get_close_matches(self.endpoint[:99], ROUTES, 1, 0.7)
             known = ", ".join(f"{route.method} {path}" for path, route in ROUTES.items())
             hint = f"did you mean {near[0]}?" if near else f"the endpoints are {known}"
             raise ApiError(404, f"there is no {printable(self.endpoint)} here: {hint}")
@@ -6902,6 +7042,10 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise RuntimeError("a process for grammars cannot be started") from error
         requests[0].size = size
         return requests, route.writer(model, asked, requests), asked.stream
+
+    def server_info(self) -> None:
+        """What sglang-router asks a server for."""
+        self.send(200, to_json({"served_model_name": self.server.model}))
 
     def tokenize(self) -> None:
         self.server.scheduler.check_available()
@@ -7069,6 +7213,7 @@ ROUTES: dict[str, Route] = {
         "POST", ApiHandler.tokenize, count_tokens, example=CHAT_EXAMPLE
     ),
     "/v1/models": Route("GET", ApiHandler.models),
+    "/server_info": Route("GET", ApiHandler.server_info),
     "/tokenize": Route("POST", ApiHandler.tokenize, tokenize, example=PROMPT_EXAMPLE),
     "/detokenize": Route("POST", ApiHandler.tokenize, detokenize, example='{"tokens": [9906]}'),
     "/v1/models/NAME": Route("GET", ApiHandler.models),
@@ -7174,7 +7319,8 @@ class ApiServer(ThreadingHTTPServer):
         handlers = list(self.handlers)
         idle = [handler for handler in handlers if handler.idle]
         if idle and len(handlers) >= self.max_connections:
-            min(idle, key=lambda handler: handler.deadline).give_up()
+            idle.sort(key=lambda handler: handler.deadline)
+            any(handler.give_up() for handler in idle)  # the first that can
         return len(handlers) - len(idle) < self.max_connections
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -7536,7 +7682,7 @@ AddArgument = Callable[..., argparse.Action]
 def add_model_options(add: AddArgument) -> None:
     """What is served, and to how many at once."""
     count, many = whole_number(1, 1024), whole_number(0, 10**6)
-    model = "or OWNER/NAME in Hugging Face's cache (default: $HF_MODEL, $LLAMA_DIR, a demo)"
+    model = "or OWNER/NAME at Hugging Face (default: $HF_MODEL, $LLAMA_DIR, a demo)"
     add("--model", metavar="DIR", help=model)
     add("--served-model-name", metavar="NAME", help="its name in /v1 (default: its folder's)")
     device = "auto: the card if there is one, else the CPU"
@@ -7692,6 +7838,8 @@ def load(
     server: ApiServer, options: argparse.Namespace, found: Checkpoint | None, progress: Progress
 ) -> Engine:
     """Load the tokenizer and the model. The scheduler's thread calls this."""
+    if found and found.repository:
+        download_weights(found, progress)
     progress("importing PyTorch")
     import_torch()
     checkpoint = found or demo_checkpoint(progress)
@@ -7748,6 +7896,9 @@ def serve(options: argparse.Namespace) -> int:
     server = bind(options)
     host = {"0.0.0.0": "localhost", "::": "localhost"}.get(server.server_name, server.server_name)
     url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
+    scheduler = server.scheduler = Scheduler(options.max_queue)
+    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
+    threading.Thread(target=stop_on_signals, args=(server,), name="signals", daemon=True).start()
     found = find_checkpoint(options.model)
     complete_options(options, found)
     served = (found.name, str(found.folder), "") if found else (DEMO_NAME, "", DEMO_NOTE)
@@ -7759,10 +7910,7 @@ def serve(options: argparse.Namespace) -> int:
         logger.warning(
             "anyone who can reach this machine can use this server: set TT_API_KEY to require a key"
         )
-    scheduler = server.scheduler = Scheduler(options.max_queue)
     sys.setswitchinterval(0.0005)  # or each new connection may wait 5 ms for a thread that computes
-    threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
-    threading.Thread(target=stop_on_signals, args=(server,), name="signals", daemon=True).start()
     if supervised := "NOTIFY_SOCKET" in os.environ:
         threading.Thread(
             target=exit_if_stuck, args=(scheduler,), name="watchdog", daemon=True
@@ -7783,14 +7931,16 @@ def serve(options: argparse.Namespace) -> int:
 
 def run_check(options: argparse.Namespace) -> int:
     """Check the engine and print what was found; returns 1 if it is wrong."""
+    threading.Thread(target=stop_check_on_signals, name="signals", daemon=True).start()
     found = find_checkpoint(options.model)
     complete_options(options, found)
     if options.max_seq_len < 512:
         raise UserError(f"--max-seq-len is {options.max_seq_len}, and --check needs 512: raise it")
     if options.device == "cpu" and options.dtype == "auto":
         options.dtype = "float32"  # in which all ways of computing agree
-    threading.Thread(target=stop_check_on_signals, name="signals", daemon=True).start()
     progress = progress_on_terminal()
+    if found and found.repository:
+        download_weights(found, progress)
     import_torch()
     checkpoint = found or demo_checkpoint(progress)
     tokenizer = open_tokenizer(checkpoint)
@@ -7887,7 +8037,10 @@ def may_be_interrupted(frame: types.FrameType | None) -> bool:
     """
     stack = (caller for caller, _ in traceback.walk_stack(frame))
     running = {caller.f_code.co_name for caller in stack if caller.f_globals is globals()}
-    return bool(running & {"load", "run_check"}) and not running & {"open_mesh", "close"}
+    return bool(running & {"load", "run_check", "find_checkpoint"}) and not running & {
+        "open_mesh",
+        "close",
+    }
 
 
 def interrupt(_: int, frame: types.FrameType | None) -> None:
