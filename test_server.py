@@ -4980,6 +4980,9 @@ class HttpErrorTest(unittest.TestCase):
                 for coding in ("", "gzip", "chunked, identity", "chunked, chunked")
             ),
             ("X: folded", " Content-Length: 5"),
+            ("X: a\rContent-Length: 5",),
+            ("From me@example.com", "Content-Length: 5"),
+            ("Content-Type: multipart/form-data; boundary=x", "no colon", "Content-Length: 5"),
             *(
                 (line,)
                 for line in ("Content-Length : 5", "Transfer-Encoding : chunked", "no colon", ": 5")
@@ -6968,6 +6971,7 @@ WEATHER_TOOL = {"name": "get_weather", "input_schema": TOOLS[0]["function"]["par
 class MessagesTest(unittest.TestCase):
     """POST /v1/messages, beside what it has in common with the other dialects (CrossingTest)."""
 
+    @needs("tokenizers")
     def test_the_prompt(self) -> None:
         """What Claude Code sends reaches the model, but for what changes with every request."""
         billing = {"type": "text", "text": "x-anthropic-billing-header: v=1; cch={};"}
@@ -7136,6 +7140,27 @@ class LenientTest(unittest.TestCase):
     """What clients send by habit has its effect, or none where it can have none."""
 
     PATHS = ("/chat", "/v1/chat/completions", "/v1/responses")
+
+    def test_references_have_a_limit(self) -> None:
+        """A small body that refers again and again to a large conversation asks for no memory."""
+        large = {"role": "user", "content": "Hi", "unknown": "x" * 1_000_000}
+        with serving(Speaker("It is warm.")) as api:
+            port = api.server_port
+            first = ask(port, "/v1/responses", {"input": [large]}).json["id"]
+            again = ask(port, "/v1/responses", {"input": "And?", "previous_response_id": first})
+            self.assertEqual(again.status, 200)
+            many: list[Body] = [{"type": "item_reference", "id": first}] * 200
+            reply = ask(port, "/v1/responses", {"input": many})
+            check_error(reply, 400, "referred to have more than 2097152 bytes")
+
+    def test_a_prompt_alone_is_scored(self) -> None:
+        """With no token to generate, what would have come is not told, though it ends the answer."""
+        body = {"prompt": [1, 2, 3], "echo": True, "logprobs": 0, "max_tokens": 0}
+        port = shared_server("random").port
+        whole = ask(port, "/v1/completions", {**body, "logit_bias": {"128009": 100}}).json
+        (choice,) = whole["choices"]
+        self.assertEqual(choice["finish_reason"], "length")
+        self.assertEqual(len(choice["logprobs"]["tokens"]), 3)
 
     def prompt_tokens(self, port: int, path: str, **options: object) -> int:
         asked = {"input": "Hi"} if path == "/v1/responses" else {"messages": QUESTION}
@@ -10139,6 +10164,7 @@ class FaultyEngine(server.TorchEngine):
 class CheckTest(unittest.TestCase):
     """`--check` finds nothing wrong with a right engine, and the fault of a wrong one."""
 
+    @needs("safetensors", "tokenizers")
     def test_each_fault(self) -> None:
         """What it says is wrong is what the fault makes wrong, and no more."""
         slots = {"the same text in every slot, alone", "the same text in every slot, together"}

@@ -15,6 +15,7 @@ The model is loaded once and stays loaded. Requests share each step of the engin
                                 top_p, top_k, seed, stop, stream, chat_template_kwargs
     POST /v1/chat/completions   OpenAI's API; also /v1/responses, /v1/completions and /v1/models, and vLLM's /tokenize
                                 and /detokenize
+    POST /v1/messages           Anthropic's API, for Claude Code; also /v1/messages/count_tokens
     GET  /metrics               metrics for Prometheus
 
 The rooms of this file, top to bottom; each uses only those above it:
@@ -119,7 +120,7 @@ if TYPE_CHECKING:
 if sys.version_info < (3, 10):  # noqa: UP036
     raise SystemExit(f"error: this is Python {sys.version.split()[0]}: use Python 3.10 or later")
 
-__version__ = "2.1.0"
+__version__ = "2.2.0"
 
 logger = logging.getLogger("tt_api_server")
 
@@ -2988,7 +2989,7 @@ BFLOAT8 = 1.0625
 WEIGHT_BYTES = {"tok_embeddings": 2.0, "w1": 0.5625, "w3": 0.5625}
 # tt-metal takes a model's precision and the lengths of its prompts from the folder's name. Those of
 # the families that are served begin so.
-KNOWN_NAMES = ("Llama-3", "DeepSeek-R1", "Mistral-", "Qwen", "QwQ")
+KNOWN_NAMES = ("Llama-3", "DeepSeek-R1", "Mistral-", "Qwen", "QwQ", "Phi-3.5-mini", "Phi-4")
 BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows; 32 is the height of a tile
 # lengths that get_padded_prefill_len pads prompts to; longer ones double
@@ -3989,7 +3990,7 @@ def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torc
 
 
 STREAM_PAUSE = 0.006  # seconds that a handler's thread lets tokens gather before it looks for more
-LISTEN_SECONDS = 5.0  # that it waits for a token before it looks how long its stream is silent
+LISTEN_SECONDS = 5.0  # without a token, after which the handler looks how long its stream is silent
 GROWTH = 128  # tokens that a request gets room for ahead; on a card, each new room costs a reset
 
 
@@ -4102,9 +4103,9 @@ by_request = operator.attrgetter("request")
 def pieces_of(requests: Sequence[Request], stream: bool) -> Iterator[list[tuple[Request, Piece]]]:
     """The pieces of a body's answers, as they come. Raises ApiError if one breaks off.
 
-    With `stream` the first token comes at once and the others 6 ms late: if 32 threads woke when a
-    step ends, they would delay the next step. An empty list says that nothing has come for
-    LISTEN_SECONDS. Otherwise all come at the end.
+    Without `stream` all come at the end. With it, the first token comes at once and the others 6 ms
+    late: if 32 threads woke when a step ends, they would delay the next step. An empty list says
+    that nothing has come for LISTEN_SECONDS.
     """
     if not stream:
         for request in requests:
@@ -4125,10 +4126,10 @@ def pieces_of(requests: Sequence[Request], stream: bool) -> Iterator[list[tuple[
                 piece for event in own if not request.reader.finish for piece in request.read(event)
             ]
             told += ((request, piece) for piece in merged(pieces))
-            if request.reader.finish:
-                request.check_finish()
-                running.discard(request)
         yield told
+        for request in [request for request in running if request.reader.finish]:
+            request.check_finish()
+            running.discard(request)
 
 
 @dataclass(eq=False)
@@ -4153,7 +4154,7 @@ class Slot:
 
 
 def common_prefix(first: array[int], second: array[int], most: int) -> int:
-    """How many tokens both begin with, up to `most`, which neither is shorter than."""
+    """How many of their first `most` tokens are the same; both have as many."""
     least = 0
     while least < most:
         middle = (least + most + 1) // 2
@@ -4500,7 +4501,7 @@ class Scheduler:
         if common[source] > slot.held:
             self._copy(source, slot, common[source])
             slot.tokens = request.tokens[: slot.held]
-        # What the others of the pool may soon need stays free, or one would be interrupted soon.
+        # Leave free what the others of the pool may soon need: else one would be interrupted.
         others = [other.request.most - other.room for other in pool if other.request]
         wanted = request.ahead + sum(min(GROWTH, more) for more in others)
         if not self._reserve(slot, min(wanted, self.max_seq_len)):
@@ -4519,7 +4520,7 @@ class Scheduler:
         if slot.request.scoring or other.request.submitted >= slot.request.submitted:
             return False
         now = max(slot.held, self._align(other.held))  # what it can go on from already
-        # So many more are worth a step, or the last ones.
+        # Waiting pays for so many more tokens, or for the last that can be shared.
         end = min(now + max(self._engine.resume_align, 16), self._align(len(slot.tokens) - 1))
         return end > now and slot.tokens[:end] == other.tokens[:end]
 
@@ -4617,10 +4618,10 @@ class Scheduler:
             if request.generated:
                 self.statistics.observe("inter_token_latency_seconds", now - request.last_token)
             request.first_token, request.last_token = request.first_token or now, now
-            if token.id in request.stop_tokens:
-                self._leave(slot, "stop", None if token.id == END else token)
-            elif not request.max_tokens:
+            if not request.max_tokens:
                 self._leave(slot, "length")
+            elif token.id in request.stop_tokens:
+                self._leave(slot, "stop", None if token.id == END else token)
             else:
                 request.tokens.append(token.id)  # the slot's, too
                 request.sampler.push(token.id)
@@ -4631,7 +4632,7 @@ class Scheduler:
     def _leave(self, slot: Slot, outcome: str, last: Token | None = None) -> None:
         """End the slot's request. `last` is the stop token."""
         assert slot.request is not None
-        # a whole answer, since a card may fail at every decode but at no prefill
+        # Only a whole answer shows that steps succeed: a card may fail at each decode, at no prefill.
         if outcome in ("stop", "length"):
             self._failures = 0
         self._finish(slot.request, outcome)
@@ -5128,6 +5129,9 @@ class Asked:
     prompt_name: str = "messages"  # the field that has the prompt, for errors
 
 
+MAX_BODY = 2 << 20  # bytes of a body, or of what it refers to: several times the longest context
+
+
 class KeptItems:
     """Items of /v1/responses for later requests that refer to them: those of a conversation up to
     an answer, by the answer's id, and those of answers, each by its own.
@@ -5573,34 +5577,43 @@ def read_history(
     if not isinstance(given, list):
         given = [{"role": "user", "content": given}]
     new: list[tuple[str, Any]] = []
+    earlier = kept.find(previous, "previous_response_id") if previous else ()
+    size = sum(map(len, earlier))
     for i, item in enumerate(given):
         where = f"input[{i}]"
+        if size > MAX_BODY:
+            problem = f"the items that are referred to have more than {MAX_BODY} bytes"
+            raise ApiError(400, f"{problem}: begin a new conversation", where)
         if isinstance(item, dict) and item.get("type") == "item_reference":
             identity = check(item, {"id": (..., TEXT)}, where)["id"]
             # earlier thinking can be missing
             if not identity.startswith("reasoning_"):
                 lists = kept.find(identity, f"{where}.id")
+                size += sum(map(len, lists))
                 new += ((where, item) for items in lists for item in from_json(items))
         else:
             new.append((where, item))
-    earlier = kept.find(previous, "previous_response_id") if previous else ()
     old = [("previous_response_id", item) for items in earlier for item in from_json(items)]
     return (*earlier, long_json([item for _, item in new])), old + new
 
 
 def joined(system: str | None, messages: list[Message]) -> list[Message]:
     """The messages, those of a role in a row made one, as some templates want it."""
-    chat: list[Message] = [{"role": "system", "content": system}] if system else []
+    runs: list[list[Message]] = [[{"role": "system", "content": system}]] if system else []
     for message in messages:
-        last = chat[-1] if chat else {}
-        if message["role"] == "tool" or message["role"] != last.get("role"):
-            chat.append(message)
-            continue
-        for name in ("content", "reasoning_content"):
-            texts = [text for text in (last.get(name), message.get(name)) if text]
-            last[name] = "\n\n".join(texts)
-        last["tool_calls"] = last.get("tool_calls", []) + message.get("tool_calls", [])
-    return [bare(message) for message in chat]
+        if runs and message["role"] == runs[-1][0]["role"] != "tool":
+            runs[-1].append(message)
+        else:
+            runs.append([message])
+    chat = []
+    for run in runs:
+        calls = [call for message in run for call in message.get("tool_calls", [])]
+        texts = {
+            name: "\n\n".join(message[name] for message in run if message.get(name))
+            for name in ("content", "reasoning_content")
+        }
+        chat.append(bare({**run[0], **texts, "tool_calls": calls}))
+    return chat
 
 
 def bare(message: Message) -> Message:
@@ -6654,7 +6667,6 @@ poll()
 # HTTP
 # ==================================================================================================
 
-MAX_BODY = 2 << 20  # bytes: several times the longest context
 MAX_HEADER = 64 << 10  # bytes, beside the first line
 # http.client looks for the parts of a multipart message, and has only its header
 MULTIPART_DEFECTS = (
@@ -6668,6 +6680,9 @@ MULTIPART_DEFECTS = (
 class HeaderLines:
     """The lines of a header as http.client reads them, of which all together have a limit."""
 
+    # in a line there is a character that Python's parser takes for its end, or a line is dropped
+    malformed = False
+
     def __init__(self, file: io.BufferedIOBase) -> None:
         self._file, self._left = file, MAX_HEADER
 
@@ -6676,6 +6691,8 @@ class HeaderLines:
         self._left -= len(line)
         if self._left < 0:
             raise http.client.LineTooLong("header")
+        ends = b"\r" in line.rstrip(b"\r\n")
+        self.malformed = self.malformed or ends or line.startswith(b"From ")
         return line
 
 
@@ -6779,7 +6796,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline(65537)
         if len(self.raw_requestline) > 65536:
             self.send_error(414)
-        file, self.rfile = self.rfile, cast("io.BufferedIOBase", HeaderLines(self.rfile))
+        file, lines = self.rfile, HeaderLines(self.rfile)
+        self.rfile = cast("io.BufferedIOBase", lines)
         try:
             complete = self.raw_requestline and self.parse_request()
         finally:
@@ -6802,7 +6820,12 @@ class ApiHandler(BaseHTTPRequestHandler):
         folded, hosts = "\n" in "".join(fields), sum(field.startswith("host:") for field in fields)
         defects = [d for d in self.headers.defects if not isinstance(d, MULTIPART_DEFECTS)]
         malformed = (
-            defects or folded or hosts > 1 or not re.fullmatch(known, framing) or not self.endpoint
+            lines.malformed
+            or defects
+            or folded
+            or hosts > 1
+            or not re.fullmatch(known, framing)
+            or not self.endpoint
         )
         self.unread = bool(malformed) or framing not in ("", "content-length: 0")
         if malformed or self.late:
@@ -7003,13 +7026,14 @@ class ApiHandler(BaseHTTPRequestHandler):
                 self.send_piece(writer.begin())
             eager = stream or bool(requests[0].reader.stop)
             for pieces in pieces_of(requests, eager):
-                data = b"".join(writer.add(request, piece) for request, piece in pieces)
                 for request, piece in pieces:
+                    data = writer.add(request, piece)
                     if piece.kind == "end":  # it may run on after a stop string
                         self.server.scheduler.cancel(request, request.reader.finish)
-                silent = time.monotonic() - self.spoke
-                if stream and (data or silent > self.server.silence):
-                    self.send_piece(data or writer.ping())
+                    if stream and data:
+                        self.send_piece(data)
+                if stream and time.monotonic() - self.spoke > self.server.silence:
+                    self.send_piece(writer.ping())
             if stream:
                 self.send_piece(writer.close(), last=True)
             else:
@@ -7321,7 +7345,8 @@ class ApiServer(ThreadingHTTPServer):
         if idle and len(handlers) >= self.max_connections:
             idle.sort(key=lambda handler: handler.deadline)
             any(handler.give_up() for handler in idle)  # the first that can
-        return len(handlers) - len(idle) < self.max_connections
+        # those that have been given up are no longer idle, and not busy either
+        return sum(bool(handler.command) for handler in handlers) < self.max_connections
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log it. socketserver's own prints a traceback, and waits where nobody reads it."""
