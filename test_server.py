@@ -3770,6 +3770,15 @@ class TTServerTest(unittest.TestCase):
         self.assertEqual(ask(process.ready().port, "/health").json["device"], "cpu")
         self.assertFalse((home / "log").exists())
 
+    def test_check(self) -> None:
+        """The program's table names the card and both releases."""
+        home = write_stand_in(SCRATCH / "tt-metal" / "check", "2026-09", 1)
+        options = ("--check", "--max-batch-size", "2", "--max-seq-len", "512")
+        done = run_to_end(*options, "--model", str(tt_model()), **self.variables(home))
+        self.assertEqual(done.returncode, 0, done)
+        self.assertRegex(done.stdout, r"\| versions .* ttnn is .* and .*check is .* \|\n")
+        self.assertRegex(done.stdout, r"\| model .* on n150 \|\n")
+
     def test_what_is_wrong_with_a_start(self) -> None:
         """One line, which says what to do, and exit status 2: a card is never passed over in
         silence.

@@ -7984,7 +7984,7 @@ def run_check(options: argparse.Namespace) -> int:
     progress("ready", 1.0)
     versions = [__version__, f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     if options.device != "cpu":
-        versions += [compare_versions(find_tt_metal()[0])[1].partition(": ")[0]]
+        versions += [compare_versions(find_tt_metal()[0]).partition(": ")[0]]
     names = "max_batch_size max_seq_len dtype accuracy data_parallel no_trace trace_region_size"
     chosen = {name: getattr(options, name) for name in names.split()}
     check.add("model", f"{checkpoint.name} on {engine.device}")
