@@ -5288,12 +5288,10 @@ def read_responses(body: Any, model: Model) -> Asked:
     if isinstance(choice, dict):
         choice = check(choice, {"type": (..., TYPE), **NAMED}, "tool_choice")
     asked = read_common(fields, model)
-    earlier, items = read_history(fields, model.kept)
+    asked.history, items = read_history(fields, model.kept)
     asked.messages = joined(
         fields["instructions"], [read_item(item, where) for where, item in items]
     )
-    if fields["store"]:
-        asked.history = earlier
     asked.thinks = read_thinking(fields, model)
     asked.limit = fields["max_output_tokens"]
     asked.sampling = read_sampling(fields, model.defaults, logprobs)
@@ -5569,9 +5567,9 @@ OPTIONAL_TOOLS = ("namespace", "web_search")
 
 def read_history(
     fields: dict[str, Any], kept: KeptItems
-) -> tuple[tuple[bytes, ...], list[tuple[str, Any]]]:
-    """All items of a response's conversation, as KeptItems has them, and with the place of each for
-    errors. Raises ApiError.
+) -> tuple[tuple[bytes, ...] | None, list[tuple[str, Any]]]:
+    """All items of a response's conversation: as KeptItems has them, if they are to be kept, and
+    with the place of each for errors. Raises ApiError.
     """
     given, previous = fields["input"], fields["previous_response_id"]
     if not isinstance(given, list):
@@ -5594,7 +5592,8 @@ def read_history(
         else:
             new.append((where, item))
     old = [("previous_response_id", item) for items in earlier for item in from_json(items)]
-    return (*earlier, long_json([item for _, item in new])), old + new
+    history = (*earlier, long_json([item for _, item in new])) if fields["store"] else None
+    return history, old + new
 
 
 def joined(system: str | None, messages: list[Message]) -> list[Message]:
