@@ -834,7 +834,7 @@ def grammars_of(tokens: server.Tokenizer) -> server.Grammars:
 
 def use(api: server.ApiServer, tokens: server.Tokenizer) -> None:
     """Let the server serve a model with this tokenizer."""
-    api.tokenizer, api.grammars = tokens, grammars_of(tokens)
+    api.served = api.served._replace(tokenizer=tokens, grammars=grammars_of(tokens))
 
 
 class Speaker(FakeEngine):
@@ -934,7 +934,9 @@ def serving(
         scheduling(engine, max_queue, load) as api.scheduler,
     ):
         api.model, api.max_connections = "fake-llama", connections
-        use(api, tokenizer())
+        tokens = tokenizer()
+        size = (engine.max_seq_len, engine.scores_prompts, server.KeptItems())
+        api.served = server.Model(api.model, tokens, grammars_of(tokens), {}, *size)
         threading.Thread(
             target=api.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         ).start()
@@ -2022,7 +2024,7 @@ class FamilyTest(unittest.TestCase):
                         torch.tensor([prompt]), max_new_tokens=12, do_sample=False
                     )[0, len(prompt) :]
                     self.assertEqual(answer["prompt_tokens"], len(prompt))
-                    text = api.tokenizer.decode(made.tolist()).decode(errors="replace")
+                    text = api.served.tokenizer.decode(made.tolist()).decode(errors="replace")
                     self.assertEqual(
                         answer["response"], text.removeprefix(" " if family == "mistral" else "")
                     )
@@ -2092,7 +2094,7 @@ class FamilyTest(unittest.TestCase):
             ("mistral", "qwen2"), ("def text(self) -> str", " 日本 is", "x")
         ):
             with self.subTest(family, prompt=prompt), family_server(family) as api:
-                last = api.tokenizer.encode_document(prompt)[-1]
+                last = api.served.tokenizer.encode_document(prompt)[-1]
                 body = {
                     "prompt": prompt,
                     "echo": True,
@@ -8298,7 +8300,7 @@ def checkpoint_server(folder: Path, script: str | None = None) -> Iterator[serve
         engine.say(script)
     with serving(engine) as api:
         use(api, tokens)
-        api.defaults = checkpoint.defaults
+        api.served = api.served._replace(defaults=checkpoint.defaults)
         yield api
 
 
@@ -8306,7 +8308,7 @@ def prompt_of(api: server.ApiServer, **body: object) -> str:
     """The prompt of a chat, with its special tokens."""
     reply = ask(api.server_port, "/tokenize", {"messages": QUESTION, **body})
     assert reply.status == 200, reply
-    spell = api.tokenizer.vocabulary.spell
+    spell = api.served.tokenizer.vocabulary.spell
     return b"".join(map(spell, reply.json["tokens"])).decode()
 
 
@@ -8477,7 +8479,7 @@ class TemplateTest(unittest.TestCase):
             folder = llama_folder(ended, {"chat_template.jinja": CHATML})
             with self.subTest(single), checkpoint_server(folder, "") as api:
                 tokens = ask(api.server_port, "/tokenize", {"prompt": "Hi"}).json["tokens"]
-                self.assertEqual(tokens, [*start, *api.tokenizer.encode_text("Hi")])
+                self.assertEqual(tokens, [*start, *api.served.tokenizer.encode_text("Hi")])
                 self.assertFalse(prompt_of(api).startswith(("<s>", "</s>")))
 
     def test_leading_spaces(self) -> None:
@@ -9185,13 +9187,15 @@ class LoadTest(unittest.TestCase):
             contextlib.ExitStack() as stack,
         ):
             port = api.server_port
-            idle = [stack.enter_context(dial(port, b"GET /he")) for _ in range(2)]
-            wait_until(lambda: len(api.handlers) == 2)
+            idle = []
+            for begun in (b"", b"GET /he"):
+                idle.append(stack.enter_context(dial(port, begun)))
+                wait_until(lambda: len(api.handlers) == len(idle))
             get = head(start="GET /health HTTP/1.1")
-            for oldest in idle:
+            for oldest, last in zip(idle, (b"", b"408")):
                 newer = stack.enter_context(dial(port, get))
                 self.assertEqual(newer.recv(12)[9:], b"200")
-                self.assertEqual(oldest.recv(9), b"")
+                self.assertEqual(oldest.recv(12)[9:], last)
             busy = [stack.enter_context(dial(port, post(ASKED))) for _ in range(2)]
             wait_until(lambda: api.under_way == 2)
             for data in (post(ASKED), post({"prompt": "x" * 10**6})):
@@ -9200,6 +9204,22 @@ class LoadTest(unittest.TestCase):
             gate.open()
             for connection in busy:
                 self.assertIn(b"HTTP/1.1 200", connection.recv(99))
+
+    def test_a_request_that_comes_while_its_connection_makes_room(self) -> None:
+        """It is answered, and its client told that the connection ends."""
+        lines = server.HeaderLines
+
+        def make_room(*file: Any) -> server.HeaderLines:
+            for handler in list(api.handlers):
+                handler.expire()
+            return lines(*file)
+
+        with (
+            serving(FakeEngine(before_step=Gate(0.1))) as api,
+            mock.patch("tt_api_server.HeaderLines", make_room),
+        ):
+            reply = first_answer(api.server_port, post({**ASKED, "max_tokens": 8}))
+            self.assertEqual((reply.status, reply.headers["Connection"]), (200, "close"))
 
     def test_a_reader_that_stops(self) -> None:
         """It is cut off after a while and its slot is free; others are answered meanwhile."""

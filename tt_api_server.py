@@ -59,7 +59,6 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import email.errors
 import fcntl
 import functools
 import gc
@@ -4234,7 +4233,6 @@ class Scheduler:
         self.max_queue = max_queue
         self.max_seq_len = 0  # tokens that one slot can hold
         self.device = ""
-        self.scores_prompts = True
         self.doing: tuple[str, float | None] = ("starting", None)
         self.statistics = Statistics()
         self.slots: list[Slot] = []
@@ -4387,7 +4385,6 @@ class Scheduler:
                         pool.append(Slot(index, pool))
                     self.slots = [slot for pool in self._pools for slot in pool]
                     self.max_seq_len, self.device = engine.max_seq_len, engine.device
-                    self.scores_prompts = engine.scores_prompts
                     self._state = "healthy" if self._state == "loading" else self._state
                 ready()
                 self._serve()
@@ -6667,31 +6664,25 @@ poll()
 # ==================================================================================================
 
 MAX_HEADER = 64 << 10  # bytes, beside the first line
-# http.client looks for the parts of a multipart message, and has only its header
-MULTIPART_DEFECTS = (
-    email.errors.CloseBoundaryNotFoundDefect,
-    email.errors.MultipartInvariantViolationDefect,
-    email.errors.NoBoundaryInMultipartDefect,
-    email.errors.StartBoundaryNotFoundDefect,
-)
+# A line of a header, and the empty one that ends it. http.client's parser takes more: lines without
+# a colon, lines that go on in the next, a \r for a line's end, and a header that breaks off.
+HEADER_LINE = re.compile(rb"([!-9;-~]+:[^\r\n]*)?\r?\n")
 
 
 class HeaderLines:
     """The lines of a header as http.client reads them, of which all together have a limit."""
 
-    # in a line there is a character that Python's parser takes for its end, or a line is dropped
     malformed = False
 
     def __init__(self, file: io.BufferedIOBase) -> None:
         self._file, self._left = file, MAX_HEADER
 
-    def readline(self, size: int) -> bytes:
-        line = self._file.readline(min(size, self._left + 1))
+    def readline(self, _: int) -> bytes:
+        line = self._file.readline(self._left + 1)
         self._left -= len(line)
         if self._left < 0:
             raise http.client.LineTooLong("header")
-        ends = b"\r" in line.rstrip(b"\r\n")
-        self.malformed = self.malformed or ends or line.startswith(b"From ")
+        self.malformed = self.malformed or not HEADER_LINE.fullmatch(line)
         return line
 
 
@@ -6701,6 +6692,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     """
 
     server: ApiServer
+    writer: Writer  # of the answer that is under way
     protocol_version = default_request_version = "HTTP/1.1"
     disable_nagle_algorithm = (
         True  # else an answer on a kept connection can wait 40 ms for an acknowledgement
@@ -6713,36 +6705,37 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.connection.settimeout(self.server.patience + 1)
         # by when a whole header or body must be here; the sweep enforces it
         self.deadline = math.inf
-        self.late = False  # the deadline has passed
+        self.late = False  # no more is read from the client than has come
         self.command = ""
         self.waiting: list[Request] = []  # the requests that are being answered
         # for all but /health
         self.refused = not self.server.make_room()
         self.server.handlers.add(self)
 
-    @property
-    def idle(self) -> bool:
-        """Whether the client has not sent the header of a request."""
-        return not self.command and self.deadline < math.inf
+    def expire(self) -> None:
+        """Wait for the client no longer. A request that has come meanwhile is still answered."""
+        self.late, self.deadline = True, math.inf
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)  # a read returns what has come
 
-    def give_up(self) -> bool:
-        """End an idle connection. False: a request has just come, or the client has left."""
+    def hung_up(self) -> bool:
+        """Whether the client has closed the connection, or its sending side. Never waits."""
         poll = select.poll()
-        with contextlib.suppress(OSError, ValueError):
-            poll.register(self.connection, select.POLLIN)
-            if not poll.poll(0):
-                self.deadline = math.inf
-                self.connection.shutdown(socket.SHUT_RDWR)
-                return True
-        return False
+        # Linux sees it behind unread input. Once late, this side does not look for input.
+        wanted = 0 if self.late else select.POLLIN | getattr(select, "POLLRDHUP", 0)
+        try:
+            poll.register(self.connection, wanted)
+            events = sum(event for _, event in poll.poll(0))
+            peeked = events == select.POLLIN and self.connection.recv(1, socket.MSG_PEEK)
+            return events > 0 and not peeked
+        except (OSError, ValueError):  # this side has closed it
+            return True
 
     def handle_one_request(self) -> None:
         """Wait for a request, answer it and log it."""
         self.command = self.path = self.endpoint = self.route = self.outcome = ""
         self.headers, self.request_version = self.MessageClass(), "HTTP/1.1"
-        self.status, self.unread, self.body = 0, False, b""
-        self.writer: Writer | None = None  # of the answer that is under way
-        self.spoke = 0.0  # when a stream last said something
+        self.status, self.unread = 0, False
         self.deadline = time.monotonic() + self.server.patience
         try:
             self.answer()
@@ -6752,25 +6745,16 @@ class ApiHandler(BaseHTTPRequestHandler):
             # or clients could add any number of counters
             route = self.route if self.route in ROUTES else "other"
             self.server.responses[route, self.status] += 1
-            level = (
-                logging.DEBUG
-                if self.command in ("GET", "HEAD") and self.status in (200, 503)
-                else logging.INFO
+            watches = self.command in ("GET", "HEAD") and self.status in (200, 503)
+            line = (
+                f"{printable(self.command)} {printable(self.endpoint)} {self.status}{self.outcome}"
             )
-            logger.log(
-                level,
-                "%s %s %s%s",
-                printable(self.command),
-                printable(self.endpoint),
-                self.status,
-                self.outcome,
-            )
+            logger.log(logging.DEBUG if watches else logging.INFO, line)
 
     def answer(self) -> None:
         """Answer one request, or send an error. Raises OSError if the client has left."""
         try:
             if self.read_header():
-                self.close_connection = self.close_connection or self.refused
                 if self.refused and self.endpoint != "/health":
                     raise ApiError(503, "too many connections are open: try again in a moment")
                 self.check_site()
@@ -6809,25 +6793,19 @@ class ApiHandler(BaseHTTPRequestHandler):
             self.endpoint = urllib.parse.urlsplit(self.path).path.rstrip("/") or "/"
         self.route = "/v1/models/NAME" if self.endpoint.startswith("/v1/models/") else self.endpoint
         # Refuse a header that a proxy in front could understand differently (request smuggling).
-        fields = [f"{name}: {value}".lower() for name, value in self.headers.items()]
-        framing = " ".join(
-            field for field in fields if field.startswith(("content-length:", "transfer-encoding:"))
-        )
-        known = "|content-length: [0-9]{1,18}" + "|transfer-encoding: chunked" * (
-            self.request_version != "HTTP/1.0"
-        )
-        folded, hosts = "\n" in "".join(fields), sum(field.startswith("host:") for field in fields)
-        defects = [d for d in self.headers.defects if not isinstance(d, MULTIPART_DEFECTS)]
-        malformed = (
+        lengths = self.headers.get_all("Content-Length", [])
+        codings = self.headers.get_all("Transfer-Encoding", [])
+        framing = " ".join([*lengths, *codings]).lower()
+        known = "[0-9]{1,18}" if lengths else "chunked"
+        self.unread = framing not in ("", "0")
+        if (
             lines.malformed
-            or defects
-            or folded
-            or hosts > 1
-            or not re.fullmatch(known, framing)
             or not self.endpoint
-        )
-        self.unread = bool(malformed) or framing not in ("", "content-length: 0")
-        if malformed or self.late:
+            or len(self.headers.get_all("Host", [])) > 1
+            or (codings and self.request_version == "HTTP/1.0")
+            or ((lengths or codings) and not re.fullmatch(known, framing))
+        ):
+            self.unread = True
             rules = "one NAME: VALUE in each line, one Host, and one Content-Length or Transfer-Encoding: chunked"
             raise ApiError(400, f"the header is malformed: send a path, {rules}")
         return True
@@ -6981,8 +6959,9 @@ class ApiHandler(BaseHTTPRequestHandler):
         model = f"model_name={json.dumps(printable(self.server.model), ensure_ascii=False)}"
         statistics = self.server.scheduler.statistics
         lines: list[str] = []
-        for name, (what, samples) in self.server.figures().items():
+        for name, (what, figure) in self.server.figures().items():
             kind = "counter" if name.endswith("_total") else "gauge"
+            samples = figure if isinstance(figure, Mapping) else {"": figure}
             lines += [f"# HELP tt_{name} {what}", f"# TYPE tt_{name} {kind}"]
             lines += [f"tt_{name}{{{model}{labels}}} {value}" for labels, value in samples.items()]
         for name, what in HISTOGRAMS.items():
@@ -7006,10 +6985,12 @@ class ApiHandler(BaseHTTPRequestHandler):
             "object": "model",
             "created": server.created,
             "owned_by": "tt_api_server",
+            "max_model_len": server.served.max_seq_len,  # vLLM's
+            # Anthropic's
+            "type": "model",
+            "display_name": server.model,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(server.created)),
         }
-        model["max_model_len"] = server.scheduler.max_seq_len  # as vLLM calls it
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(server.created))
-        model |= {"type": "model", "display_name": server.model, "created_at": created}  # Anthropic
         page = {"has_more": False, "first_id": server.model, "last_id": server.model}
         self.send(200, to_json(model if name else {"object": "list", "data": [model], **page}))
 
@@ -7086,7 +7067,7 @@ class ApiHandler(BaseHTTPRequestHandler):
     def read_json(self) -> Any:
         """The body's JSON, which is not kept. Raises ApiError."""
         body, self.body = self.body, b""
-        if hung_up(self.connection):  # while others had their turn
+        if self.hung_up():  # while others had their turn
             raise ConnectionError("the client has left")
         coding = self.headers.get("Content-Encoding", "identity").lower()
         if self.headers.get_content_type() != "application/json" or coding != "identity":
@@ -7120,19 +7101,18 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Send a piece of a stream; the header leaves with the first."""
         chunked = self.request_version != "HTTP/1.0"
         if not self.status:
-            content_type = self.writer.content_type if self.writer else ""
             self.close_connection = self.close_connection or not chunked
-            framing = {"Transfer-Encoding": "chunked"} if chunked else {}
-            self.send_head(
-                200, {"Content-Type": content_type, "Cache-Control": "no-cache", **framing}
-            )
-        if chunked:
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (
-                b"0\r\n\r\n" if last else b""
-            )
+            headers = {"Content-Type": self.writer.content_type, "Cache-Control": "no-cache"}
+            if chunked:
+                headers["Transfer-Encoding"] = "chunked"
+            self.send_head(200, headers)
+        if chunked and data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if chunked and last:
+            data += b"0\r\n\r\n"
         self.wfile.write(data)
         self.wfile.flush()
-        self.spoke = time.monotonic()
+        self.spoke = time.monotonic()  # when the stream last said something
 
     def send_head(self, status: int, headers: dict[str, str]) -> None:
         """Write the status line and the header."""
@@ -7140,7 +7120,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.send_response_only(status)
         # The rest of an unread body would be taken for the next request. http.server acts on this
         # header.
-        connection = "close" if self.unread or self.close_connection else "keep-alive"
+        ends = self.unread or self.late or self.refused or self.close_connection
+        connection = "close" if ends else "keep-alive"
         headers |= {"Date": self.date_time_string(), "Connection": connection}
         origin = self.headers.get("Origin")
         if origin and self.allowed(origin):
@@ -7155,7 +7136,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Send an error in the dialect's form; in a stream that has begun, as its last item."""
         if self.late:
             error = ApiError(408, "the request did not come in time: send it again")
-        if self.status and self.writer:
+        if self.status:
             self.send_piece(self.writer.broken(error), last=True)
         else:
             form = openai_error if self.endpoint.startswith(OPENAI_PATHS) else plain_error
@@ -7181,7 +7162,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.close_connection = True
         if self.command:  # not between two requests
             # 499 is nginx's, for the log
-            self.status, self.outcome = (499, f"{self.outcome} the client has left")
+            self.status, self.outcome = 499, f"{self.outcome} the client has left"
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
@@ -7260,18 +7241,6 @@ def kind_of_host(url: str) -> str:
     return "name"
 
 
-def hung_up(connection: socket.socket) -> bool:
-    """Whether the client has closed the connection, or its sending side. Never waits."""
-    poll = select.poll()
-    try:
-        # Linux sees it behind unread input
-        poll.register(connection, select.POLLIN | getattr(select, "POLLRDHUP", 0))
-        events = sum(event for _, event in poll.poll(0))
-        return events > select.POLLIN or (events > 0 and not connection.recv(1, socket.MSG_PEEK))
-    except (OSError, ValueError):  # this side has closed it
-        return True
-
-
 NO_THREAD = b"""HTTP/1.1 503 Service Unavailable\r
 Content-Type: application/json\r
 Retry-After: 1\r
@@ -7302,10 +7271,7 @@ class ApiServer(ThreadingHTTPServer):
         self.silence = 10.0  # seconds after which a stream says that it waits
         self.on_loopback = kind_of_host(f"//[{host}]" if ":" in host else f"//{host}") == "loopback"
         self.scheduler: Scheduler
-        self.tokenizer: Tokenizer
-        self.grammars: Grammars
-        self.defaults: Mapping[str, float] = {}  # of the sampling, by the checkpoint
-        self.kept = KeptItems()
+        self.served: Model  # once it is loaded
         self.model = self.folder = self.note = ""
         self.api_key: str | None = None
         self.allowed_origins: list[str] = []
@@ -7340,12 +7306,12 @@ class ApiServer(ThreadingHTTPServer):
     def make_room(self) -> bool:
         """Whether one connection more fits. The one that has been idle for longest makes room."""
         handlers = list(self.handlers)
-        idle = [handler for handler in handlers if handler.idle]
+        # of a busy one the header is here; one that has expired is neither idle nor busy
+        busy = sum(bool(handler.command) for handler in handlers)
+        idle = [h for h in handlers if not h.command and h.deadline < math.inf]
         if idle and len(handlers) >= self.max_connections:
-            idle.sort(key=lambda handler: handler.deadline)
-            any(handler.give_up() for handler in idle)  # the first that can
-        # those that have been given up are no longer idle, and not busy either
-        return sum(bool(handler.command) for handler in handlers) < self.max_connections
+            min(idle, key=operator.attrgetter("deadline")).expire()
+        return busy < self.max_connections
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log it. socketserver's own prints a traceback, and waits where nobody reads it."""
@@ -7369,10 +7335,8 @@ class ApiServer(ThreadingHTTPServer):
         self.leaving, self.left = [], self.leaving
         for handler in list(self.handlers):
             if handler.deadline < now:
-                handler.late, handler.deadline = True, math.inf
-                with contextlib.suppress(OSError):
-                    handler.connection.shutdown(socket.SHUT_RD)  # the handler's read returns
-            if (requests := handler.waiting) and hung_up(handler.connection):
+                handler.expire()
+            if (requests := handler.waiting) and handler.hung_up():
                 with contextlib.suppress(OSError):
                     handler.connection.shutdown(socket.SHUT_RDWR)  # the handler's next write fails
                 for request in requests:
@@ -7382,61 +7346,39 @@ class ApiServer(ThreadingHTTPServer):
             return_freed_memory()
         self._next_sweep = time.monotonic() + 0.5
 
-    def figures(self) -> dict[str, tuple[str, Mapping[str, float]]]:
-        """What /metrics tells beside histograms: a name to its help, and to its samples by
-        label.
+    def figures(self) -> dict[str, tuple[str, float | Mapping[str, float]]]:
+        """What /metrics tells beside histograms: a name to its help and its value, or its values
+        by label.
         """
         scheduler, statistics = self.scheduler, self.scheduler.statistics
-        prompt_tokens = {"": statistics.sums["request_prompt_tokens"]}
-        outcomes = statistics.finished.items()
-        ended = {f',finished_reason="{outcome}"': count for outcome, count in outcomes}
-        answered = dict(self.responses).items()
+        prompt_tokens = statistics.sums["request_prompt_tokens"]
+        generated = statistics.sums["request_generation_tokens"]
+        finished, answered = statistics.finished.items(), dict(self.responses).items()
+        ended = {f',finished_reason="{outcome}"': n for outcome, n in finished}
         responses = {f',path="{path}",status="{status}"': n for (path, status), n in answered}
         return {
-            "num_requests_running": ("Requests in a slot.", {"": scheduler.busy}),
-            "num_requests_waiting": ("Requests that wait for a slot.", {"": len(scheduler.queue)}),
-            "slots": ("Requests that can run together.", {"": len(scheduler.slots)}),
-            "http_connections": ("Open connections.", {"": len(self.handlers)}),
+            "num_requests_running": ("Requests in a slot.", scheduler.busy),
+            "num_requests_waiting": ("Requests that wait for a slot.", len(scheduler.queue)),
+            "slots": ("Requests that can run together.", len(scheduler.slots)),
+            "http_connections": ("Open connections.", len(self.handlers)),
             "kv_cache_usage_perc": (
                 "Part of the KV cache that is reserved; 1 is all.",
-                {"": scheduler.kv_cache_use},
+                scheduler.kv_cache_use,
             ),
-            "requests_accepted_total": ("Requests that were queued.", {"": statistics.accepted}),
+            "requests_accepted_total": ("Requests that were queued.", statistics.accepted),
             "prompt_tokens_total": ("Prompt tokens of requests that got a token.", prompt_tokens),
             "prefix_cache_queries_total": ("The same, under vLLM's other name.", prompt_tokens),
             "prefix_cache_hits_total": (
                 "Those that the KV cache had already.",
-                {"": statistics.cached_tokens},
+                statistics.cached_tokens,
             ),
-            "generation_tokens_total": (
-                "Tokens generated.",
-                {"": statistics.sums["request_generation_tokens"]},
-            ),
+            "generation_tokens_total": ("Tokens generated.", generated),
             "request_success_total": ("Requests that ended, by outcome.", ended),
             "http_responses_total": (
                 "Answers by path and status; 499: the client left.",
                 responses,
             ),
         }
-
-    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Serve a model with this tokenizer."""
-        self.tokenizer = tokenizer
-        self.grammars = Grammars(tokenizer.token_bytes)
-
-    @property
-    def served(self) -> Model:
-        """The model, as requests see it."""
-        scheduler = self.scheduler
-        return Model(
-            self.model,
-            self.tokenizer,
-            self.grammars,
-            self.defaults,
-            scheduler.max_seq_len,
-            scheduler.scores_prompts,
-            self.kept,
-        )
 
     @property
     def under_way(self) -> int:
@@ -7869,11 +7811,19 @@ def load(
     checkpoint = found or demo_checkpoint(progress)
     server.folder = str(checkpoint.folder)
     progress("loading the tokenizer")
-    server.use_tokenizer(open_tokenizer(checkpoint))
-    server.defaults = checkpoint.defaults
+    tokenizer = open_tokenizer(checkpoint)
     engine = open_engine(options, checkpoint, progress)
     if isinstance(engine, TTEngine):
         server.note = engine.note
+    server.served = Model(
+        server.model,
+        tokenizer,
+        Grammars(tokenizer.token_bytes),
+        checkpoint.defaults,
+        engine.max_seq_len,
+        engine.scores_prompts,
+        KeptItems(),
+    )
     return engine
 
 
