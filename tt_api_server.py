@@ -6720,19 +6720,20 @@ class ApiHandler(BaseHTTPRequestHandler):
     def hung_up(self) -> bool:
         """Whether the client has closed the connection, or its sending side. Never waits."""
         poll = select.poll()
-        # Linux sees it behind unread input. Once late, this side does not look for input.
+        # POLLRDHUP is Linux's, and comes behind unread input. Once late, all input ends here.
         wanted = 0 if self.late else select.POLLIN | getattr(select, "POLLRDHUP", 0)
         try:
             poll.register(self.connection, wanted)
             events = sum(event for _, event in poll.poll(0))
-            peeked = events == select.POLLIN and self.connection.recv(1, socket.MSG_PEEK)
-            return events > 0 and not peeked
+            return events > 0 and not (
+                events == select.POLLIN and self.connection.recv(1, socket.MSG_PEEK)
+            )
         except (OSError, ValueError):  # this side has closed it
             return True
 
     def handle_one_request(self) -> None:
         """Wait for a request, answer it and log it."""
-        self.command = self.path = self.endpoint = self.outcome = ""
+        self.command = self.path = self.outcome = ""
         self.route = "other"  # or a path in ROUTES
         self.headers, self.request_version = self.MessageClass(), "HTTP/1.1"
         self.status, self.unread = 0, False
@@ -6744,16 +6745,14 @@ class ApiHandler(BaseHTTPRequestHandler):
         if self.status:
             self.server.responses[self.route, self.status] += 1
             watches = self.command in ("GET", "HEAD") and self.status in (200, 503)
-            line = (
-                f"{printable(self.command)} {printable(self.endpoint)} {self.status}{self.outcome}"
-            )
+            line = f"{printable(self.command)} {printable(self.path)} {self.status}{self.outcome}"
             logger.log(logging.DEBUG if watches else logging.INFO, line)
 
     def answer(self) -> None:
         """Answer one request, or send an error. Raises OSError if the client has left."""
         try:
             if self.read_header():
-                if self.endpoint != "/health" and self.server.crowded:
+                if self.path != "/health" and self.server.crowded:
                     raise ApiError(503, "too many connections are open: try again in a moment")
                 self.check_site()
                 self.check_key()
@@ -6785,11 +6784,13 @@ class ApiHandler(BaseHTTPRequestHandler):
         finally:
             self.rfile = file
         self.deadline = math.inf
-        with contextlib.suppress(ValueError):
-            self.endpoint = urllib.parse.urlsplit(self.path).path.rstrip("/") or "/"
-        if self.endpoint in ROUTES:
-            self.route = self.endpoint
-        elif self.endpoint.startswith("/v1/models/"):
+        try:
+            self.path = urllib.parse.urlsplit(self.path).path.rstrip("/") or "/"
+        except ValueError:
+            lines.malformed = True
+        if self.path in ROUTES:
+            self.route = self.path
+        elif self.path.startswith("/v1/models/"):
             self.route = "/v1/models/NAME"
         # Refuse a header that a proxy in front could understand differently (request smuggling).
         lengths = self.headers.get_all("Content-Length", [])
@@ -6799,7 +6800,6 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.unread = framing not in ("", "0")
         if (
             lines.malformed
-            or not self.endpoint
             or len(self.headers.get_all("Host", [])) > 1
             or (codings and self.request_version == "HTTP/1.0")
             or ((lengths or codings) and not re.fullmatch(known, framing))
@@ -6847,7 +6847,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         password, for which a browser asks its user.
         """
         key = self.server.api_key
-        if key is None or self.endpoint == "/health" or self.command == "OPTIONS":
+        if key is None or self.path == "/health" or self.command == "OPTIONS":
             return
         own = f"Bearer {self.headers.get('x-api-key', '')}"
         kind, _, credentials = self.headers.get("Authorization", own).partition(" ")
@@ -6901,10 +6901,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Call the endpoint. Raises ApiError if there is none, or for a wrong method."""
         if self.route == "other":
             # of a long path difflib would take the memory and the time of a hundred requests
-            near = difflib.get_close_matches(self.endpoint[:99], ROUTES, 1, 0.7)
+            near = difflib.get_close_matches(self.path[:99], ROUTES, 1, 0.7)
             known = ", ".join(f"{route.method} {path}" for path, route in ROUTES.items())
             hint = f"did you mean {near[0]}?" if near else f"the endpoints are {known}"
-            raise ApiError(404, f"there is no {printable(self.endpoint)} here: {hint}")
+            raise ApiError(404, f"there is no {printable(self.path)} here: {hint}")
         route = ROUTES[self.route]
         allowed = "OPTIONS, GET, HEAD" if route.method == "GET" else "OPTIONS, POST"
         if self.command == "OPTIONS":
@@ -6919,7 +6919,7 @@ class ApiHandler(BaseHTTPRequestHandler):
             )
         elif self.command not in allowed.split(", "):
             raise ApiError(
-                405, f"{self.endpoint} takes {route.method}, not {self.command}", Allow=allowed
+                405, f"{self.path} takes {route.method}, not {self.command}", Allow=allowed
             )
         else:
             route.endpoint(self)
@@ -6975,7 +6975,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def models(self) -> None:
-        server, name = self.server, urllib.parse.unquote(self.endpoint[len("/v1/models/") :])
+        server, name = self.server, urllib.parse.unquote(self.path[len("/v1/models/") :])
         server.scheduler.check_available()
         if name:
             check_model(name, server.model)
@@ -7138,8 +7138,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         if self.status:
             self.send_piece(self.writer.broken(error), last=True)
         else:
-            form = openai_error if self.endpoint.startswith(OPENAI_PATHS) else plain_error
-            form = anthropic_error if self.endpoint.startswith("/v1/messages") else form
+            form = openai_error if self.path.startswith(OPENAI_PATHS) else plain_error
+            form = anthropic_error if self.path.startswith("/v1/messages") else form
             self.send(error.status, to_json(form(error)), **error.headers)
         logger.debug("%s %s: %s", printable(self.command), printable(self.path), error)
 
@@ -7462,14 +7462,7 @@ class EngineCheck:
         the rest is decoded, whatever was drawn.
         """
         engine, sampler = self.engine, Sampler(params)
-        texts: dict[int, list[Token]] = {slot: [] for slot in prompts}
-
-        def step(batch: list[Work]) -> None:
-            began = time.perf_counter()
-            for work, result in zip(batch, engine.step(batch)):
-                texts[work.slot] += filter(None, [result.token])
-            self._seconds.append(time.perf_counter() - began)
-
+        texts: dict[int, list[Any]] = {slot: [] for slot in prompts}
         for slot, prompt in prompts.items():
             if not (engine.reserve(slot, held) and engine.reserve(slot, len(prompt) + count)):
                 raise MemoryError(f"no room for {len(prompt) + count} tokens in slot {slot}")
@@ -7477,7 +7470,9 @@ class EngineCheck:
             piece = engine.prompt_chunk or len(begin)
             for at in range(held, len(begin), piece):
                 last = at + piece >= len(begin)
-                step([Work(slot, begin[at : at + piece], at, sampler if last else None)])
+                work = Work(slot, begin[at : at + piece], at, sampler if last else None)
+                (result,) = engine.step([work])
+            texts[slot].append(result.token)
         self._seconds.clear()
         for number in range(count - 1):
             batch = []
@@ -7485,13 +7480,17 @@ class EngineCheck:
                 at = len(prompt[:read]) + number
                 token = prompt[at] if at < len(prompt) else texts[slot][-1].id
                 batch.append(Work(slot, [token], at, sampler))
-            step(batch)
+            began = time.perf_counter()
+            results = engine.step(batch)
+            self._seconds.append(time.perf_counter() - began)
+            for slot, result in zip(prompts, results):
+                texts[slot].append(result.token)
         return texts
 
-    def _same(self, text: list[Token], expected: list[Token], given: bool = False) -> bool:
-        """Whether each draw is the expected one, and as likely, where that is known.
+    def _same(self, text: list[Token], expected: list[Token]) -> bool:
+        """Whether each token is the expected one, and as likely, where that is known.
 
-        With `given`, the same tokens have preceded all draws. Else those after a tie do not count.
+        Those after a tie do not count.
         """
         for token, other in zip(text, expected, strict=True):
             best = other.likely[0][1]
@@ -7502,8 +7501,7 @@ class EngineCheck:
                 return False
             if token.id != other.id:
                 self._ties += 1
-                if not given:
-                    return True
+                return True
         return True
 
     def _slots(self) -> None:
@@ -7534,7 +7532,7 @@ class EngineCheck:
         engine = self.engine
         slot = 1 if engine.max_batch_size > engine.kv_pools else 0
         common = -(-64 // engine.resume_align) * engine.resume_align
-        prompt, other = self._prompt(0, common + 24), self._prompt(1, common + 24)
+        prompt, other = self._prompt(0, common + 16), self._prompt(1, common + 16)
         expected = self._texts({0: prompt}, self.SEEN, 24, read=common)[0][16:]
         ways = {
             "from a prompt in pieces": prompt[:common],
@@ -7550,9 +7548,8 @@ class EngineCheck:
             if before is other:
                 engine.reserve(slot, 0)
                 engine.copy(0, slot, common)
-            texts = self._texts({slot: prompt}, self.SEEN, 8, held=common, read=common + 16)
-            same = self._same(texts[slot], expected, given=True)
-            self.add(what, f"of {common} tokens", same)
+            text = self._texts({slot: prompt}, self.SEEN, 8, held=common)[slot]
+            self.add(what, f"of {common} tokens", self._same(text, expected))
 
     def _seed(self) -> None:
         """The same request twice."""
@@ -7574,13 +7571,15 @@ class EngineCheck:
         pairs: list[tuple[Token, Token]] = []
         end = time.monotonic() + self.REFERENCE_SECONDS
         for slot, text in self._followed.items():
-            if not pairs or time.monotonic() < end:
-                prompt = self._prompt(slot, 48)
-                reference.reserve(0, 48)
-                work = Work(0, prompt, 0, None, Scores(prompt[1:], 5))
-                pairs += zip(text, reference.step([work])[0].scores[15:], strict=True)
+            if pairs and time.monotonic() > end:
+                break
+            prompt = self._prompt(slot, 48)
+            reference.reserve(0, 48)
+            work = Work(0, prompt, 0, None, Scores(prompt[1:], 5))
+            (result,) = reference.step([work])
+            pairs += zip(text, result.scores[15:], strict=True)
         same = among = 0
-        spread = spread_of_cpu = 0.0  # of the log-probabilities of the five likeliest
+        spread = spread_of_cpu = 0.0  # of the five log-probabilities
         for token, of_cpu in pairs:
             likeliest = token.likely[0][0]
             same += likeliest == of_cpu.likely[0][0]
