@@ -6909,14 +6909,9 @@ class ApiHandler(BaseHTTPRequestHandler):
         allowed = "OPTIONS, GET, HEAD" if route.method == "GET" else "OPTIONS, POST"
         if self.command == "OPTIONS":
             # The wildcard does not cover Authorization.
-            self.send(
-                204,
-                b"",
-                **{
-                    "Allow": allowed,
-                    "Access-Control-Allow-Headers": "Content-Type, Authorization, *",
-                },
-            )
+            permitted = {"Access-Control-Allow-Headers": "Content-Type, Authorization, *"}
+            self.send_head(204, {"Allow": allowed, **permitted})
+            self.wfile.flush()
         elif self.command not in allowed.split(", "):
             raise ApiError(
                 405, f"{self.path} takes {route.method}, not {self.command}", Allow=allowed
@@ -7088,8 +7083,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         self, status: int, body: bytes, content_type: str = "application/json", **headers: str
     ) -> None:
         """Send a whole answer."""
-        if status != 204:
-            headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **headers}
+        headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **headers}
         if status == 503:
             headers["Retry-After"] = "1"
         self.send_head(status, headers)
@@ -7100,11 +7094,9 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Send a piece of a stream; the header leaves with the first."""
         chunked = self.request_version != "HTTP/1.0"
         if not self.status:
-            self.close_connection = self.close_connection or not chunked
             headers = {"Content-Type": self.writer.content_type, "Cache-Control": "no-cache"}
-            if chunked:
-                headers["Transfer-Encoding"] = "chunked"
-            self.send_head(200, headers)
+            framing = {"Transfer-Encoding": "chunked"} if chunked else {"Connection": "close"}
+            self.send_head(200, headers | framing)
         if chunked and data:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if chunked and last:
@@ -7121,7 +7113,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         # header.
         ends = self.unread or self.late or self.close_connection
         connection = "close" if ends else "keep-alive"
-        headers |= {"Date": self.date_time_string(), "Connection": connection}
+        headers = {"Date": self.date_time_string(), "Connection": connection, **headers}
         origin = self.headers.get("Origin")
         if origin and self.allowed(origin):
             headers |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
@@ -7133,7 +7125,7 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def send_api_error(self, error: ApiError) -> None:
         """Send an error in the dialect's form; in a stream that has begun, as its last item."""
-        if self.late:
+        if self.late and not self.status:
             error = ApiError(408, "the request did not come in time: send it again")
         if self.status:
             self.send_piece(self.writer.broken(error), last=True)
@@ -7251,7 +7243,6 @@ class ApiServer(ThreadingHTTPServer):
     """The listening socket, and the state that its handlers share."""
 
     request_queue_size = 1024
-    TRIM_SECONDS = 20
     # from Python 3.14 on http.server sets it, and two servers could share a port unnoticed
     allow_reuse_port = False
     # http.server's looks up this machine's name, for seconds
@@ -7298,8 +7289,7 @@ class ApiServer(ThreadingHTTPServer):
             cure = "raise its limit (ulimit -u, or a container's pids)"
             self.log_rarely(f"connections get 503, as the system gives no more threads: {cure}")
             with contextlib.suppress(OSError):
-                request.setblocking(False)
-                request.send(NO_THREAD)
+                request.send(NO_THREAD)  # a new connection takes it at once
                 request.shutdown(socket.SHUT_WR)
             self.leaving.append(request)
 
@@ -7343,7 +7333,7 @@ class ApiServer(ThreadingHTTPServer):
                 for request in requests:
                     self.scheduler.cancel(request)
         if now > self._next_trim:  # a large body's memory would stay with this process
-            self._next_trim = now + self.TRIM_SECONDS
+            self._next_trim = now + 20
             return_freed_memory()
         self._next_sweep = now + 0.5
 
