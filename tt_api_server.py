@@ -6675,7 +6675,8 @@ class HeaderLines:
     malformed = False
 
     def __init__(self, file: io.BufferedIOBase) -> None:
-        self._file, self._left = file, MAX_HEADER
+        self._file = file
+        self._left = MAX_HEADER
 
     def readline(self, _: int) -> bytes:
         line = self._file.readline(self._left + 1)
@@ -6713,7 +6714,8 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def expire(self) -> None:
         """Wait for the client no longer. A request that has come meanwhile is still answered."""
-        self.late, self.deadline = True, math.inf
+        self.late = True
+        self.deadline = math.inf
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RD)  # a read returns what has come
 
@@ -6735,8 +6737,10 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Wait for a request, answer it and log it."""
         self.command = self.path = self.outcome = ""
         self.route = "other"  # or a path in ROUTES
-        self.headers, self.request_version = self.MessageClass(), "HTTP/1.1"
-        self.status, self.unread = 0, False
+        self.headers = self.MessageClass()
+        self.request_version = "HTTP/1.1"
+        self.status = 0
+        self.unread = False
         self.deadline = time.monotonic() + self.server.patience
         try:
             self.answer()
@@ -6776,7 +6780,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline(65537)
         if len(self.raw_requestline) > 65536:
             self.send_error(414)
-        file, lines = self.rfile, HeaderLines(self.rfile)
+        file = self.rfile
+        lines = HeaderLines(file)
         self.rfile = lines  # type: ignore[assignment]
         try:
             if not self.parse_request():  # nothing has come
@@ -6813,7 +6818,9 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Refuse pages of other sites by their Origin and, if only this machine may ask, by Host
         (DNS rebinding).
         """
-        host, origin, server = self.headers.get("Host"), self.headers.get("Origin"), self.server
+        host = self.headers.get("Host")
+        origin = self.headers.get("Origin")
+        server = self.server
         if (
             host
             and server.on_loopback
@@ -6834,7 +6841,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         """Whether pages of this origin may use the server: this machine's, its own, and those of
         --allow-origin.
         """
-        kind, named = kind_of_host(origin), self.server.allowed_origins
+        kind = kind_of_host(origin)
+        named = self.server.allowed_origins
         # Another site can make its name lead here, so the server's own page needs an IP address in
         # the URL, or the key.
         own = origin.partition("://")[2] == self.headers.get("Host") and (
@@ -6855,7 +6863,9 @@ class ApiHandler(BaseHTTPRequestHandler):
         if kind.lower() == "basic":
             with contextlib.suppress(ValueError):
                 given = base64.b64decode(given, validate=True).partition(b":")[2]
-        if kind.lower() not in ("bearer", "basic") or not hmac.compare_digest(given, key.encode()):
+        elif kind.lower() != "bearer":
+            given = b""
+        if not hmac.compare_digest(given, key.encode()):
             message = "the API key is missing or wrong: send it with -H 'Authorization: Bearer KEY'"
             challenge = {"WWW-Authenticate": 'Basic realm="tt_api_server", charset="UTF-8"'}
             raise ApiError(401, message, code="invalid_api_key", **challenge)
@@ -6866,7 +6876,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         """
         self.wfile.flush()  # http.server's 100 Continue
         self.deadline = time.monotonic() + self.server.patience
-        length, body = int(self.headers.get("Content-Length", 0)), bytearray()
+        length = int(self.headers.get("Content-Length", 0))
+        body = bytearray()
         for size in self.chunk_sizes() if "Transfer-Encoding" in self.headers else [length]:
             if len(body) + size > MAX_BODY:
                 raise ApiError(413, f"the body has more than {MAX_BODY} bytes: send less")
@@ -6875,7 +6886,8 @@ class ApiHandler(BaseHTTPRequestHandler):
             raise ApiError(
                 400, f"the body ends after {len(body)} of {length} bytes: send all of it"
             )
-        self.deadline, self.unread = math.inf, False
+        self.deadline = math.inf
+        self.unread = False
         return bytes(body)
 
     def chunk_sizes(self) -> Iterator[int]:
@@ -6925,7 +6937,9 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.send(200, PAGE.encode(), "text/html; charset=utf-8")
 
     def health(self) -> None:
-        server, scheduler, state = self.server, self.server.scheduler, self.server.scheduler.state
+        server = self.server
+        scheduler = server.scheduler
+        state = scheduler.state
         folder = (
             server.folder if server.on_loopback and not server.api_key else Path(server.folder).name
         )
@@ -6942,8 +6956,11 @@ class ApiHandler(BaseHTTPRequestHandler):
         }
         if state == "loading":
             doing, done = scheduler.doing
-            done = done and round(done, 2)
-            report["progress"] = {"doing": doing, "done": done, "seconds": report["uptime_seconds"]}
+            report["progress"] = {
+                "doing": doing,
+                "done": done and round(done, 2),
+                "seconds": report["uptime_seconds"],
+            }
         if state == "unhealthy":
             report["error"] = scheduler.error
         self.send(200 if state == "healthy" else 503, to_json(report))
@@ -6970,7 +6987,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.send(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def models(self) -> None:
-        server, name = self.server, urllib.parse.unquote(self.path[len("/v1/models/") :])
+        server = self.server
+        name = urllib.parse.unquote(self.path.partition("/v1/models/")[2])
         server.scheduler.check_available()
         if name:
             check_model(name, server.model)
@@ -7029,7 +7047,9 @@ class ApiHandler(BaseHTTPRequestHandler):
 
         Nothing of the body itself is kept while the requests wait.
         """
-        route, model, size = ROUTES[self.route], self.server.served, len(self.body)
+        route = ROUTES[self.route]
+        model = self.server.served
+        size = len(self.body)
         assert route.read and route.writer
         with self.turn():
             asked = route.read(self.read_json(), model)
@@ -7060,7 +7080,8 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def read_json(self) -> Any:
         """The body's JSON, which is not kept. Raises ApiError."""
-        body, self.body = self.body, b""
+        body = self.body
+        self.body = b""
         if self.hung_up():  # while others had their turn
             raise ConnectionError("the client has left")
         coding = self.headers.get("Content-Encoding", "identity").lower()
@@ -7125,13 +7146,13 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     def send_api_error(self, error: ApiError) -> None:
         """Send an error in the dialect's form; in a stream that has begun, as its last item."""
-        if self.late and not self.status:
-            error = ApiError(408, "the request did not come in time: send it again")
         if self.status:
             self.send_piece(self.writer.broken(error), last=True)
         else:
-            form = openai_error if self.path.startswith(OPENAI_PATHS) else plain_error
-            form = anthropic_error if self.path.startswith("/v1/messages") else form
+            if self.late:
+                error = ApiError(408, "the request did not come in time: send it again")
+            forms = (form for path, form in ERROR_FORMS.items() if self.path.startswith(path))
+            form = next(forms, plain_error)
             self.send(error.status, to_json(form(error)), **error.headers)
         logger.debug("%s %s: %s", printable(self.command), printable(self.path), error)
 
@@ -7152,8 +7173,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         """
         self.close_connection = True
         if self.command:  # not between two requests
-            # 499 is nginx's, for the log
-            self.status, self.outcome = 499, f"{self.outcome} the client has left"
+            self.status = 499  # nginx's, for the log
+            self.outcome += " the client has left"
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
@@ -7162,7 +7183,8 @@ class ApiHandler(BaseHTTPRequestHandler):
 
         Unread input would reset it, and the client could lose the answer: drain it first.
         """
-        self.deadline, self.late = time.monotonic() + 2, False
+        self.deadline = time.monotonic() + 2
+        self.late = False
         with contextlib.suppress(OSError):
             super().finish()
             self.connection.shutdown(socket.SHUT_WR)
@@ -7186,7 +7208,13 @@ text_writer = functools.partial(ChoicesWriter, TextChoice)
 CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "Hello!"}]}'
 ANTHROPIC_EXAMPLE = CHAT_EXAMPLE[:-1] + ', "max_tokens": 100}'
 PROMPT_EXAMPLE = '{"prompt": "Hello!"}'
-OPENAI_PATHS = ("/v1", "/tokenize", "/detokenize")  # their errors have OpenAI's form
+# The first that begins a path gives its errors their form.
+ERROR_FORMS = {
+    "/v1/messages": anthropic_error,
+    "/v1": openai_error,
+    "/tokenize": openai_error,
+    "/detokenize": openai_error,
+}
 ROUTES: dict[str, Route] = {
     "/": Route("GET", ApiHandler.page),
     "/health": Route("GET", ApiHandler.health),
@@ -7268,11 +7296,13 @@ class ApiServer(ThreadingHTTPServer):
         self.allowed_origins: list[str] = []
         self.max_connections = 512
         self.cut_short = False  # a stop has cancelled requests
-        self.created, self.started = int(time.time()), time.monotonic()
+        self.created = int(time.time())
+        self.started = time.monotonic()
         self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
         # More threads that read JSON and text at once would delay /health.
         # Large bodies do not delay small ones.
-        self.parsing, self.parsing_large = threading.Semaphore(2), threading.Semaphore(1)
+        self.parsing = threading.Semaphore(2)
+        self.parsing_large = threading.Semaphore(1)
         self.handlers: set[ApiHandler] = set()  # one for each open connection
         # Answered without a thread, since the last sweep and before it. They stay open for a while:
         # closing a connection whose client still sends would reset it before the answer is read.
@@ -7323,7 +7353,8 @@ class ApiServer(ThreadingHTTPServer):
             return
         for connection in self.left:
             connection.close()
-        self.leaving, self.left = [], self.leaving
+        self.left = self.leaving
+        self.leaving = []
         for handler in list(self.handlers):
             if handler.deadline < now:
                 handler.expire()
@@ -7341,10 +7372,12 @@ class ApiServer(ThreadingHTTPServer):
         """What /metrics tells beside histograms: a name to its help and its value, or its values
         by label.
         """
-        scheduler, statistics = self.scheduler, self.scheduler.statistics
+        scheduler = self.scheduler
+        statistics = scheduler.statistics
         prompt_tokens = statistics.sums["request_prompt_tokens"]
         generated = statistics.sums["request_generation_tokens"]
-        finished, answered = statistics.finished.items(), dict(self.responses).items()
+        finished = statistics.finished.items()
+        answered = dict(self.responses).items()
         ended = {f',finished_reason="{outcome}"': n for outcome, n in finished}
         responses = {f',path="{path}",status="{status}"': n for (path, status), n in answered}
         return {
@@ -7391,8 +7424,8 @@ class EngineCheck:
 
     ANSWER = 4  # tokens of a text
     PROMPTS = 5  # a prime: slots that are exchanged by mistake have different ones
-    # seconds after which it takes no more slots one by one, and asks the reference no more
-    SLOTS_SECONDS, REFERENCE_SECONDS = 10, 60
+    SLOTS_SECONDS = 10  # after which no more slots are checked one by one
+    REFERENCE_SECONDS = 60  # after which the reference is asked no more
 
     SEEN = SamplingParams(temperature=0, logprobs=5)
     GREEDY = SamplingParams(temperature=0)
@@ -7401,7 +7434,8 @@ class EngineCheck:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, tie: float) -> None:
         """`tie`: by how much the log-probabilities of tied tokens may differ."""
-        self.engine, self._tie = engine, tie
+        self.engine = engine
+        self._tie = tie
         self.wrong: list[str] = []
         self._rows = [("", "", ""), ("---", "---", "---")]
         self._start = list(tokenizer.vocabulary.start)
@@ -7451,7 +7485,8 @@ class EngineCheck:
         `held`: how much of it a slot holds. `read`: how much of it is read before the first draw;
         the rest is decoded, whatever was drawn.
         """
-        engine, sampler = self.engine, Sampler(params)
+        engine = self.engine
+        sampler = Sampler(params)
         texts: dict[int, list[Any]] = {slot: [] for slot in prompts}
         for slot, prompt in prompts.items():
             if not (engine.reserve(slot, held) and engine.reserve(slot, len(prompt) + count)):
@@ -7522,7 +7557,8 @@ class EngineCheck:
         engine = self.engine
         slot = 1 if engine.max_batch_size > engine.kv_pools else 0
         common = -(-64 // engine.resume_align) * engine.resume_align
-        prompt, other = self._prompt(0, common + 16), self._prompt(1, common + 16)
+        prompt = self._prompt(0, common + 16)
+        other = self._prompt(1, common + 16)
         expected = self._texts({0: prompt}, self.SEEN, 24, read=common)[0][16:]
         ways = {
             "from a prompt in pieces": prompt[:common],
@@ -7544,7 +7580,8 @@ class EngineCheck:
     def _seed(self) -> None:
         """The same request twice."""
         prompts = {0: self._prompt(2, 30)}
-        first, second = self._texts(prompts, self.SEEDED), self._texts(prompts, self.SEEDED)
+        first = self._texts(prompts, self.SEEDED)
+        second = self._texts(prompts, self.SEEDED)
         self.add("the same text from a seed", "twice", first == second)
 
     def _follow(self) -> None:
@@ -7576,7 +7613,9 @@ class EngineCheck:
             among += likeliest in dict(of_cpu.likely)
             spread += token.likely[0][1] - token.likely[-1][1]
             spread_of_cpu += of_cpu.likely[0][1] - of_cpu.likely[-1][1]
-        first, five, scale = same / len(pairs), among / len(pairs), spread / spread_of_cpu
+        first = same / len(pairs)
+        five = among / len(pairs)
+        scale = spread / spread_of_cpu
         self.add("the CPU's most likely token", f"{first:.1%} of {len(pairs)}", first > 0.6)
         self.add("one of the CPU's five likeliest", f"{five:.1%}", five > 0.9)
         self.add("the CPU's scale of log-probabilities", f"{scale:.2f}", 0.8 < scale < 1.25)
@@ -7785,7 +7824,8 @@ def bind(options: argparse.Namespace) -> ApiServer:
         raise UserError(
             f"{problem}: choose another --host or --port (0 is any free port)"
         ) from error
-    server.api_key, server.allowed_origins = options.api_key, options.allow_origin
+    server.api_key = options.api_key
+    server.allowed_origins = options.allow_origin
     # One connection, which is one open file, for each request that runs or waits, and some to
     # spare.
     wanted = options.max_batch_size * options.data_parallel + options.max_queue + 256
@@ -7818,7 +7858,9 @@ def start_logging(verbose: bool) -> queue.Queue[Any]:
 
 def progress_on_terminal() -> Progress:
     """Show how far the load is: a progress bar on a terminal, elsewhere one line for each stage."""
-    live, began, last_stage = sys.stderr is not None and sys.stderr.isatty(), time.monotonic(), ""
+    live = sys.stderr is not None and sys.stderr.isatty()
+    began = time.monotonic()
+    last_stage = ""
 
     def show(stage: str, done: float | None = None) -> None:
         nonlocal last_stage
