@@ -930,10 +930,10 @@ def serving(
     come by.
     """
     with (
-        server.ApiServer("127.0.0.1", 0, patience) as api,
+        server.ApiServer("127.0.0.1", 0) as api,
         scheduling(engine, max_queue, load) as api.scheduler,
     ):
-        api.model, api.max_connections = "fake-llama", connections
+        api.model, api.max_connections, api.patience = "fake-llama", connections, patience
         tokens = tokenizer()
         size = (engine.max_seq_len, engine.scores_prompts, server.KeptItems())
         api.served = server.Model(api.model, tokens, grammars_of(tokens), {}, *size)
