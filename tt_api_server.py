@@ -6707,7 +6707,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         # by when a whole header or body must be here; the sweep enforces it
         self.deadline = math.inf
         self.late = False  # no more is read from the client than has come
-        self.command = ""
+        self.busy = False  # a request is here, or at least its header
         self.waiting: list[Request] = []  # the requests that are being answered
         self.server.make_room()
         self.server.handlers.add(self)
@@ -6740,7 +6740,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.headers = self.MessageClass()
         self.request_version = "HTTP/1.1"
         self.status = 0
-        self.unread = False
+        self.unread = self.busy = False
         self.deadline = time.monotonic() + self.server.patience
         try:
             self.answer()
@@ -6788,6 +6788,7 @@ class ApiHandler(BaseHTTPRequestHandler):
                 return False
         finally:
             self.rfile = file
+        self.busy = True
         self.deadline = math.inf
         try:
             self.path = urllib.parse.urlsplit(self.path).path.rstrip("/") or "/"
@@ -7325,14 +7326,14 @@ class ApiServer(ThreadingHTTPServer):
 
     def make_room(self) -> None:
         """At the limit of connections, end the one that has been idle for longest."""
-        idle = [h for h in list(self.handlers) if not h.command and h.deadline < math.inf]
+        idle = [h for h in list(self.handlers) if not h.busy and h.deadline < math.inf]
         if idle and len(self.handlers) >= self.max_connections:
             min(idle, key=operator.attrgetter("deadline")).expire()
 
     @property
     def crowded(self) -> bool:
         """Whether more connections have a request than may."""
-        return sum(bool(h.command) for h in list(self.handlers)) > self.max_connections
+        return sum(handler.busy for handler in list(self.handlers)) > self.max_connections
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log it. socketserver's own prints a traceback, and waits where nobody reads it."""
@@ -8058,10 +8059,12 @@ def run_check(options: argparse.Namespace) -> int:
 
 def compare_with_cpu(check: EngineCheck, checkpoint: Checkpoint, progress: Progress) -> None:
     """Compare what a card gave with the CPU engine, if the machine has the memory for it."""
-    weights = 2 * sum(math.prod(shape) for _, shape in checkpoint.config.weights().values())
-    memory = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
-    if memory and 1024 * int(memory[1]) < 1.2 * weights:
-        lacks = f"it takes {1.2 * weights / 1e9:.0f} GB of memory, and {int(memory[1]) / 1e6:.0f} are free"
+    weights = sum(math.prod(shape) for _, shape in checkpoint.config.weights().values())
+    needed = 2.4 * weights  # bytes: 2 for each, and some to spare
+    (kilobytes,) = re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+    free = 1024 * int(kilobytes)
+    if free < needed:
+        lacks = f"it takes {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} are free"
         check.add("no comparison with the CPU", lacks)
     else:
         check.compare(TorchEngine(checkpoint, 1, 512, progress))
@@ -8088,10 +8091,8 @@ def stop_on_signals(server: ApiServer) -> None:
     signal.sigwait(STOP_SIGNALS)
     notify_systemd("STOPPING=1")
     if scheduler.state == "healthy":
-        logger.info(
-            "Stopping. Requests under way: %d. Press CTRL+C again to cut them short.",
-            server.under_way,
-        )
+        under_way = f"Requests under way: {server.under_way}"
+        logger.info(f"Stopping. {under_way}. Press CTRL+C again to cut them short.")
         scheduler.stop(drain=True)
         threading.Timer(DRAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)).start()
         signal.sigwait(STOP_SIGNALS)
