@@ -7605,7 +7605,7 @@ class EngineCheck:
             reference.reserve(0, 48)
             work = Work(0, prompt, 0, None, Scores(prompt[1:], 5))
             (result,) = reference.step([work])
-            pairs += zip(text, result.scores[15:], strict=True)
+            pairs += zip(text, result.scores[15:], strict=True)  # those that follow 16 tokens
         same = among = 0
         spread = spread_of_cpu = 0.0  # of the five log-probabilities
         for token, of_cpu in pairs:
@@ -7622,6 +7622,7 @@ class EngineCheck:
         self.add("the CPU's scale of log-probabilities", f"{scale:.2f}", 0.8 < scale < 1.25)
 
     def _speed(self) -> None:
+        """The first token after a prompt, and the steps of more and more users."""
         for length in (128, min(2000, self.engine.max_seq_len - 8)):
             began = time.perf_counter()
             self._texts({0: self._prompt(3, length)}, self.SAMPLED, 1)
@@ -7880,12 +7881,12 @@ def complete_options(options: argparse.Namespace, found: Checkpoint | None) -> N
 
     Raises UserError if an option does not fit, or the card is missing.
     """
-    longest = found.config.max_position if found else DEMO_CONFIG.max_position
-    if (options.max_seq_len or 0) > longest:
+    longest = (found.config if found else DEMO_CONFIG).max_position
+    options.max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+    if options.max_seq_len > longest:
         raise UserError(
             f"--max-seq-len is {options.max_seq_len}, and the model's limit is {longest}: lower it"
         )
-    options.max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
     if options.device == "auto":
         options.device = "tt" if found and card_present() else "cpu"
     if options.device == "cpu":
