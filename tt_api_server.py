@@ -6694,7 +6694,7 @@ class ApiHandler(BaseHTTPRequestHandler):
 
     server: ApiServer
     writer: Writer  # of the answer that is under way
-    protocol_version = default_request_version = "HTTP/1.1"
+    protocol_version = default_request_version = request_version = "HTTP/1.1"
     disable_nagle_algorithm = (
         True  # else an answer on a kept connection can wait 40 ms for an acknowledgement
     )
@@ -6738,7 +6738,6 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.command = self.path = self.outcome = ""
         self.route = "other"  # or a path in ROUTES
         self.headers = self.MessageClass()
-        self.request_version = "HTTP/1.1"
         self.status = 0
         self.unread = self.busy = False
         self.deadline = time.monotonic() + self.server.patience
@@ -8077,7 +8076,7 @@ def exit_if_stuck(scheduler: Scheduler) -> None:
     """
     while not scheduler.error:
         time.sleep(1)
-    logger.error("%s", scheduler.error)
+    logger.error(scheduler.error)
     # if steps fail and do not hang, the main thread now closes the card and ends the process
     time.sleep(10)
     os._exit(1)
