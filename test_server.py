@@ -5333,6 +5333,20 @@ class OpenAITest(unittest.TestCase):
             self.assertEqual("".join(delta.get("content", "") for delta in deltas), text)
             self.assertEqual(reasons, [None] * (len(choices) - 1) + ["length"])
 
+    def test_usage_so_far(self) -> None:
+        """vLLM's continuous_usage_stats: every chunk has the usage up to it."""
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        for path, body in (
+            ("chat/completions", {"messages": QUESTION}),
+            ("completions", {"prompt": "Hi", "max_tokens": 6}),
+        ):
+            reply = self.post(path, **body, stream=True, stream_options=options)
+            usages = [chunk["usage"] for chunk in events(reply.body)]
+            counts = [usage["completion_tokens"] for usage in usages]
+            self.assertEqual((counts, counts[-1]), (sorted(counts), 6))
+            self.assertLess(counts[0], 6)
+            self.assertEqual(len({usage["prompt_tokens"] for usage in usages}), 1)
+
     def test_what_a_chat_may_carry(self) -> None:
         """Other names for the same, what asks for nothing, and at every level what this server does
         not know.
@@ -6502,6 +6516,8 @@ class ToolTest(unittest.TestCase):
                 {"tools": TOOLS, "tool_choice": "required", "min_tokens": 5},
                 "min_tokens does not go with",
             ),
+            ({"tools": TOOLS, "min_tokens": 5}, "min_tokens does not go with"),
+            ({"response_format": {"type": "json_object"}, "min_tokens": 5}, "min_tokens does not"),
             ({"response_format": {"type": "xml"}}, "response_format.type must be one of text"),
             ({"response_format": {"type": "json_schema"}}, "json_schema must be a JSON object"),
             (
@@ -6897,7 +6913,7 @@ class ResponsesTest(unittest.TestCase):
         bodies: list[tuple[str, str, Body]] = [
             ("previous_response_id", "no resp_1 here", {"previous_response_id": "resp_1"}),
             ("conversation", "send previous_response_id", {"conversation": {"id": "x"}}),
-            ("prompt", "not supported here: leave it out", {"prompt": {"id": "x"}}),
+            ("prompt", "must be left out here", {"prompt": {"id": "x"}}),
             ("background", "not supported here", {"background": True}),
             ("truncation", "one of disabled, auto", {"truncation": "middle"}),
             ("n", "not supported here", {"n": 2}),
@@ -6915,7 +6931,7 @@ class ResponsesTest(unittest.TestCase):
             ),
             (
                 "input[0].content[0].type",
-                "one of input_text",
+                'must be "text"',
                 {"input": [{"role": "user", "content": [image]}]},
             ),
             ("input[0].arguments", "JSON object in a string", {"input": [call]}),

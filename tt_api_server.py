@@ -4770,7 +4770,8 @@ MESSAGES: Check = (
     lambda v: isinstance(v, list) and bool(v),
 )
 CONTENT: Check = "a string or a list of text parts", lambda v: isinstance(v, (str, list))
-PART: Table = {"type": (..., ('"text"', lambda v: v == "text")), "text": (..., TEXT)}
+TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
+PART: Table = {"type": (..., ('"text"', lambda v: v in TEXT_PARTS)), "text": (..., TEXT)}
 REFUSAL_PART: Table = {"type": (..., TEXT), "refusal": (..., TEXT)}  # a part of an earlier answer
 
 # The fields of messages, by role.
@@ -4817,17 +4818,9 @@ STRUCTURED_OUTPUTS: Table = {  # vLLM's
     "choice": (None, ("a list of strings", lambda v: are_texts(v) and v != [])),
     "grammar": (None, NONEMPTY),
 }
-TEMPLATE_OPTIONS: Check = (
-    '{"enable_thinking": true or false}',
-    lambda v: (
-        isinstance(v, dict)
-        and v.keys() <= {"enable_thinking"}
-        and all(type(flag) is bool for flag in v.values())
-    ),
-)
 SWITCH: Check = "true, false or a level", lambda v: isinstance(v, (bool, str))
 THINKING: Table = {  # the names that clients have for the one switch that templates have
-    "chat_template_kwargs": ({}, TEMPLATE_OPTIONS),
+    "chat_template_kwargs": ({}, OBJECT),
     "enable_thinking": (None, SWITCH),
     "think": (None, SWITCH),
     "reasoning_effort": (None, TEXT),
@@ -4849,8 +4842,6 @@ CHAT: Table = {  # POST /chat
     "max_tokens": (128, whole_from(1)),
     **THINKING,
     **SAMPLING,
-    "temperature": (0.7, number(0, 2)),
-    "top_p": (0.9, number(0, 1)),
 }
 OPENAI: Table = {  # what OpenAI's dialects have in common
     "model": (None, TEXT),
@@ -4866,6 +4857,10 @@ OPENAI: Table = {  # what OpenAI's dialects have in common
     "presence_penalty": (0, PENALTY),
     "structured_outputs": ({}, OBJECT),
 }
+STREAM_OPTIONS: Table = {
+    "include_usage": (False, FLAG),
+    "continuous_usage_stats": (False, FLAG),  # vLLM's
+}
 CHAT_COMPLETIONS: Table = {
     "messages": (..., MESSAGES),
     "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
@@ -4874,7 +4869,7 @@ CHAT_COMPLETIONS: Table = {
     "response_format": ({"type": "text"}, OBJECT),
     **THINKING,
     **OPENAI,
-    "logprobs": (False, FLAG),
+    "logprobs": (None, FLAG),
     "top_logprobs": (0, whole_from(0, 20)),
     "tools": ([], LIST),
     "tool_choice": ("auto", CHOICE),
@@ -4888,7 +4883,7 @@ COMPLETIONS: Table = {
     "max_tokens": (16, LIMIT_OR_0),  # OpenAI's default
     "n": (1, whole_from(1, 16)),
     "response_format": ({"type": "text"}, OBJECT),
-    "logprobs": (False, LOGPROBS),
+    "logprobs": (None, LOGPROBS),
     "echo": (False, FLAG),
     "add_special_tokens": (True, FLAG),
 }
@@ -4904,6 +4899,7 @@ RESPONSES: Table = {
     "max_output_tokens": (None, LIMIT),
     "metadata": ({}, OBJECT),
     "previous_response_id": (None, TEXT),
+    "prompt": (None, ("left out here", lambda v: False)),  # OpenAI keeps prompts for its users
     "store": (True, FLAG),
     "text": ({}, OBJECT),
     "truncation": ("disabled", one_of(("disabled", "auto"))),
@@ -4914,20 +4910,17 @@ RESPONSES: Table = {
     ),
     "parallel_tool_calls": (True, FLAG),
     "include": ([], LIST),
-    "top_logprobs": (None, whole_from(0, 20)),
+    "logprobs": (None, FLAG),
+    "top_logprobs": (0, whole_from(0, 20)),
     **dict.fromkeys(("prompt_cache_key", "safety_identifier"), (None, TEXT)),  # repeated
     **THINKING,
     **OPENAI,
 }
 ITEMS: dict[str, Table] = {  # of a response's input
-    "message": {"role": (..., one_of(CHAT_ROLES)), **MESSAGE},
+    "message": {},  # has a role
     "reasoning": {"summary": ("", CONTENT), "content": ("", CONTENT)},
     "function_call": {"call_id": (..., TEXT), **CALLED},
     "function_call_output": {"call_id": (..., TEXT), "output": (..., CONTENT)},
-}
-ITEM_PART: Table = {
-    "type": (..., one_of(("input_text", "output_text", "text", "summary_text", "reasoning_text"))),
-    "text": (..., TEXT),
 }
 
 ANTHROPIC_MESSAGES: Table = {
@@ -4936,10 +4929,7 @@ ANTHROPIC_MESSAGES: Table = {
     "max_tokens": (None, whole_from(1)),
     "system": ("", CONTENT),
     "stop_sequences": ([], STOP),
-    "stream": (False, FLAG),
-    "temperature": (None, number(0, 2)),
-    "top_p": (None, number(0, 1)),
-    "top_k": (None, whole_from(0)),
+    **SAMPLING,
     "tools": ([], LIST),
     "tool_choice": ({"type": "auto"}, OBJECT),
     "thinking": ({"type": "disabled"}, OBJECT),
@@ -4952,14 +4942,10 @@ ANTHROPIC_TOOL: Table = {
     "input_schema": (..., OBJECT),
     "strict": (False, FLAG),
 }
-ANTHROPIC_CHOICE: Table = {
-    "type": (..., one_of(("auto", "any", "tool", "none"))),
-    "name": (None, NONEMPTY),
-    "disable_parallel_tool_use": (False, FLAG),
-}
-ANTHROPIC_FORMAT: Table = {
-    "type": (..., ('"json_schema"', lambda v: v == "json_schema")),
-    "schema": (..., OBJECT),
+PARALLEL: Table = {"disable_parallel_tool_use": (False, FLAG)}
+ANTHROPIC_CHOICES: dict[str, Table] = {
+    **dict.fromkeys(("auto", "any", "none"), PARALLEL),
+    "tool": {**NAMED, **PARALLEL},
 }
 ANTHROPIC_THINKING: Table = {"type": (..., one_of(("enabled", "adaptive", "disabled")))}
 BLOCKS: dict[str, Table] = {  # of a message's content
@@ -4978,16 +4964,19 @@ UNSUPPORTED: dict[str, Sequence[Any]] = {
             "allowed_token_ids",
             "audio",
             "chat_template",
+            "conversation",
             "ebnf",
             "guided_choice",
             "guided_grammar",
             "guided_json",
             "guided_regex",
             "json_schema",
+            "max_tokens",
             "mcp_servers",
             "n_predict",
             "prompt_logprobs",
             "regex",
+            "response_format",
             "structural_tag",
             "thread",
             "truncate_prompt_tokens",
@@ -4996,6 +4985,7 @@ UNSUPPORTED: dict[str, Sequence[Any]] = {
         (),
     ),
     "add_special_tokens": [False],
+    "background": [False],
     "bad_words": [[]],
     "best_of": [1],
     "chat_template_kwargs": [{}],
@@ -5009,6 +4999,7 @@ UNSUPPORTED: dict[str, Sequence[Any]] = {
     "mirostat": [0],
     "mirostat_mode": [0],
     "modalities": [["text"]],
+    "n": [1],
     "repeat_penalty": [1],
     "return_token_ids": [False],
     "skip_special_tokens": [True],
@@ -5019,29 +5010,10 @@ UNSUPPORTED: dict[str, Sequence[Any]] = {
     "use_beam_search": [False],
     "xtc_probability": [0],
 }
-RESPONSES_UNSUPPORTED: dict[str, Sequence[Any]] = {
-    **UNSUPPORTED,
-    **dict.fromkeys(
-        (
-            "conversation",
-            "max_tokens",
-            "messages",
-            "prompt",
-            "response_format",
-        ),
-        (),
-    ),
-    "background": [False],
-    "logprobs": [False],
-    "n": [1],
-}
-
-# handles a field that a table does not have: its path, name and value
-Unknown = Callable[[str, str, Any, Table], None]
 
 
-def refuse_unknown(path: str, name: str, value: Any, table: Table) -> None:
-    """POST /chat is our own API: refuse every unknown field, and suggest the nearest."""
+def refuse_unknown(path: str, name: str, table: Table) -> NoReturn:
+    """Suggest the nearest field."""
     near = [known for known in table if known.startswith(name)] or difflib.get_close_matches(
         name, table, 1
     )
@@ -5049,20 +5021,18 @@ def refuse_unknown(path: str, name: str, value: Any, table: Table) -> None:
     raise ApiError(400, f"unknown field {printable(path)}: {hint}", printable(path))
 
 
-def refuse_unsupported(path: str, name: str, value: Any, table: Table) -> None:
-    """Other people's programs choose these fields: refuse what would change the answer, and ignore
-    the rest.
-    """
-    unsupported = RESPONSES_UNSUPPORTED if table is RESPONSES else UNSUPPORTED
-    if name in unsupported and value not in unsupported[name]:
+def refuse_unsupported(path: str, name: str, value: Any) -> None:
+    if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
         cure = "send previous_response_id" if name == "conversation" else "leave it out"
         raise ApiError(400, f"{path} is not supported here: {cure}", path, "unsupported_parameter")
 
 
-def check(
-    body: Any, table: Table, where: str = "", unknown: Unknown = refuse_unsupported
-) -> dict[str, Any]:
-    """Check a JSON object and fill in the defaults; null counts as absent. Raises ApiError."""
+def check(body: Any, table: Table, where: str = "", strict: bool = False) -> dict[str, Any]:
+    """Check a JSON object and fill in the defaults; null counts as absent. Raises ApiError.
+
+    A strict check refuses every unknown field, as POST /chat is our own API. In other APIs other
+    people's programs choose the fields: only what would change the answer is refused.
+    """
     if not isinstance(body, dict):
         raise ApiError(
             400, f"{where or 'the body'} must be a JSON object, not {shown(body)}", where or None
@@ -5070,7 +5040,9 @@ def check(
     prefix = f"{where}." if where else ""
     for name, value in body.items():
         if name not in table and value is not None:
-            unknown(f"{prefix}{name}", name, value, table)
+            if strict:
+                refuse_unknown(f"{prefix}{name}", name, table)
+            refuse_unsupported(f"{prefix}{name}", name, value)
     fields = {}
     for name, (default, (must, fits)) in table.items():
         value, path = body.get(name), f"{prefix}{name}"
@@ -5080,6 +5052,20 @@ def check(
             raise ApiError(400, f"{path} must be {must}, not {shown(value)}", path)
         fields[name] = default if value is None else value
     return fields
+
+
+def check_kind(
+    body: Any,
+    name: str,
+    tables: Mapping[str, Table],
+    where: str,
+    default: Any = ...,
+    strict: bool = False,
+) -> dict[str, Any]:
+    """As `check`, where the field `name` says which table holds."""
+    table = {name: (default, one_of(tables))}
+    kind = check({name: body.get(name)} if isinstance(body, dict) else body, table, where)[name]
+    return check(body, {**table, **tables[kind]}, where, strict)
 
 
 def json_object(text: str) -> dict[str, Any] | None:
@@ -5119,10 +5105,11 @@ class Asked:
     echo: bool = False  # the prompt comes before the answer
     stream: bool = False
     usage: bool = False  # a stream ends with it
+    usage_so_far: bool = False  # every chunk of a stream has it
     # what the answer repeats: /chat's prompt, the name of the model in /v1/messages, or a response's
     # fields in JSON
     said: str = ""
-    history: tuple[bytes, ...] | None = None  # a response's items as KeptItems has them, to be kept
+    history: bytes | None = None  # a response's items as KeptItems has them, to be kept
     prompt_name: str = "messages"  # the field that has the prompt, for errors
 
 
@@ -5139,18 +5126,17 @@ class KeptItems:
     SECONDS, BYTES = 3600, 64 << 20
 
     def __init__(self) -> None:
-        # the time, and lists of items in JSON, which are one conversation
-        self._kept: dict[str, tuple[float, tuple[bytes, ...]]] = {}
+        self._kept: dict[str, tuple[float, bytes]] = {}  # the time, and items, one a line
         self._size = 0
         self._lock = threading.Lock()
 
-    def keep(self, identity: str, lists: tuple[bytes, ...]) -> None:
+    def keep(self, identity: str, items: bytes) -> None:
         with self._lock:
-            self._kept[identity] = (time.monotonic(), lists)
-            self._size += sum(map(len, lists))
+            self._kept[identity] = (time.monotonic(), items)
+            self._size += len(items)
             self._drop_old()
 
-    def find(self, identity: str, where: str) -> tuple[bytes, ...]:
+    def find(self, identity: str, where: str) -> bytes:
         """Raises ApiError if it is not here."""
         with self._lock:
             self._drop_old()
@@ -5161,10 +5147,10 @@ class KeptItems:
 
     def _drop_old(self) -> None:
         while self._kept:
-            identity, (kept, lists) = next(iter(self._kept.items()))
+            identity, (kept, items) = next(iter(self._kept.items()))
             if self._size <= self.BYTES and time.monotonic() - kept <= self.SECONDS:
                 return
-            self._size -= sum(map(len, lists))
+            self._size -= len(items)
             del self._kept[identity]
 
 
@@ -5185,29 +5171,21 @@ class Model(NamedTuple):
 
 def read_chat(body: Any, model: Model) -> Asked:
     """The body of POST /chat."""
-    fields = check(body, CHAT, unknown=refuse_unknown)
+    fields = check(body, CHAT, strict=True)
     messages, prompt = fields["messages"], fields["prompt"]
-    if messages is not None and prompt is not None:
+    if messages and prompt:
         raise ApiError(400, "send prompt or messages, not both")
-    if messages is None and prompt is None:
+    if not messages and not prompt:
         example = '{"prompt": "Hello!"}'
         raise ApiError(400, f"send prompt, a string, or messages, a list: for example {example}")
-    if messages is None:
-        messages = [{"role": "user", "content": prompt}]
-    chat = read_messages(messages, CHAT_ROLES, refuse_unknown)
-    said = chat[-1]["content"]
+    chat = read_messages(messages or [{"role": "user", "content": prompt}], CHAT_ROLES, strict=True)
+    asked = read_common(fields, model._replace(defaults={"temperature": 0.7, "top_p": 0.9}))
+    asked.said = chat[-1]["content"]
     if fields["system"] is not None:
-        chat = [{"role": "system", "content": fields["system"]}, *chat]
-    return Asked(
-        messages=chat,
-        thinks=read_thinking(fields, model),
-        limit=fields["max_tokens"],
-        sampling=read_sampling(fields, {}),
-        stop=as_list(fields["stop"]),
-        stream=fields["stream"],
-        said=said,
-        prompt_name="prompt" if prompt else "messages",
-    )
+        chat.insert(0, {"role": "system", "content": fields["system"]})
+    asked.messages = chat
+    asked.prompt_name = "prompt" if prompt else "messages"
+    return asked
 
 
 def read_chat_completions(body: Any, model: Model) -> Asked:
@@ -5215,11 +5193,12 @@ def read_chat_completions(body: Any, model: Model) -> Asked:
     https://platform.openai.com/docs/api-reference/chat/create
     """
     fields = check(body, CHAT_COMPLETIONS)
-    if fields["top_logprobs"] and not fields["logprobs"]:
+    likely, begins = fields["top_logprobs"], fields["add_generation_prompt"]
+    if likely and not fields["logprobs"]:
         raise ApiError(400, "top_logprobs needs logprobs: send logprobs as true", "top_logprobs")
     chat = read_messages(fields["messages"], OPENAI_ROLES)
     continues = fields["continue_final_message"]
-    if fields["add_generation_prompt"] and continues:
+    if begins and continues:
         name = "add_generation_prompt"
         raise ApiError(
             400, f"{name} does not go with continue_final_message: leave one of them out", name
@@ -5228,41 +5207,38 @@ def read_chat_completions(body: Any, model: Model) -> Asked:
         raise ApiError(
             400, "continue_final_message needs a last message of the assistant", "messages"
         )
-    asked = read_common(fields, model)
-    asked.begun = chat.pop()["content"] if continues else ""
-    asked.messages = chat
-    asked.starts = continues or fields["add_generation_prompt"] is not False
-    asked.thinks = read_thinking(fields, model)
-    asked.limit = fields["max_completion_tokens"] or fields["max_tokens"]
-    asked.sampling = read_sampling(
-        fields, model.defaults, fields["top_logprobs"] if fields["logprobs"] else None
-    )
-    asked.n = fields["n"]
-    asked.form = read_form(fields, fields["response_format"])
-    functions = [
-        (f"tools[{i}].function", check(tool, TOOL, f"tools[{i}]")["function"])
-        for i, tool in enumerate(fields["tools"])
-    ]
     choice = fields["tool_choice"]
     if isinstance(choice, dict):
         named = check(choice, TOOL, "tool_choice")["function"]
         choice = check(named, NAMED, "tool_choice.function")
-    read_tools(asked, functions, choice, fields["parallel_tool_calls"], model)
+    tools = [
+        (f"tools[{i}].function", check(tool, TOOL, f"tools[{i}]")["function"])
+        for i, tool in enumerate(fields["tools"])
+    ]
+    asked = read_common(
+        {
+            **fields,
+            "max_tokens": fields["max_completion_tokens"] or fields["max_tokens"],
+            "logprobs": likely if fields["logprobs"] else None,
+            "tools": tools,
+            "tool_choice": choice,
+        },
+        model,
+    )
+    asked.begun = chat.pop()["content"] if continues else ""
+    asked.messages = chat
+    asked.starts = continues or begins is not False
     return asked
 
 
 def read_completions(body: Any, model: Model) -> Asked:
     """The body of POST /v1/completions: the model continues a plain text, without a chat format."""
     fields = check(body, COMPLETIONS)
+    if fields["logprobs"] is False:
+        fields["logprobs"] = None
     asked = read_common(fields, model)
     asked.prompts = prompts(fields["prompt"])
     asked.special_tokens = fields["add_special_tokens"]
-    asked.limit = fields["max_tokens"]
-    asked.sampling = read_sampling(
-        fields, model.defaults, None if fields["logprobs"] is False else fields["logprobs"]
-    )
-    asked.n = fields["n"]
-    asked.form = read_form(fields, fields["response_format"])
     asked.echo = fields["echo"]
     asked.prompt_name = "prompt"
     return asked
@@ -5272,35 +5248,41 @@ def read_responses(body: Any, model: Model) -> Asked:
     """The body of POST /v1/responses: https://platform.openai.com/docs/api-reference/responses"""
     fields = check(body, RESPONSES)
     text = check(fields["text"], {"format": ({"type": "text"}, OBJECT)}, "text")
-    functions = []
+    tools = []
     for i, tool in enumerate(fields["tools"]):
         if isinstance(tool, dict) and tool.get("type") in OPTIONAL_TOOLS:
             logger.debug("tools[%d] is left out: its type is %s", i, tool["type"])
         else:
             check(tool, {"type": (..., TYPE)}, f"tools[{i}]")
-            functions.append((f"tools[{i}]", tool))
-    include, likely = fields["include"], fields["top_logprobs"]
-    logprobs = likely or 0 if likely or "message.output_text.logprobs" in include else None
+            tools.append((f"tools[{i}]", tool))
+    likely = fields["top_logprobs"]
+    scored = likely or fields["logprobs"] or "message.output_text.logprobs" in fields["include"]
     choice = fields["tool_choice"]
     if isinstance(choice, dict):
         choice = check(choice, {"type": (..., TYPE), **NAMED}, "tool_choice")
-    asked = read_common(fields, model)
+    asked = read_common(
+        {
+            **fields,
+            "max_tokens": fields["max_output_tokens"],
+            "logprobs": likely if scored else None,
+            "response_format": text["format"],
+            "tools": tools,
+            "tool_choice": choice,
+        },
+        model,
+        "text.format",
+    )
     asked.history, items = read_history(fields, model.kept)
     asked.messages = joined(
         fields["instructions"], [read_item(item, where) for where, item in items]
     )
-    asked.thinks = read_thinking(fields, model)
-    asked.limit = fields["max_output_tokens"]
-    asked.sampling = read_sampling(fields, model.defaults, logprobs)
-    asked.form = read_form(fields, text["format"], "text.format")
     asked.prompt_name = "input"
-    read_tools(asked, functions, choice, fields["parallel_tool_calls"], model)
     said = {name: fields[name] for name in REPEATED}
-    said["text"], said["top_logprobs"] = text, likely or 0
+    said["text"] = text
     said["temperature"], said["top_p"] = asked.sampling.temperature, asked.sampling.top_p
     said["tools"] = [
         {"type": "function", "description": None, **check(tool, FUNCTION), **tool}
-        for _, tool in functions
+        for _, tool in tools
     ]
     said["reasoning"] = {
         "effort": fields["reasoning_effort"], "summary": None, **fields["reasoning"]
@@ -5318,38 +5300,34 @@ def read_anthropic(body: Any, model: Model) -> Asked:
     """
     fields = check(body, ANTHROPIC_MESSAGES)
     config = check(fields["output_config"], {"format": (None, OBJECT)}, "output_config")
-    asked = Asked(
-        messages=read_turns(fields["system"], fields["messages"]),
-        limit=fields["max_tokens"],
-        sampling=read_sampling(fields, model.defaults),
-        stop=as_list(fields["stop_sequences"]),
-        stream=fields["stream"],
-        said=fields["model"] or model.name,
-    )
+    form = config["format"] or fields["output_format"]
     thinking = check(fields["thinking"], ANTHROPIC_THINKING, "thinking")["type"]
-    asked.thinks = thinking != "disabled" and model.tokenizer.thinks
-    if form := config["format"] or fields["output_format"]:
-        schema = check(form, ANTHROPIC_FORMAT, "output_config.format")["schema"]
-        asked.form = Form("json", schema, strict=True)
+    choice = check_kind(fields["tool_choice"], "type", ANTHROPIC_CHOICES, "tool_choice")
+    tools = [
+        (f"tools[{i}]", read_anthropic_tool(tool, f"tools[{i}]"))
+        for i, tool in enumerate(fields["tools"])
+        # Anthropic runs the others, or has trained its models on them
+        if not isinstance(tool, dict) or tool.get("type") in (None, "custom")
+    ]
+    asked = read_common(
+        {
+            **fields,
+            "model": None,
+            "stop": fields["stop_sequences"],
+            "think": thinking != "disabled",
+            "response_format": {"strict": True, **form} if form else {"type": "text"},
+            "tools": tools,
+            "tool_choice": {"any": "required", "tool": choice}.get(choice["type"], choice["type"]),
+            "parallel_tool_calls": not choice["disable_parallel_tool_use"],
+        },
+        model,
+        "output_config.format",
+    )
+    asked.messages = read_turns(fields["system"], fields["messages"])
+    asked.said = fields["model"] or model.name
     last = asked.messages[-1] if asked.messages else {}
     if last.get("role") == "assistant" and last.keys() == {"role", "content"}:
         asked.begun = asked.messages.pop()["content"]  # the answer continues it
-    choice = check(fields["tool_choice"], ANTHROPIC_CHOICE, "tool_choice")
-    wanted: str | dict[str, Any] = {"any": "required"}.get(choice["type"], choice["type"])
-    if wanted == "tool":
-        wanted = check(choice, NAMED, "tool_choice")
-    read_tools(
-        asked,
-        [
-            (f"tools[{i}]", read_anthropic_tool(tool, f"tools[{i}]"))
-            for i, tool in enumerate(fields["tools"])
-            # Anthropic runs the others, or has trained its models on them
-            if not isinstance(tool, dict) or tool.get("type") in (None, "custom")
-        ],
-        wanted,
-        not choice["disable_parallel_tool_use"],
-        model,
-    )
     return asked
 
 
@@ -5379,23 +5357,21 @@ def read_turns(system: Any, turns: list[Any]) -> list[Message]:
 
 def read_blocks(content: Any, where: str, kinds: Iterable[str]) -> list[dict[str, Any]]:
     """The blocks of a content, each with its type."""
-    blocks = []
-    for i, block in enumerate(content if isinstance(content, list) else [{"text": content}]):
-        place = f"{where}[{i}]"
-        kind = check(block, {"type": ("text", one_of(kinds))}, place)["type"]
-        blocks.append({"type": kind, **check(block, BLOCKS[kind], place)})
-    return blocks
+    blocks = content if isinstance(content, list) else [{"text": content}]
+    tables = {kind: BLOCKS[kind] for kind in kinds}
+    return [
+        check_kind(block, "type", tables, f"{where}[{i}]", "text") for i, block in enumerate(blocks)
+    ]
 
 
 def read_block(block: dict[str, Any], role: str) -> Message:
     """A block as a message of its own."""
     kind = block["type"]
     if kind == "tool_result":
-        text = read_text(block["content"], PART, "content of a tool_result")
+        text = read_text(block["content"], "content of a tool_result")
         return {"role": "tool", "tool_call_id": short_id(block["tool_use_id"]), "content": text}
     if kind == "tool_use":
-        function = {"name": block["name"], "arguments": block["input"]}
-        call = {"id": short_id(block["id"]), "type": "function", "function": function}
+        call = tool_call(short_id(block["id"]), block["name"], block["input"])
         return {"role": "assistant", "content": "", "tool_calls": [call]}
     if kind == "text":
         # a system message amid the others, which some templates refuse
@@ -5405,31 +5381,44 @@ def read_block(block: dict[str, Any], role: str) -> Message:
 
 # What readers have in common.
 
+# what a body of POST /v1/chat/completions says if it says nothing
+UNSAID = {name: default for name, (default, _) in CHAT_COMPLETIONS.items()}
 
-def read_common(fields: dict[str, Any], model: Model) -> Asked:
-    """What the dialects of OpenAI say in the same words."""
+
+def read_common(said: dict[str, Any], model: Model, where: str = "response_format") -> Asked:
+    """What a body says in the words of chat completions, but for its messages. `where` is the place
+    of its response_format.
+    """
+    fields = {**UNSAID, **said}
     check_model(fields["model"] or model.name, model.name)
-    options = check(fields["stream_options"], {"include_usage": (False, FLAG)}, "stream_options")
+    options = check(fields["stream_options"], STREAM_OPTIONS, "stream_options")
     model.tokenizer.check_tokens(fields["stop_token_ids"], "stop_token_ids")
     model.tokenizer.check_tokens(map(int, fields["logit_bias"]), "logit_bias")
-    return Asked(
+    asked = Asked(
+        form=read_form(fields, where),
+        thinks=read_thinking(fields, model),
+        limit=fields["max_tokens"],
+        sampling=read_sampling(fields, model.defaults),
         stop=as_list(fields["stop"]),
         stop_tokens=frozenset(fields["stop_token_ids"]),
         ignore_eos=fields["ignore_eos"],
+        n=fields["n"],
         stream=fields["stream"],
         usage=options["include_usage"],
+        usage_so_far=options["include_usage"] and options["continuous_usage_stats"],
     )
+    read_tools(asked, fields, model)
+    if fields["min_tokens"] and (asked.functions or asked.form):
+        cure = "min_tokens does not go with tools or a response format: leave it out"
+        raise ApiError(400, cure, "min_tokens")
+    return asked
 
 
-def read_sampling(
-    fields: dict[str, Any], defaults: Mapping[str, float], logprobs: int | None = None
-) -> SamplingParams:
+def read_sampling(fields: dict[str, Any], defaults: Mapping[str, float]) -> SamplingParams:
     """How the tokens are drawn: by the body, or else by the model's own defaults."""
     names = (item.name for item in dataclasses.fields(SamplingParams))
-    given = {
-        name: fields[name] for name in names if fields.get(name) is not None and name != "logprobs"
-    }
-    params = SamplingParams(**{**defaults, **given, "logprobs": logprobs})
+    given = {name: fields[name] for name in names if fields[name] is not None}
+    params = SamplingParams(**{**defaults, **given})
     # As in vLLM and llama.cpp, -1 stands for no seed and for no top_k.
     return dataclasses.replace(
         params,
@@ -5443,47 +5432,53 @@ def read_thinking(fields: dict[str, Any], model: Model) -> bool:
     """Whether the model is to think before it answers. Of no effect where its template has no
     switch for it, so that one configuration of a client serves all models.
     """
-    effort = fields["reasoning_effort"] or fields["reasoning"].get("effort")
+    switch = {"enable_thinking": (None, FLAG)}
+    name = "chat_template_kwargs"
     wishes = (
-        fields["chat_template_kwargs"].get("enable_thinking"),
+        check(fields[name], switch, name, strict=True)["enable_thinking"],
         fields["enable_thinking"],
         fields["think"],
-        effort,
+        fields["reasoning_effort"],
+        fields["reasoning"].get("effort"),
     )
     wish = next((wish for wish in wishes if wish is not None), False)
     return wish not in (False, "none") and model.tokenizer.thinks
 
 
 def read_messages(
-    messages: list[Any], roles: Mapping[str, Table], unknown: Unknown = refuse_unsupported
+    messages: list[Any], roles: Mapping[str, Table], strict: bool = False
 ) -> list[Message]:
     """The messages for the chat template."""
-    chat: list[Message] = []
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        role = message.get("role") if isinstance(message, dict) else None
-        table = roles.get(role, MESSAGE) if isinstance(role, str) else MESSAGE
-        fields = check(message, {"role": (..., one_of(roles)), **table}, where, unknown)
-        fields["content"] = read_text(fields["content"], PART, f"{where}.content", unknown)
-        fields["role"] = "system" if role == "developer" else role
-        if calls := fields.get("tool_calls"):
-            fields["tool_calls"] = [
-                read_call(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(calls)
-            ]
-        if "tool_call_id" in fields:
-            fields["tool_call_id"] = short_id(fields["tool_call_id"])
-        chat.append(fields)
-    return [bare(message) for message in chat]
+    return [
+        read_message(message, roles, f"messages[{i}]", strict) for i, message in enumerate(messages)
+    ]
 
 
-def read_text(content: Any, table: Table, where: str, unknown: Unknown = refuse_unsupported) -> str:
+def read_message(
+    message: Any, roles: Mapping[str, Table], where: str, strict: bool = False
+) -> Message:
+    fields = check_kind(message, "role", roles, where, strict=strict)
+    fields["content"] = read_text(fields["content"], f"{where}.content", strict)
+    if fields["role"] == "developer":
+        fields["role"] = "system"
+    if "tool_calls" in fields:
+        fields["tool_calls"] = [
+            read_call(call, f"{where}.tool_calls[{j}]")
+            for j, call in enumerate(fields["tool_calls"])
+        ]
+    if "tool_call_id" in fields:
+        fields["tool_call_id"] = short_id(fields["tool_call_id"])
+    return bare(fields)
+
+
+def read_text(content: Any, where: str, strict: bool = False) -> str:
     """The text of a string or of a list of parts."""
     if not isinstance(content, list):
         return str(content)
     texts = []
     for j, part in enumerate(content):
         refuses = isinstance(part, dict) and part.get("type") == "refusal"
-        fields = check(part, REFUSAL_PART if refuses else table, f"{where}[{j}]", unknown)
+        fields = check(part, REFUSAL_PART if refuses else PART, f"{where}[{j}]", strict)
         texts.append(fields["refusal" if refuses else "text"])
     return "".join(texts)
 
@@ -5492,20 +5487,23 @@ def read_call(call: Any, where: str) -> Message:
     """A tool call of a message for the chat template."""
     fields = check(call, CALL, where)
     function = check(fields["function"], CALLED, f"{where}.function")
-    function["arguments"] = json_object(function["arguments"])
-    return {"id": short_id(fields["id"]), "type": "function", "function": function}
+    return tool_call(short_id(fields["id"]), function["name"], json_object(function["arguments"]))
 
 
-def read_tools(
-    asked: Asked,
-    tools: Sequence[tuple[str, dict[str, Any]]],
-    choice: str | dict[str, Any],
-    several: bool,
-    model: Model,
-) -> None:
-    """The functions that the model may call. `tools` says where each stands, and `choice` is none,
-    auto, required, or an object with a name.
+def tool_call(identity: str, name: str, arguments: Any) -> Message:
+    """A call of a function, as OpenAI's messages have it."""
+    return {
+        "id": identity,
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def read_tools(asked: Asked, fields: dict[str, Any], model: Model) -> None:
+    """The functions that the model may call: `tools`, each with its place, and `tool_choice`, which
+    is none, auto, required, or an object with a name.
     """
+    tools, choice = fields["tools"], fields["tool_choice"]
     functions = [Function(**check(tool, FUNCTION, where)) for where, tool in tools]
     if choice == "none" or (not functions and choice == "auto"):
         return
@@ -5527,24 +5525,22 @@ def read_tools(
         asked.tools.append({"type": "function", "function": function})
     asked.functions = functions
     asked.forced = choice != "auto"
-    asked.several = several and not isinstance(choice, dict)
+    asked.several = fields["parallel_tool_calls"] and not isinstance(choice, dict)
 
 
-def read_form(
-    fields: dict[str, Any], response_format: dict[str, Any], where: str = "response_format"
-) -> Form | None:
+def read_form(fields: dict[str, Any], where: str) -> Form | None:
     """What the answer must be, by its format or structured_outputs; None: any text."""
-    asked = check(response_format, RESPONSE_FORMAT, where)
+    asked = check(fields["response_format"], RESPONSE_FORMAT, where)
     outputs = check(fields["structured_outputs"], STRUCTURED_OUTPUTS, "structured_outputs")
-    if outputs.pop("json_object"):
-        outputs["json"] = outputs["json"] or {"type": "object"}
-    forms = [Form(kind, value) for kind, value in outputs.items() if value is not None]  # type: ignore[arg-type]
-    if asked["type"] == "json_object":
+    forms = []
+    if outputs.pop("json_object") or asked["type"] == "json_object":
         forms.append(Form("json", asked["schema"], strict=False))
+    forms += [Form(kind, value) for kind, value in outputs.items() if value is not None]  # type: ignore[arg-type]
     if asked["type"] == "json_schema":
-        if where == "response_format":  # a response has it without this level
-            response_format, where = asked["json_schema"], f"{where}.json_schema"
-        inner = check(response_format, JSON_SCHEMA, where)
+        schema = fields["response_format"]
+        if where == "response_format":  # which has it one level deeper than other dialects
+            schema, where = asked["json_schema"], f"{where}.json_schema"
+        inner = check(schema, JSON_SCHEMA, where)
         forms.append(Form("json", inner["schema"], inner["strict"]))
     if len(forms) > 1:
         name = "structured_outputs"
@@ -5556,7 +5552,7 @@ def read_form(
 REPEATED = (  # fields of a response that are those of its request
     "instructions", "max_output_tokens", "metadata", "tool_choice", "parallel_tool_calls", "store",
     "previous_response_id", "truncation", "frequency_penalty", "presence_penalty",
-    "prompt_cache_key", "safety_identifier",
+    "prompt_cache_key", "safety_identifier", "top_logprobs",
 )  # fmt: skip
 # codex sends them to every model, and works without them
 OPTIONAL_TOOLS = ("namespace", "web_search")
@@ -5564,16 +5560,16 @@ OPTIONAL_TOOLS = ("namespace", "web_search")
 
 def read_history(
     fields: dict[str, Any], kept: KeptItems
-) -> tuple[tuple[bytes, ...] | None, list[tuple[str, Any]]]:
+) -> tuple[bytes | None, list[tuple[str, Any]]]:
     """All items of a response's conversation: as KeptItems has them, if they are to be kept, and
     with the place of each for errors. Raises ApiError.
     """
     given, previous = fields["input"], fields["previous_response_id"]
     if not isinstance(given, list):
         given = [{"role": "user", "content": given}]
+    earlier = kept.find(previous, "previous_response_id") if previous else b""
     new: list[tuple[str, Any]] = []
-    earlier = kept.find(previous, "previous_response_id") if previous else ()
-    size = sum(map(len, earlier))
+    size = len(earlier)
     for i, item in enumerate(given):
         where = f"input[{i}]"
         if size > MAX_BODY:
@@ -5583,13 +5579,13 @@ def read_history(
             identity = check(item, {"id": (..., TEXT)}, where)["id"]
             # earlier thinking can be missing
             if not identity.startswith("reasoning_"):
-                lists = kept.find(identity, f"{where}.id")
-                size += sum(map(len, lists))
-                new += ((where, item) for items in lists for item in from_json(items))
+                items = kept.find(identity, f"{where}.id")
+                size += len(items)
+                new += ((where, from_json(line)) for line in items.splitlines())
         else:
             new.append((where, item))
-    old = [("previous_response_id", item) for items in earlier for item in from_json(items)]
-    history = (*earlier, long_json([item for _, item in new])) if fields["store"] else None
+    history = earlier + b"".join(long_json(item) for _, item in new) if fields["store"] else None
+    old = [("previous_response_id", from_json(line)) for line in earlier.splitlines()]
     return history, old + new
 
 
@@ -5619,27 +5615,17 @@ def bare(message: Message) -> Message:
 
 def read_item(item: Any, where: str) -> Message:
     """An item of a response's input as a message."""
-    kind = check(item, {"type": ("message", one_of(ITEMS))}, where)["type"]
-    fields = check(item, ITEMS[kind], where)
-    names = ("content", "summary", "output")
-    text = {name: read_text(fields.get(name, ""), ITEM_PART, f"{where}.{name}") for name in names}
-    if kind == "message":
-        role = "system" if fields["role"] == "developer" else fields["role"]
-        return {"role": role, "content": text["content"]}
-    if kind == "function_call":
+    fields = check_kind(item, "type", ITEMS, where, "message")
+    if fields["type"] == "message":
+        return read_message(item, CHAT_ROLES, where)
+    if fields["type"] == "function_call":
         call = read_call({"id": fields["call_id"], "function": fields}, where)
         return {"role": "assistant", "content": "", "tool_calls": [call]}
-    if kind == "function_call_output":
-        return {
-            "role": "tool",
-            "tool_call_id": short_id(fields["call_id"]),
-            "content": text["output"],
-        }
-    return {
-        "role": "assistant",
-        "content": "",
-        "reasoning_content": text["content"] or text["summary"],
-    }
+    if fields["type"] == "function_call_output":
+        output = read_text(fields["output"], f"{where}.output")
+        return {"role": "tool", "tool_call_id": short_id(fields["call_id"]), "content": output}
+    texts = [read_text(fields[name], f"{where}.{name}") for name in ("content", "summary")]
+    return {"role": "assistant", "content": "", "reasoning_content": texts[0] or texts[1]}
 
 
 def short_id(identity: str) -> str:
@@ -5682,15 +5668,25 @@ def prompt_tokens(asked: Asked, tokenizer: Tokenizer) -> list[list[int]]:
 
 def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[Request]:
     """The requests of a body: `n` for each prompt, whose tokens are `encoded`. Raises ApiError."""
+    tokenizer = model.tokenizer
     limits = [answer_limit(asked, prompt, model) for prompt in encoded]
     scored = asked.echo and asked.sampling.logprobs is not None
     if scored:
         check_scores(asked, encoded, model)
-    state = answer_state(asked, encoded[0], model.tokenizer)
-    rules = find_rules(asked, state, model)
+    state = answer_state(asked, encoded[0], tokenizer)
+    rules = constrain(
+        tokenizer,
+        model.grammars,
+        asked.functions,
+        asked.form,
+        asked.forced,
+        asked.several,
+        # Where thinking is not asked for, a grammar holds from the start.
+        state if state == "thinking" or asked.thinks else "text",
+    )
     stop_tokens = asked.stop_tokens | {END}
     if rules or not asked.ignore_eos:
-        stop_tokens |= model.tokenizer.stop_tokens
+        stop_tokens |= tokenizer.stop_tokens
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     requests = []
     for index in range(len(encoded) * asked.n):
@@ -5698,13 +5694,12 @@ def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[
         sampling = asked.sampling
         if sampling.seed is not None:  # as in vLLM, the `n` answers differ
             sampling = dataclasses.replace(sampling, seed=sampling.seed + index % asked.n)
-        constraint = rules() if rules else None
         request = Request(
             prompt=prompt,
             max_tokens=limits[index // asked.n],
-            sampler=Sampler(sampling, prompt, stop_tokens, constraint),
+            sampler=Sampler(sampling, prompt, stop_tokens, rules() if rules else None),
             stop_tokens=stop_tokens,
-            reader=new_reader(asked, state, model.tokenizer),
+            reader=new_reader(asked, state, tokenizer),
             index=index,
             scored=scored,
             events=events,
@@ -5713,25 +5708,6 @@ def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[
             events.put(Event(index, "prompt", Token(prompt[0])))
         requests.append(request)
     return requests
-
-
-def find_rules(asked: Asked, state: str, model: Model) -> Callable[[], Constraint] | None:
-    """Makes the Constraint of each answer; None: nothing rules them. Raises ApiError."""
-    # Where thinking is not asked for, a grammar holds from the start.
-    thinking = state if state == "thinking" or asked.thinks else "text"
-    rules = constrain(
-        model.tokenizer,
-        model.grammars,
-        asked.functions,
-        asked.form,
-        asked.forced,
-        asked.several,
-        thinking,
-    )
-    if rules and asked.sampling.min_tokens:
-        cure = "min_tokens does not go with tools or a response format: leave it out"
-        raise ApiError(400, cure, "min_tokens")
-    return rules
 
 
 def new_reader(asked: Asked, state: str, tokenizer: Tokenizer) -> Reader:
@@ -5852,10 +5828,12 @@ def to_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
-def server_sent(value: dict[str, Any], name: str = "") -> bytes:
+def server_sent(
+    value: dict[str, Any], name: str = "", encode: Callable[[Any], bytes] = to_json
+) -> bytes:
     """`value` as a server-sent event."""
     event = f"event: {name}\n".encode() if name else b""
-    return event + b"data: " + to_json(value) + b"\n"
+    return event + b"data: " + encode(value) + b"\n"
 
 
 def plain_error(error: ApiError) -> dict[str, Any]:
@@ -5953,30 +5931,58 @@ def spelled(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:
     ) or f"token_id:{token}", text  # vLLM's, for a special token
 
 
-class ChatChoice:
-    """A choice of POST /v1/chat/completions: a message."""
+class Choice:
+    """One of OpenAI's list of choices: the answer to one request."""
 
-    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-    THINKING = ("reasoning", "reasoning_content")  # vLLM's name, and its earlier one
+    prefix = whole_object = chunk_object = ""
 
     def __init__(self, tokenizer: Tokenizer, asked: Asked, request: Request) -> None:
         self.tokenizer, self.request = tokenizer, request
         self.logprobs = asked.sampling.logprobs is not None
-        self.entries: list[dict[str, Any]] = []  # of log-probabilities
-        self.told = -1  # the number of the last call that a stream has begun
+        self.entries: list[Any] = []  # of log-probabilities, one a token
         self.reason: str | None = None  # why the answer has ended
 
     def begin(self) -> list[dict[str, Any]]:
-        return [self._choice("delta", {"role": "assistant", "content": ""})]
+        return []
 
     def add(self, piece: Piece) -> dict[str, Any]:
-        tokens = [token for token in piece.tokens if token.id not in self.request.stop_tokens]
-        entries = [logprob_entry(self.tokenizer, t) for t in tokens] if self.logprobs else []
+        entries = self._entries(piece.tokens) if self.logprobs else []
         self.entries += entries
         if piece.kind == "end":
-            called = self.request.reader.calls and piece.text == "stop"
-            self.reason = "tool_calls" if called else piece.text
-        return self._choice("delta", self._delta(piece), entries)
+            self.reason = piece.text
+        return self._choice(self._delta(piece), entries)
+
+    def whole(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _choice(self, content: dict[str, Any], entries: Sequence[Any] = ()) -> dict[str, Any]:
+        return {
+            "index": self.request.index,
+            **content,
+            "logprobs": self._logprobs(entries) if entries else None,
+            "finish_reason": self.reason,
+        }
+
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        """What a piece adds to the answer."""
+        raise NotImplementedError
+
+    def _entries(self, tokens: Sequence[Token]) -> list[Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, entries: Sequence[Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatChoice(Choice):
+    """A choice of POST /v1/chat/completions: a message."""
+
+    prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    THINKING = ("reasoning", "reasoning_content")  # vLLM's name, and its earlier one
+    told = -1  # the number of the last call that a stream has begun
+
+    def begin(self) -> list[dict[str, Any]]:
+        return [self._choice({"delta": {"role": "assistant", "content": ""}})]
 
     def whole(self) -> dict[str, Any]:
         reader = self.request.reader
@@ -5985,38 +5991,39 @@ class ChatChoice:
             message |= dict.fromkeys(self.THINKING, reader.thinking)
         if reader.calls:
             message["content"] = reader.text or None
-            message["tool_calls"] = [self._call(call, call.arguments) for call in reader.calls]
-        return self._choice("message", message, self.entries)
-
-    def _choice(
-        self, name: str, content: dict[str, Any], entries: Sequence[dict[str, Any]] = ()
-    ) -> dict[str, Any]:
-        return {
-            "index": self.request.index,
-            name: content,
-            "logprobs": {"content": entries, "refusal": None} if entries else None,
-            "finish_reason": self.reason,
-        }
+            message["tool_calls"] = [
+                tool_call(call.id, call.name, call.arguments) for call in reader.calls
+            ]
+        return self._choice({"message": message}, self.entries)
 
     def _delta(self, piece: Piece) -> dict[str, Any]:
-        """What a piece adds to the message."""
+        delta: dict[str, Any] = {}
+        calls = self.request.reader.calls
         if piece.kind == "end":
-            return {}
-        if piece.kind in ("thinking", "text"):
-            names = self.THINKING if piece.kind == "thinking" else ("content",)
-            return dict.fromkeys(names, piece.text)
-        more: dict[str, Any] = {"function": {"arguments": piece.text}}
-        if piece.kind == "call":
+            if calls and piece.text == "stop":
+                self.reason = "tool_calls"
+        elif piece.kind == "thinking":
+            delta = dict.fromkeys(self.THINKING, piece.text)
+        elif piece.kind == "text":
+            delta = {"content": piece.text}
+        elif piece.kind == "call":
             self.told += 1
-            more = self._call(self.request.reader.calls[self.told], "")
-        return {"tool_calls": [{"index": self.told, **more}]}
+            call = calls[self.told]
+            delta = {"tool_calls": [{"index": self.told, **tool_call(call.id, call.name, "")}]}
+        else:
+            function = {"arguments": piece.text}
+            delta = {"tool_calls": [{"index": self.told, "function": function}]}
+        return {"delta": delta}
 
-    def _call(self, call: Call, arguments: str) -> dict[str, Any]:
-        function = {"name": call.name, "arguments": arguments}
-        return {"id": call.id, "type": "function", "function": function}
+    def _entries(self, tokens: Sequence[Token]) -> list[Any]:
+        ends = self.request.stop_tokens
+        return [logprob_entry(self.tokenizer, token) for token in tokens if token.id not in ends]
+
+    def _logprobs(self, entries: Sequence[Any]) -> dict[str, Any]:
+        return {"content": entries, "refusal": None}
 
 
-class TextChoice:
+class TextChoice(Choice):
     """A choice of POST /v1/completions: a text, with its log-probabilities by the offset of each
     token.
     """
@@ -6024,12 +6031,9 @@ class TextChoice:
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, tokenizer: Tokenizer, asked: Asked, request: Request) -> None:
-        self.tokenizer, self.index = tokenizer, request.index
-        self.logprobs = asked.sampling.logprobs is not None
-        self.text = ""
-        self.entries: dict[str, list[Any]] = {}  # of log-probabilities
-        self.reason: str | None = None  # why the answer has ended
-        self.echo, self.offset = "", 0  # characters up to the next token
+        super().__init__(tokenizer, asked, request)
+        self.text = self.echo = ""
+        self.offset = 0  # characters up to the next token
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         if asked.echo and asked.prompts:
             prompt = asked.prompts[request.index // asked.n]
@@ -6038,59 +6042,36 @@ class TextChoice:
             # SentencePiece puts a space before a prompt
             self.offset = len(self.echo) - len(decoded)
 
-    def begin(self) -> list[dict[str, Any]]:
-        return []
+    def whole(self) -> dict[str, Any]:
+        return self._choice({"text": self.text}, self.entries)
 
-    def add(self, piece: Piece) -> dict[str, Any]:
+    def _delta(self, piece: Piece) -> dict[str, Any]:
         text, self.echo = self.echo, ""
-        if piece.kind == "end":
-            self.reason = piece.text
-        else:
+        if piece.kind != "end":
             text += piece.text
         self.text += text
-        entries = self._entries(piece.tokens) if self.logprobs and piece.tokens else {}
-        for name, new in entries.items():
-            self.entries.setdefault(name, []).extend(new)
-        return self._choice(text, entries)
+        return {"text": text}
 
-    def whole(self) -> dict[str, Any]:
-        return self._choice(self.text, self.entries)
-
-    def _choice(self, text: str, entries: dict[str, list[Any]]) -> dict[str, Any]:
-        return {
-            "index": self.index,
-            "text": text,
-            "logprobs": entries or None,
-            "finish_reason": self.reason,
-        }
-
-    def _entries(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
-        offsets, names, tops = [], [], []
+    def _entries(self, tokens: Sequence[Token]) -> list[Any]:
+        entries = []
         for token in tokens:
             name, text = spelled(self.tokenizer, token.id)
-            names.append(name)
-            offsets.append(max(0, self.offset))
-            self.offset += len(self.decode(text))
             likely = {spelled(self.tokenizer, other)[0]: logprob for other, logprob in token.likely}
             own = {} if token.logprob is None else {name: token.logprob}
-            tops.append(likely | own or None)
-        return {
-            "text_offset": offsets,
-            "tokens": names,
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": tops,
-        }
+            entries.append((max(0, self.offset), name, token.logprob, likely | own or None))
+            self.offset += len(self.decode(text))
+        return entries
+
+    def _logprobs(self, entries: Sequence[Any]) -> dict[str, Any]:
+        columns = ("text_offset", "tokens", "token_logprobs", "top_logprobs")
+        return dict(zip(columns, zip(*entries)))
 
 
 class ChoicesWriter(Writer):
     """OpenAI's JSON or server-sent events with a list of choices, one for each request."""
 
     def __init__(
-        self,
-        choice: type[ChatChoice] | type[TextChoice],
-        model: Model,
-        asked: Asked,
-        requests: Sequence[Request],
+        self, choice: type[Choice], model: Model, asked: Asked, requests: Sequence[Request]
     ) -> None:
         # what every object repeats
         self.head = {
@@ -6098,7 +6079,8 @@ class ChoicesWriter(Writer):
         }  # fmt: skip
         self.choice = choice
         self.choices = [choice(model.tokenizer, asked, request) for request in requests]
-        self.requests, self.n, self.usage = requests, asked.n, asked.usage
+        self.requests, self.n = requests, asked.n
+        self.usage, self.usage_so_far = asked.usage, asked.usage_so_far
 
     def begin(self) -> bytes:
         return b"".join(self._chunk(first) for choice in self.choices for first in choice.begin())
@@ -6107,8 +6089,7 @@ class ChoicesWriter(Writer):
         return self._chunk(self.choices[request.index].add(piece))
 
     def close(self) -> bytes:
-        usage = self._chunk(usage=self._usage()) if self.usage else b""
-        return usage + b"data: [DONE]\n\n"
+        return (self._chunk() if self.usage else b"") + b"data: [DONE]\n\n"
 
     def whole(self) -> dict[str, Any]:
         choices = [choice.whole() for choice in self.choices]
@@ -6118,9 +6099,11 @@ class ChoicesWriter(Writer):
     def broken(self, error: ApiError) -> bytes:
         return server_sent(openai_error(error))
 
-    def _chunk(self, *choices: dict[str, Any], **more: Any) -> bytes:
-        chunk = {"object": self.choice.chunk_object, "choices": choices, **more}
-        return server_sent({**self.head, **chunk})
+    def _chunk(self, *choices: dict[str, Any]) -> bytes:
+        chunk = {**self.head, "object": self.choice.chunk_object, "choices": choices}
+        if self.usage_so_far or not choices:
+            chunk["usage"] = self._usage()
+        return server_sent(chunk)
 
     def _usage(self) -> dict[str, Any]:
         """The tokens of all requests. The `n` answers to a prompt share it."""
@@ -6135,21 +6118,11 @@ class ChoicesWriter(Writer):
         }
 
 
-# An item of text: its list of parts, its one part, and the events of both the part and the text.
-# Thinking is a summary, as all clients show that, and few show reasoning_text.
-TEXT_ITEMS: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "reasoning": (
-        "summary",
-        {"type": "summary_text"},
-        "reasoning_summary_part",
-        "reasoning_summary_text",
-    ),
-    "message": (
-        "content",
-        {"type": "output_text", "annotations": []},
-        "content_part",
-        "output_text",
-    ),
+# An item of thinking or text: its list of parts, and the events of its one part and of that part's
+# text. Thinking is a summary, as all clients show that, and few show reasoning_text.
+TEXT_ITEMS = {
+    "thinking": ("summary", "reasoning_summary_part", "reasoning_summary_text"),
+    "text": ("content", "content_part", "output_text"),
 }
 
 
@@ -6167,8 +6140,10 @@ class ResponsesWriter(Writer):
         }
         self.said, self.history, self.kept = asked.said, asked.history, model.kept
         self.logprobs = asked.sampling.logprobs is not None
-        self.output: list[dict[str, Any]] = []  # items; the last may be open
-        self.item: dict[str, Any] = {}  # the open one
+        self.calls = iter(self.request.reader.calls)  # those that have no item yet
+        self.output: list[dict[str, Any]] = []  # items; the last is open until another begins
+        self.kind = ""  # of the pieces of the open item
+        self.part: dict[str, Any] = {}  # its one part
         self.place: dict[str, Any] = {}  # of it, as events give it
         self.numbers = itertools.count()  # of events
 
@@ -6184,15 +6159,12 @@ class ResponsesWriter(Writer):
             data = self._close_item(status)
             self._keep()
             return data + self._event(status, response=self.whole())
-        if piece.kind == "call":
-            call = request.reader.calls[
-                sum(item["type"] == "function_call" for item in self.output)
-            ]
-            return self._open_item("function_call", call_id=call.id, name=call.name, arguments="")
-        if piece.kind == "arguments":
-            self.item["arguments"] += piece.text
-            return self._event("function_call_arguments.delta", **self.place, delta=piece.text)
-        return self._say("message" if piece.kind == "text" else "reasoning", piece)
+        if piece.kind == "call" or (piece.kind != "arguments" and piece.kind != self.kind):
+            data = self._close_item("completed")
+            self.kind = piece.kind
+            data += self._open_item()
+            return data if piece.kind == "call" else data + self._extend_item(piece)
+        return self._extend_item(piece)
 
     def whole(self) -> dict[str, Any]:
         cut = self.request.reader.finish == "length"
@@ -6233,85 +6205,64 @@ class ResponsesWriter(Writer):
         of it.
         """
         if self.history is not None:
-            whole = [
-                item for item in self.output if item["status"] == "completed" or "content" in item
-            ]
-            self.kept.keep(self.head["id"], (*self.history, long_json(whole)))
-            for item in whole:
-                self.kept.keep(item["id"], (long_json([item]),))
+            conversation = self.history
+            for item in self.output:
+                if item["status"] == "completed" or "content" in item:
+                    self.kept.keep(item["id"], line := long_json(item))
+                    conversation += line
+            self.kept.keep(self.head["id"], conversation)
 
-    def _say(self, kind: str, piece: Piece) -> bytes:
-        """The events of text in the open item, if it is of this kind, or else in a new one."""
-        data, (parts, part, part_event, text_event) = b"", TEXT_ITEMS[kind]
-        if self.item.get("type") != kind:
-            role = {"role": "assistant"} if kind == "message" else {}
-            data = self._open_item(kind, **role, **{parts: []})
-            self.place[f"{parts}_index"] = 0
-            self.item[parts] = [{**part, "text": ""}]
-            if kind == "message":
-                self.item[parts][0]["logprobs"] = []
-            data += self._event(f"{part_event}.added", **self.place, part=self.item[parts][0])
-        (part,) = self.item[parts]
-        part["text"] += piece.text
-        entries = [logprob_entry(self.tokenizer, t) for t in piece.tokens] if self.logprobs else []
-        part.get("logprobs", []).extend(entries)
-        told = self._event(f"{text_event}.delta", **self.place, delta=piece.text, logprobs=entries)
-        return data + told
-
-    def _open_item(self, kind: str, **more: Any) -> bytes:
-        data = self._close_item()
-        self.item = {
-            "type": kind,
-            "id": new_id(f"{kind}_"),
-            "status": "in_progress",
-            **more,
-        }
-        self.place = {"output_index": len(self.output), "item_id": self.item["id"]}
-        self.output.append(self.item)
-        return data + self._event(
-            "output_item.added", output_index=len(self.output) - 1, item=self.item
-        )
-
-    def _close_item(self, status: str = "completed") -> bytes:
-        item, self.item = self.item, {}
-        if not item:
-            return b""
-        item["status"] = status
-        if "arguments" in item:
-            data = self._event(
-                "function_call_arguments.done",
-                **self.place,
-                name=item["name"],
-                arguments=item["arguments"],
-            )
+    def _open_item(self) -> bytes:
+        """Begin an item of this kind."""
+        if self.kind == "call":
+            call = next(self.calls)
+            return self._add_item("function_call", call_id=call.id, name=call.name, arguments="")
+        if self.kind == "text":
+            data = self._add_item("message", role="assistant", content=[])
+            self.part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         else:
-            parts, _, part_event, text_event = TEXT_ITEMS[item["type"]]
-            (part,) = item[parts]
-            entries = part.get("logprobs", [])
-            said = {"text": part["text"], "logprobs": entries}
+            data = self._add_item("reasoning", summary=[])
+            self.part = {"type": "summary_text", "text": ""}
+        parts, event, _ = TEXT_ITEMS[self.kind]
+        self.output[-1][parts] = [self.part]
+        self.place[f"{parts}_index"] = 0
+        return data + self._event(f"{event}.added", **self.place, part=self.part)
+
+    def _add_item(self, kind: str, **more: Any) -> bytes:
+        item = {"type": kind, "id": new_id(f"{kind}_"), "status": "in_progress", **more}
+        self.place = {"output_index": len(self.output), "item_id": item["id"]}
+        self.output.append(item)
+        return self._event("output_item.added", output_index=len(self.output) - 1, item=item)
+
+    def _extend_item(self, piece: Piece) -> bytes:
+        if self.kind == "call":
+            self.output[-1]["arguments"] += piece.text
+            return self._event("function_call_arguments.delta", **self.place, delta=piece.text)
+        self.part["text"] += piece.text
+        entries = [logprob_entry(self.tokenizer, t) for t in piece.tokens] if self.logprobs else []
+        self.part.get("logprobs", []).extend(entries)
+        event = TEXT_ITEMS[self.kind][2]
+        return self._event(f"{event}.delta", **self.place, delta=piece.text, logprobs=entries)
+
+    def _close_item(self, status: str) -> bytes:
+        if not self.kind:
+            return b""
+        item = self.output[-1]
+        item["status"] = status
+        if self.kind == "call":
+            said = {name: item[name] for name in ("name", "arguments")}
+            data = self._event("function_call_arguments.done", **self.place, **said)
+        else:
+            _, part_event, text_event = TEXT_ITEMS[self.kind]
+            said = {"text": self.part["text"], "logprobs": self.part.get("logprobs", [])}
             data = self._event(f"{text_event}.done", **self.place, **said)
-            data += self._event(f"{part_event}.done", **self.place, part=part)
-        return data + self._event(
-            "output_item.done", output_index=self.place["output_index"], item=item
-        )
+            data += self._event(f"{part_event}.done", **self.place, part=self.part)
+        return data + self._event("output_item.done", output_index=len(self.output) - 1, item=item)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         kind = kind if kind == "error" else f"response.{kind}"
         event = {"type": kind, "sequence_number": next(self.numbers), **fields}
-        encode = long_json if "response" in fields else to_json
-        return f"event: {kind}\n".encode() + b"data: " + encode(event) + b"\n"
-
-
-# A block of each kind, empty; the delta that adds to it, and what that calls its text.
-ANTHROPIC_BLOCKS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "thinking": (
-        {"type": "thinking", "thinking": "", "signature": ""},
-        "thinking_delta",
-        "thinking",
-    ),
-    "text": ({"type": "text", "text": ""}, "text_delta", "text"),
-    "call": ({"type": "tool_use", "input": {}}, "input_json_delta", "partial_json"),
-}
+        return server_sent(event, kind, long_json if "response" in fields else to_json)
 
 
 class AnthropicWriter(Writer):
@@ -6325,28 +6276,31 @@ class AnthropicWriter(Writer):
             "role": "assistant",
             "model": asked.said,
         }
-        self.content: list[dict[str, Any]] = []  # blocks
-        self.kind = ""  # of the last one, while it is open
-        self.calls = 0  # begun so far
+        self.calls = iter(self.request.reader.calls)  # those that have no block yet
+        self.content: list[dict[str, Any]] = []  # blocks; the last is open until another begins
+        self.kind = self.text = ""  # of the open one
 
     def begin(self) -> bytes:
         return self._event("message_start", message=self.whole())
 
     def add(self, request: Request, piece: Piece) -> bytes:
         if piece.kind == "end":
-            whole = self.whole()
+            data, whole = self._close_block(), self.whole()
             stop = {name: whole[name] for name in ("stop_reason", "stop_sequence")}
-            told = self._event("message_delta", delta=stop, usage=whole["usage"])
-            return self._close_block() + told
-        data, kind = b"", "call" if piece.kind == "arguments" else piece.kind
-        if piece.kind == "call" or kind != self.kind:
-            data = self._close_block() + self._open_block(kind)
+            return data + self._event("message_delta", delta=stop, usage=whole["usage"])
+        data = b""
+        if piece.kind == "call" or (piece.kind != "arguments" and piece.kind != self.kind):
+            data = self._close_block()
+            self.kind, self.text = piece.kind, ""
+            data += self._open_block()
         if piece.kind == "call":
             return data
-        _, delta, name = ANTHROPIC_BLOCKS[kind]
-        if piece.kind != "arguments":
-            self.content[-1][name] += piece.text
-        return data + self._event_of_block("delta", delta={"type": delta, name: piece.text})
+        self.text += piece.text
+        if self.kind == "call":
+            delta = {"type": "input_json_delta", "partial_json": piece.text}
+        else:
+            delta = {"type": f"{self.kind}_delta", self.kind: piece.text}
+        return data + self._event_of_block("delta", delta=delta)
 
     def close(self) -> bytes:
         return self._event("message_stop")
@@ -6371,25 +6325,27 @@ class AnthropicWriter(Writer):
     def broken(self, error: ApiError) -> bytes:
         return server_sent(anthropic_error(error), "error")
 
-    def _open_block(self, kind: str) -> bytes:
-        self.kind, (block, _, _) = kind, ANTHROPIC_BLOCKS[kind]
-        block = dict(block)
-        if kind == "call":
-            call = self.request.reader.calls[self.calls]
-            self.calls += 1
-            block |= {"id": call.id, "name": call.name}
+    def _open_block(self) -> bytes:
+        """Begin a block of this kind."""
+        block: dict[str, Any] = {"type": self.kind, self.kind: ""}
+        if self.kind == "thinking":
+            block["signature"] = ""
+        if self.kind == "call":
+            call = next(self.calls)
+            block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
         self.content.append(block)
         return self._event_of_block("start", content_block=block)
 
     def _close_block(self) -> bytes:
-        kind, self.kind = self.kind, ""
-        if not kind:
+        if not self.kind:
             return b""
         block, data = self.content[-1], b""
-        if kind == "call":
-            block["input"] = json_object(self.request.reader.calls[self.calls - 1].arguments) or {}
-        if kind == "thinking":  # clients send it back, and keep no thinking without one
-            block["signature"] = hashlib.sha256(block["thinking"].encode()).hexdigest()
+        if self.kind == "call":
+            block["input"] = json_object(self.text) or {}
+        else:
+            block[self.kind] = self.text
+        if self.kind == "thinking":  # clients send it back, and keep no thinking without one
+            block["signature"] = hashlib.sha256(self.text.encode()).hexdigest()
             delta = {"type": "signature_delta", "signature": block["signature"]}
             data = self._event_of_block("delta", delta=delta)
         return data + self._event_of_block("stop")
