@@ -4688,8 +4688,22 @@ class Scheduler:
 # ==================================================================================================
 
 Check = tuple[str, Callable[[Any], bool]]  # what a field must be, in words, and the test for it
-# a field's name to its default, or ... if it is required, and its check
-Table = Mapping[str, tuple[Any, Check]]
+# a field's name to its default, or ... if it is required, and its check, or its own fields
+Table = Mapping[str, tuple[Any, "Check | Table | Kinds"]]
+
+
+@dataclass
+class Kinds:
+    """The fields of an object of several kinds, of which the field `name` says one."""
+
+    name: str
+    tables: Mapping[str, Table]
+    default: Any = ...
+
+
+def of_type(must: str, *types: type) -> Check:
+    """A value of one of these types."""
+    return must, lambda v: type(v) in types
 
 
 def whole_from(low: int, high: float = math.inf) -> Check:
@@ -4729,21 +4743,18 @@ def prompts(value: Any) -> list[str | list[int]]:
     return several if fits else []
 
 
-FLAG: Check = "true or false", lambda v: type(v) is bool
-TEXT: Check = "a string", lambda v: isinstance(v, str)
+FLAG = of_type("true or false", bool)
+TEXT = of_type("a string", str)
 NONEMPTY: Check = "a string that is not empty", lambda v: isinstance(v, str) and v != ""
-OBJECT: Check = "an object", lambda v: isinstance(v, dict)
-LIST: Check = "a list", lambda v: isinstance(v, list)
+OBJECT = of_type("an object", dict)
+LIST = of_type("a list", list)
 IDS: Check = "a list of token ids", are_ids
 LIMIT: Check = (
     "a whole number from 1, or -1 for no limit",
     lambda v: type(v) is int and (v == -1 or v >= 1),
 )
 LIMIT_OR_0: Check = "a whole number from 0, or -1 for no limit", whole_from(-1)[1]
-SEED: Check = (
-    "a whole number that fits in 64 bits",
-    lambda v: type(v) is int and -(2**63) <= v < 2**64,
-)
+SEED: Check = "a whole number that fits in 64 bits", whole_from(-(2**63), 2**64 - 1)[1]
 PENALTY = number(-2, 2)
 STOP: Check = (
     "a string or a list of up to 16 strings, none of them empty",
@@ -4757,10 +4768,8 @@ BIASES: Check = (
         and all(re.fullmatch("[0-9]{1,9}", key) and BIAS[1](bias) for key, bias in v.items())
     ),
 )
-LOGPROBS: Check = (
-    "a whole number from 0 to 20",
-    lambda v: v is False or (type(v) is int and 0 <= v <= 20),
-)
+LIKELY = whole_from(0, 20)
+LOGPROBS: Check = LIKELY[0], lambda v: v is False or LIKELY[1](v)
 PROMPT: Check = (
     "a string or a list of token ids, not empty, or a list of up to 64 of them",
     lambda v: bool(prompts(v)),
@@ -4769,7 +4778,7 @@ MESSAGES: Check = (
     'a list of at least one {"role": ..., "content": ...}',
     lambda v: isinstance(v, list) and bool(v),
 )
-CONTENT: Check = "a string or a list of text parts", lambda v: isinstance(v, (str, list))
+CONTENT = of_type("a string or a list of text parts", str, list)
 TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
 PART: Table = {"type": (..., ('"text"', lambda v: v in TEXT_PARTS)), "text": (..., TEXT)}
 REFUSAL_PART: Table = {"type": (..., TEXT), "refusal": (..., TEXT)}  # a part of an earlier answer
@@ -4782,8 +4791,8 @@ ASSISTANT: Table = {
     "tool_calls": ([], LIST),
 }
 TOOL_RESULT: Table = {**MESSAGE, "tool_call_id": (..., TEXT)}
-CHAT_ROLES = dict.fromkeys(("system", "developer", "user", "assistant"), MESSAGE)
-OPENAI_ROLES: Mapping[str, Table] = {**CHAT_ROLES, "assistant": ASSISTANT, "tool": TOOL_RESULT}
+CHAT_MESSAGE = Kinds("role", dict.fromkeys(("system", "developer", "user", "assistant"), MESSAGE))
+OPENAI_MESSAGE = Kinds("role", {**CHAT_MESSAGE.tables, "assistant": ASSISTANT, "tool": TOOL_RESULT})
 
 TYPE: Check = '"function"', lambda v: v == "function"
 TOOL: Table = {"type": (..., TYPE), "function": (..., OBJECT)}
@@ -4793,7 +4802,6 @@ FUNCTION: Table = {
     "parameters": ({"type": "object", "additionalProperties": False}, OBJECT),
     "strict": (False, FLAG),
 }
-CALL: Table = {"id": (..., TEXT), "type": ("function", TYPE), "function": (..., OBJECT)}
 CALLED: Table = {
     **NAMED,
     "arguments": (
@@ -4801,16 +4809,19 @@ CALLED: Table = {
         ("a JSON object in a string", lambda v: isinstance(v, str) and json_object(v) is not None),
     ),
 }
+CALL: Table = {"id": (..., TEXT), "type": ("function", TYPE), "function": (..., CALLED)}
 CHOICE: Check = (
     'none, auto, required or {"type": "function", "function": {"name": ...}}',
     lambda v: v in ("none", "auto", "required") or isinstance(v, dict),
 )
-RESPONSE_FORMAT: Table = {
-    "type": (..., one_of(("text", "json_object", "json_schema"))),
-    "json_schema": (None, OBJECT),
-    "schema": ({"type": "object"}, OBJECT),  # llama.cpp's, of a json_object
+SCHEMA: Table = {"schema": (..., OBJECT), "strict": (False, FLAG)}
+ANSWER_FORMATS: dict[str, Table] = {
+    "text": {},
+    "json_object": {"schema": ({"type": "object"}, OBJECT)},  # llama.cpp's
+    "json_schema": {"json_schema": (..., SCHEMA)},
 }
-JSON_SCHEMA: Table = {"schema": (..., OBJECT), "strict": (False, FLAG)}
+RESPONSE_FORMAT = Kinds("type", ANSWER_FORMATS)
+FLAT_FORMAT = Kinds("type", {**ANSWER_FORMATS, "json_schema": SCHEMA})
 STRUCTURED_OUTPUTS: Table = {  # vLLM's
     "json": (None, OBJECT),
     "json_object": (None, FLAG),
@@ -4818,7 +4829,7 @@ STRUCTURED_OUTPUTS: Table = {  # vLLM's
     "choice": (None, ("a list of strings", lambda v: are_texts(v) and v != [])),
     "grammar": (None, NONEMPTY),
 }
-SWITCH: Check = "true, false or a level", lambda v: isinstance(v, (bool, str))
+SWITCH = of_type("true, false or a level", bool, str)
 THINKING: Table = {  # the names that clients have for the one switch that templates have
     "chat_template_kwargs": ({}, OBJECT),
     "enable_thinking": (None, SWITCH),
@@ -4843,10 +4854,14 @@ CHAT: Table = {  # POST /chat
     **THINKING,
     **SAMPLING,
 }
+STREAM_OPTIONS: Table = {
+    "include_usage": (False, FLAG),
+    "continuous_usage_stats": (False, FLAG),  # vLLM's
+}
 OPENAI: Table = {  # what OpenAI's dialects have in common
     "model": (None, TEXT),
     **SAMPLING,
-    "stream_options": ({}, OBJECT),
+    "stream_options": ({}, STREAM_OPTIONS),
     "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
     "stop_token_ids": ([], IDS),
     "logit_bias": ({}, BIASES),
@@ -4855,22 +4870,18 @@ OPENAI: Table = {  # what OpenAI's dialects have in common
     "repetition_penalty": (None, number(0.01, 100)),
     "frequency_penalty": (0, PENALTY),
     "presence_penalty": (0, PENALTY),
-    "structured_outputs": ({}, OBJECT),
-}
-STREAM_OPTIONS: Table = {
-    "include_usage": (False, FLAG),
-    "continuous_usage_stats": (False, FLAG),  # vLLM's
+    "structured_outputs": ({}, STRUCTURED_OUTPUTS),
 }
 CHAT_COMPLETIONS: Table = {
     "messages": (..., MESSAGES),
     "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
     "max_completion_tokens": (None, LIMIT),
     "n": (1, whole_from(1, 16)),
-    "response_format": ({"type": "text"}, OBJECT),
+    "response_format": ({"type": "text"}, RESPONSE_FORMAT),
     **THINKING,
     **OPENAI,
     "logprobs": (None, FLAG),
-    "top_logprobs": (0, whole_from(0, 20)),
+    "top_logprobs": (0, LIKELY),
     "tools": ([], LIST),
     "tool_choice": ("auto", CHOICE),
     "parallel_tool_calls": (True, FLAG),
@@ -4882,7 +4893,7 @@ COMPLETIONS: Table = {
     **OPENAI,
     "max_tokens": (16, LIMIT_OR_0),  # OpenAI's default
     "n": (1, whole_from(1, 16)),
-    "response_format": ({"type": "text"}, OBJECT),
+    "response_format": ({"type": "text"}, RESPONSE_FORMAT),
     "logprobs": (None, LOGPROBS),
     "echo": (False, FLAG),
     "add_special_tokens": (True, FLAG),
@@ -4911,18 +4922,29 @@ RESPONSES: Table = {
     "parallel_tool_calls": (True, FLAG),
     "include": ([], LIST),
     "logprobs": (None, FLAG),
-    "top_logprobs": (0, whole_from(0, 20)),
+    "top_logprobs": (0, LIKELY),
     **dict.fromkeys(("prompt_cache_key", "safety_identifier"), (None, TEXT)),  # repeated
     **THINKING,
     **OPENAI,
 }
-ITEMS: dict[str, Table] = {  # of a response's input
-    "message": {},  # has a role
-    "reasoning": {"summary": ("", CONTENT), "content": ("", CONTENT)},
-    "function_call": {"call_id": (..., TEXT), **CALLED},
-    "function_call_output": {"call_id": (..., TEXT), "output": (..., CONTENT)},
-}
+RESPONSE_TOOL: Table = {"type": (..., TYPE), "description": (None, TEXT), **FUNCTION}
+ITEM = Kinds(  # of a response's input
+    "type",
+    {
+        "message": {},  # has a role
+        "reasoning": {"summary": ("", CONTENT), "content": ("", CONTENT)},
+        "function_call": {"call_id": (..., TEXT), **CALLED},
+        "function_call_output": {"call_id": (..., TEXT), "output": (..., CONTENT)},
+    },
+    "message",
+)
 
+PARALLEL: Table = {"disable_parallel_tool_use": (False, FLAG)}
+ANTHROPIC_CHOICE = Kinds(
+    "type",
+    {**dict.fromkeys(("auto", "any", "none"), PARALLEL), "tool": {**NAMED, **PARALLEL}},
+)
+ANTHROPIC_THINKING: Table = {"type": (..., one_of(("enabled", "adaptive", "disabled")))}
 ANTHROPIC_MESSAGES: Table = {
     "model": (None, TEXT),
     "messages": (..., MESSAGES),
@@ -4931,10 +4953,10 @@ ANTHROPIC_MESSAGES: Table = {
     "stop_sequences": ([], STOP),
     **SAMPLING,
     "tools": ([], LIST),
-    "tool_choice": ({"type": "auto"}, OBJECT),
-    "thinking": ({"type": "disabled"}, OBJECT),
-    "output_config": ({}, OBJECT),
-    "output_format": (None, OBJECT),  # of older clients, for output_config.format
+    "tool_choice": ({"type": "auto"}, ANTHROPIC_CHOICE),
+    "thinking": ({"type": "disabled"}, ANTHROPIC_THINKING),
+    "output_config": ({}, {"format": (None, FLAT_FORMAT)}),
+    "output_format": (None, FLAT_FORMAT),  # of older clients, for output_config.format
 }
 ANTHROPIC_TOOL: Table = {
     **NAMED,
@@ -4942,19 +4964,19 @@ ANTHROPIC_TOOL: Table = {
     "input_schema": (..., OBJECT),
     "strict": (False, FLAG),
 }
-PARALLEL: Table = {"disable_parallel_tool_use": (False, FLAG)}
-ANTHROPIC_CHOICES: dict[str, Table] = {
-    **dict.fromkeys(("auto", "any", "none"), PARALLEL),
-    "tool": {**NAMED, **PARALLEL},
-}
-ANTHROPIC_THINKING: Table = {"type": (..., one_of(("enabled", "adaptive", "disabled")))}
-BLOCKS: dict[str, Table] = {  # of a message's content
-    "text": {"text": (..., TEXT)},
-    "thinking": {"thinking": (..., TEXT)},
-    "redacted_thinking": {},
-    "tool_use": {"id": (..., TEXT), **NAMED, "input": (..., OBJECT)},
-    "tool_result": {"tool_use_id": (..., TEXT), "content": ("", CONTENT)},
-}
+TEXT_BLOCK: dict[str, Table] = {"text": {"text": (..., TEXT)}}
+CONTENT_BLOCK = Kinds(  # of a message's content
+    "type",
+    {
+        **TEXT_BLOCK,
+        "thinking": {"thinking": (..., TEXT)},
+        "redacted_thinking": {},
+        "tool_use": {"id": (..., TEXT), **NAMED, "input": (..., OBJECT)},
+        "tool_result": {"tool_use_id": (..., TEXT), "content": ("", CONTENT)},
+    },
+    "text",
+)
+SYSTEM_BLOCK = Kinds("type", TEXT_BLOCK, "text")
 
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any
 # level, with the values that ask for nothing.
@@ -4984,31 +5006,36 @@ UNSUPPORTED: dict[str, Sequence[Any]] = {
         ),
         (),
     ),
-    "add_special_tokens": [False],
-    "background": [False],
-    "bad_words": [[]],
+    **dict.fromkeys(
+        (
+            "add_special_tokens",
+            "background",
+            "bad_words",
+            "chat_template_kwargs",
+            "documents",
+            "dry_multiplier",
+            "echo",
+            "functions",
+            "grammar",
+            "include_stop_str_in_output",
+            "mirostat",
+            "mirostat_mode",
+            "return_token_ids",
+            "stop_regex",
+            "suffix",
+            "top_logprobs",
+            "use_beam_search",
+            "xtc_probability",
+        ),
+        (False, 0, "", [], {}),
+    ),
     "best_of": [1],
-    "chat_template_kwargs": [{}],
-    "documents": [[]],
-    "dry_multiplier": [0],
-    "echo": [False],
     "function_call": ["none", "auto"],
-    "functions": [[]],
-    "grammar": [""],
-    "include_stop_str_in_output": [False],
-    "mirostat": [0],
-    "mirostat_mode": [0],
     "modalities": [["text"]],
     "n": [1],
     "repeat_penalty": [1],
-    "return_token_ids": [False],
     "skip_special_tokens": [True],
-    "stop_regex": [[], ""],
-    "suffix": [""],
-    "top_logprobs": [0],
     "typical_p": [1],
-    "use_beam_search": [False],
-    "xtc_probability": [0],
 }
 
 
@@ -5021,13 +5048,7 @@ def refuse_unknown(path: str, name: str, table: Table) -> NoReturn:
     raise ApiError(400, f"unknown field {printable(path)}: {hint}", printable(path))
 
 
-def refuse_unsupported(path: str, name: str, value: Any) -> None:
-    if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
-        cure = "send previous_response_id" if name == "conversation" else "leave it out"
-        raise ApiError(400, f"{path} is not supported here: {cure}", path, "unsupported_parameter")
-
-
-def check(body: Any, table: Table, where: str = "", strict: bool = False) -> dict[str, Any]:
+def check(body: Any, table: Table | Kinds, where: str = "", strict: bool = False) -> dict[str, Any]:
     """Check a JSON object and fill in the defaults; null counts as absent. Raises ApiError.
 
     A strict check refuses every unknown field, as POST /chat is our own API. In other APIs other
@@ -5037,35 +5058,34 @@ def check(body: Any, table: Table, where: str = "", strict: bool = False) -> dic
         raise ApiError(
             400, f"{where or 'the body'} must be a JSON object, not {shown(body)}", where or None
         )
+    if isinstance(table, Kinds):
+        kinds: Table = {table.name: (table.default, one_of(table.tables))}
+        kind = check({table.name: body.get(table.name)}, kinds, where)[table.name]
+        table = {**kinds, **table.tables[kind]}
     prefix = f"{where}." if where else ""
     for name, value in body.items():
         if name not in table and value is not None:
+            path = f"{prefix}{name}"
             if strict:
-                refuse_unknown(f"{prefix}{name}", name, table)
-            refuse_unsupported(f"{prefix}{name}", name, value)
+                refuse_unknown(path, name, table)
+            if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+                cure = "send previous_response_id" if name == "conversation" else "leave it out"
+                message = f"{path} is not supported here: {cure}"
+                raise ApiError(400, message, path, "unsupported_parameter")
     fields = {}
-    for name, (default, (must, fits)) in table.items():
+    for name, (default, rule) in table.items():
         value, path = body.get(name), f"{prefix}{name}"
-        if value is None and default is ...:
-            raise ApiError(400, f"{path} is missing: it must be {must}", path)
-        if value is not None and not fits(value):
+        must, fits = rule if isinstance(rule, tuple) else OBJECT
+        if value is None:
+            if default is ...:
+                raise ApiError(400, f"{path} is missing: it must be {must}", path)
+            value = default
+        elif not fits(value):
             raise ApiError(400, f"{path} must be {must}, not {shown(value)}", path)
-        fields[name] = default if value is None else value
+        if value is not None and not isinstance(rule, tuple):
+            value = check(value, rule, path, strict)
+        fields[name] = value
     return fields
-
-
-def check_kind(
-    body: Any,
-    name: str,
-    tables: Mapping[str, Table],
-    where: str,
-    default: Any = ...,
-    strict: bool = False,
-) -> dict[str, Any]:
-    """As `check`, where the field `name` says which table holds."""
-    table = {name: (default, one_of(tables))}
-    kind = check({name: body.get(name)} if isinstance(body, dict) else body, table, where)[name]
-    return check(body, {**table, **tables[kind]}, where, strict)
 
 
 def json_object(text: str) -> dict[str, Any] | None:
@@ -5178,14 +5198,19 @@ def read_chat(body: Any, model: Model) -> Asked:
     if not messages and not prompt:
         example = '{"prompt": "Hello!"}'
         raise ApiError(400, f"send prompt, a string, or messages, a list: for example {example}")
-    chat = read_messages(messages or [{"role": "user", "content": prompt}], CHAT_ROLES, strict=True)
-    asked = read_common(fields, model._replace(defaults={"temperature": 0.7, "top_p": 0.9}))
-    asked.said = chat[-1]["content"]
+    chat = read_messages(
+        messages or [{"role": "user", "content": prompt}], CHAT_MESSAGE, strict=True
+    )
+    said = chat[-1]["content"]
     if fields["system"] is not None:
         chat.insert(0, {"role": "system", "content": fields["system"]})
-    asked.messages = chat
-    asked.prompt_name = "prompt" if prompt else "messages"
-    return asked
+    return read_common(
+        fields,
+        model._replace(defaults={"temperature": 0.7, "top_p": 0.9}),
+        messages=chat,
+        said=said,
+        prompt_name="prompt" if prompt else "messages",
+    )
 
 
 def read_chat_completions(body: Any, model: Model) -> Asked:
@@ -5194,9 +5219,7 @@ def read_chat_completions(body: Any, model: Model) -> Asked:
     """
     fields = check(body, CHAT_COMPLETIONS)
     likely, begins = fields["top_logprobs"], fields["add_generation_prompt"]
-    if likely and not fields["logprobs"]:
-        raise ApiError(400, "top_logprobs needs logprobs: send logprobs as true", "top_logprobs")
-    chat = read_messages(fields["messages"], OPENAI_ROLES)
+    chat = read_messages(fields["messages"], OPENAI_MESSAGE)
     continues = fields["continue_final_message"]
     if begins and continues:
         name = "add_generation_prompt"
@@ -5215,20 +5238,19 @@ def read_chat_completions(body: Any, model: Model) -> Asked:
         (f"tools[{i}].function", check(tool, TOOL, f"tools[{i}]")["function"])
         for i, tool in enumerate(fields["tools"])
     ]
-    asked = read_common(
+    return read_common(
         {
             **fields,
             "max_tokens": fields["max_completion_tokens"] or fields["max_tokens"],
-            "logprobs": likely if fields["logprobs"] else None,
+            "logprobs": likely if likely or fields["logprobs"] else None,
             "tools": tools,
             "tool_choice": choice,
         },
         model,
+        begun=chat.pop()["content"] if continues else "",
+        messages=chat,
+        starts=continues or begins is not False,
     )
-    asked.begun = chat.pop()["content"] if continues else ""
-    asked.messages = chat
-    asked.starts = continues or begins is not False
-    return asked
 
 
 def read_completions(body: Any, model: Model) -> Asked:
@@ -5236,25 +5258,28 @@ def read_completions(body: Any, model: Model) -> Asked:
     fields = check(body, COMPLETIONS)
     if fields["logprobs"] is False:
         fields["logprobs"] = None
-    asked = read_common(fields, model)
-    asked.prompts = prompts(fields["prompt"])
-    asked.special_tokens = fields["add_special_tokens"]
-    asked.echo = fields["echo"]
-    asked.prompt_name = "prompt"
-    return asked
+    return read_common(
+        fields,
+        model,
+        prompts=prompts(fields["prompt"]),
+        special_tokens=fields["add_special_tokens"],
+        echo=fields["echo"],
+        prompt_name="prompt",
+    )
 
 
 def read_responses(body: Any, model: Model) -> Asked:
     """The body of POST /v1/responses: https://platform.openai.com/docs/api-reference/responses"""
     fields = check(body, RESPONSES)
-    text = check(fields["text"], {"format": ({"type": "text"}, OBJECT)}, "text")
-    tools = []
-    for i, tool in enumerate(fields["tools"]):
-        if isinstance(tool, dict) and tool.get("type") in OPTIONAL_TOOLS:
-            logger.debug("tools[%d] is left out: its type is %s", i, tool["type"])
-        else:
-            check(tool, {"type": (..., TYPE)}, f"tools[{i}]")
-            tools.append((f"tools[{i}]", tool))
+    fields["text"] = check(fields["text"], {"format": ({"type": "text"}, OBJECT)}, "text")
+    tools = [
+        (f"tools[{i}]", tool)
+        for i, tool in enumerate(fields["tools"])
+        # codex sends these to every model, and works without them
+        if not isinstance(tool, dict) or tool.get("type") not in ("namespace", "web_search")
+    ]
+    said = {name: fields[name] for name in REPEATED}
+    said["tools"] = [{**check(tool, RESPONSE_TOOL, where), **tool} for where, tool in tools]
     likely = fields["top_logprobs"]
     scored = likely or fields["logprobs"] or "message.output_text.logprobs" in fields["include"]
     choice = fields["tool_choice"]
@@ -5265,29 +5290,21 @@ def read_responses(body: Any, model: Model) -> Asked:
             **fields,
             "max_tokens": fields["max_output_tokens"],
             "logprobs": likely if scored else None,
-            "response_format": text["format"],
+            "response_format": check(fields["text"]["format"], FLAT_FORMAT, "text.format"),
             "tools": tools,
             "tool_choice": choice,
         },
         model,
-        "text.format",
     )
-    asked.history, items = read_history(fields, model.kept)
-    asked.messages = joined(
-        fields["instructions"], [read_item(item, where) for where, item in items]
-    )
+    asked.history, chat = read_history(fields, model.kept)
+    if fields["instructions"]:
+        chat.insert(0, {"role": "system", "content": fields["instructions"]})
+    asked.messages = joined(chat)
     asked.prompt_name = "input"
-    said = {name: fields[name] for name in REPEATED}
-    said["text"] = text
     said["temperature"], said["top_p"] = asked.sampling.temperature, asked.sampling.top_p
-    said["tools"] = [
-        {"type": "function", "description": None, **check(tool, FUNCTION), **tool}
-        for _, tool in tools
-    ]
     said["reasoning"] = {
         "effort": fields["reasoning_effort"], "summary": None, **fields["reasoning"]
     }  # fmt: skip
-    said |= {"background": False, "max_tool_calls": None, "service_tier": "default"}
     asked.said = long_json(said).decode()
     return asked
 
@@ -5299,10 +5316,8 @@ def read_anthropic(body: Any, model: Model) -> Asked:
     back the thinking of no other.
     """
     fields = check(body, ANTHROPIC_MESSAGES)
-    config = check(fields["output_config"], {"format": (None, OBJECT)}, "output_config")
-    form = config["format"] or fields["output_format"]
-    thinking = check(fields["thinking"], ANTHROPIC_THINKING, "thinking")["type"]
-    choice = check_kind(fields["tool_choice"], "type", ANTHROPIC_CHOICES, "tool_choice")
+    form = fields["output_config"]["format"] or fields["output_format"] or {"type": "text"}
+    choice = fields["tool_choice"]
     tools = [
         (f"tools[{i}]", read_anthropic_tool(tool, f"tools[{i}]"))
         for i, tool in enumerate(fields["tools"])
@@ -5313,15 +5328,14 @@ def read_anthropic(body: Any, model: Model) -> Asked:
         {
             **fields,
             "model": None,
-            "stop": fields["stop_sequences"],
-            "think": thinking != "disabled",
-            "response_format": {"strict": True, **form} if form else {"type": "text"},
+            "stop": fields["stop_sequences"] or fields["stop"],
+            "think": fields["thinking"]["type"] != "disabled",
+            "response_format": {**form, "strict": True},
             "tools": tools,
             "tool_choice": {"any": "required", "tool": choice}.get(choice["type"], choice["type"]),
             "parallel_tool_calls": not choice["disable_parallel_tool_use"],
         },
         model,
-        "output_config.format",
     )
     asked.messages = read_turns(fields["system"], fields["messages"])
     asked.said = fields["model"] or model.name
@@ -5344,24 +5358,23 @@ BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
 
 def read_turns(system: Any, turns: list[Any]) -> list[Message]:
     """Anthropic's messages for the chat template."""
-    text = [BILLING.sub("", block["text"]) for block in read_blocks(system, "system", ("text",))]
     chat: list[Message] = []
+    for block in read_blocks(system, "system", SYSTEM_BLOCK):
+        if text := BILLING.sub("", block["text"]):
+            chat.append({"role": "system", "content": text})
     roles = one_of(("user", "assistant", "system"))
     for i, turn in enumerate(turns):
         where = f"messages[{i}]"
         role = check(turn, {"role": (..., roles), **MESSAGE}, where)["role"]
-        for block in read_blocks(turn["content"], f"{where}.content", BLOCKS):
+        for block in read_blocks(turn["content"], f"{where}.content", CONTENT_BLOCK):
             chat.append(read_block(block, role))
-    return joined("\n\n".join(filter(None, text)), chat)
+    return joined(chat)
 
 
-def read_blocks(content: Any, where: str, kinds: Iterable[str]) -> list[dict[str, Any]]:
+def read_blocks(content: Any, where: str, kinds: Kinds) -> list[dict[str, Any]]:
     """The blocks of a content, each with its type."""
     blocks = content if isinstance(content, list) else [{"text": content}]
-    tables = {kind: BLOCKS[kind] for kind in kinds}
-    return [
-        check_kind(block, "type", tables, f"{where}[{i}]", "text") for i, block in enumerate(blocks)
-    ]
+    return [check(block, kinds, f"{where}[{i}]") for i, block in enumerate(blocks)]
 
 
 def read_block(block: dict[str, Any], role: str) -> Message:
@@ -5371,31 +5384,29 @@ def read_block(block: dict[str, Any], role: str) -> Message:
         text = read_text(block["content"], "content of a tool_result")
         return {"role": "tool", "tool_call_id": short_id(block["tool_use_id"]), "content": text}
     if kind == "tool_use":
-        call = tool_call(short_id(block["id"]), block["name"], block["input"])
-        return {"role": "assistant", "content": "", "tool_calls": [call]}
+        call = tool_call(block["id"], block["name"], block["input"])
+        return {"role": "assistant", "tool_calls": [call]}
     if kind == "text":
         # a system message amid the others, which some templates refuse
         return {"role": "assistant" if role == "assistant" else "user", "content": block["text"]}
-    return {"role": role, "content": "", "reasoning_content": block.get("thinking", "")}
+    return {"role": role, "reasoning_content": block.get("thinking")}
 
 
 # What readers have in common.
 
-# what a body of POST /v1/chat/completions says if it says nothing
-UNSAID = {name: default for name, (default, _) in CHAT_COMPLETIONS.items()}
+# what a body of POST /v1/chat/completions says with no more than messages
+UNSAID = check({"messages": [{}]}, CHAT_COMPLETIONS)
 
 
-def read_common(said: dict[str, Any], model: Model, where: str = "response_format") -> Asked:
-    """What a body says in the words of chat completions, but for its messages. `where` is the place
-    of its response_format.
-    """
-    fields = {**UNSAID, **said}
+def read_common(given: dict[str, Any], model: Model, **more: Any) -> Asked:
+    """What a body says in the words of chat completions, and `more`, which has other words."""
+    fields = {**UNSAID, **given}
     check_model(fields["model"] or model.name, model.name)
-    options = check(fields["stream_options"], STREAM_OPTIONS, "stream_options")
+    options = fields["stream_options"]
     model.tokenizer.check_tokens(fields["stop_token_ids"], "stop_token_ids")
     model.tokenizer.check_tokens(map(int, fields["logit_bias"]), "logit_bias")
     asked = Asked(
-        form=read_form(fields, where),
+        form=read_form(fields),
         thinks=read_thinking(fields, model),
         limit=fields["max_tokens"],
         sampling=read_sampling(fields, model.defaults),
@@ -5406,6 +5417,7 @@ def read_common(said: dict[str, Any], model: Model, where: str = "response_forma
         stream=fields["stream"],
         usage=options["include_usage"],
         usage_so_far=options["include_usage"] and options["continuous_usage_stats"],
+        **more,
     )
     read_tools(asked, fields, model)
     if fields["min_tokens"] and (asked.functions or asked.form):
@@ -5418,22 +5430,19 @@ def read_sampling(fields: dict[str, Any], defaults: Mapping[str, float]) -> Samp
     """How the tokens are drawn: by the body, or else by the model's own defaults."""
     names = (item.name for item in dataclasses.fields(SamplingParams))
     given = {name: fields[name] for name in names if fields[name] is not None}
-    params = SamplingParams(**{**defaults, **given})
     # As in vLLM and llama.cpp, -1 stands for no seed and for no top_k.
-    return dataclasses.replace(
-        params,
-        top_k=max(0, int(params.top_k)),
-        seed=None if params.seed == -1 else params.seed,
-        logit_bias={int(token): bias for token, bias in params.logit_bias.items()},
-    )
+    given = {"top_k": 0, **defaults, **given}
+    given["top_k"] = max(0, int(given["top_k"]))
+    given["seed"] = None if fields["seed"] == -1 else fields["seed"]
+    given["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+    return SamplingParams(**given)
 
 
 def read_thinking(fields: dict[str, Any], model: Model) -> bool:
     """Whether the model is to think before it answers. Of no effect where its template has no
     switch for it, so that one configuration of a client serves all models.
     """
-    switch = {"enable_thinking": (None, FLAG)}
-    name = "chat_template_kwargs"
+    switch, name = {"enable_thinking": (None, FLAG)}, "chat_template_kwargs"
     wishes = (
         check(fields[name], switch, name, strict=True)["enable_thinking"],
         fields["enable_thinking"],
@@ -5445,19 +5454,15 @@ def read_thinking(fields: dict[str, Any], model: Model) -> bool:
     return wish not in (False, "none") and model.tokenizer.thinks
 
 
-def read_messages(
-    messages: list[Any], roles: Mapping[str, Table], strict: bool = False
-) -> list[Message]:
+def read_messages(messages: list[Any], kinds: Kinds, strict: bool = False) -> list[Message]:
     """The messages for the chat template."""
     return [
-        read_message(message, roles, f"messages[{i}]", strict) for i, message in enumerate(messages)
+        read_message(message, kinds, f"messages[{i}]", strict) for i, message in enumerate(messages)
     ]
 
 
-def read_message(
-    message: Any, roles: Mapping[str, Table], where: str, strict: bool = False
-) -> Message:
-    fields = check_kind(message, "role", roles, where, strict=strict)
+def read_message(message: Any, kinds: Kinds, where: str, strict: bool = False) -> Message:
+    fields = check(message, kinds, where, strict)
     fields["content"] = read_text(fields["content"], f"{where}.content", strict)
     if fields["role"] == "developer":
         fields["role"] = "system"
@@ -5486,14 +5491,14 @@ def read_text(content: Any, where: str, strict: bool = False) -> str:
 def read_call(call: Any, where: str) -> Message:
     """A tool call of a message for the chat template."""
     fields = check(call, CALL, where)
-    function = check(fields["function"], CALLED, f"{where}.function")
-    return tool_call(short_id(fields["id"]), function["name"], json_object(function["arguments"]))
+    function = fields["function"]
+    return tool_call(fields["id"], function["name"], json_object(function["arguments"]))
 
 
 def tool_call(identity: str, name: str, arguments: Any) -> Message:
     """A call of a function, as OpenAI's messages have it."""
     return {
-        "id": identity,
+        "id": short_id(identity),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
@@ -5515,12 +5520,10 @@ def read_tools(asked: Asked, fields: dict[str, Any], model: Model) -> None:
         raise ApiError(
             400, "tool_choice asks for a function that is not in tools: add it there", "tool_choice"
         )
+    unseen = ("type", "strict")  # by the model
     for _, tool in tools:
-        # `strict` is not for the model
         function = {
-            name: value
-            for name, value in tool.items()
-            if value is not None and name not in ("type", "strict")
+            name: value for name, value in tool.items() if value is not None and name not in unseen
         }
         asked.tools.append({"type": "function", "function": function})
     asked.functions = functions
@@ -5528,19 +5531,17 @@ def read_tools(asked: Asked, fields: dict[str, Any], model: Model) -> None:
     asked.several = fields["parallel_tool_calls"] and not isinstance(choice, dict)
 
 
-def read_form(fields: dict[str, Any], where: str) -> Form | None:
+def read_form(fields: dict[str, Any]) -> Form | None:
     """What the answer must be, by its format or structured_outputs; None: any text."""
-    asked = check(fields["response_format"], RESPONSE_FORMAT, where)
-    outputs = check(fields["structured_outputs"], STRUCTURED_OUTPUTS, "structured_outputs")
+    asked, outputs = fields["response_format"], fields["structured_outputs"]
     forms = []
-    if outputs.pop("json_object") or asked["type"] == "json_object":
-        forms.append(Form("json", asked["schema"], strict=False))
-    forms += [Form(kind, value) for kind, value in outputs.items() if value is not None]  # type: ignore[arg-type]
+    if outputs["json_object"] or asked["type"] == "json_object":
+        forms.append(Form("json", asked.get("schema", {"type": "object"}), strict=False))
+    for kind in ("json", "regex", "choice", "grammar"):
+        if outputs[kind] is not None:
+            forms.append(Form(kind, outputs[kind]))
     if asked["type"] == "json_schema":
-        schema = fields["response_format"]
-        if where == "response_format":  # which has it one level deeper than other dialects
-            schema, where = asked["json_schema"], f"{where}.json_schema"
-        inner = check(schema, JSON_SCHEMA, where)
+        inner = asked.get("json_schema", asked)  # not all dialects have this level
         forms.append(Form("json", inner["schema"], inner["strict"]))
     if len(forms) > 1:
         name = "structured_outputs"
@@ -5552,46 +5553,41 @@ def read_form(fields: dict[str, Any], where: str) -> Form | None:
 REPEATED = (  # fields of a response that are those of its request
     "instructions", "max_output_tokens", "metadata", "tool_choice", "parallel_tool_calls", "store",
     "previous_response_id", "truncation", "frequency_penalty", "presence_penalty",
-    "prompt_cache_key", "safety_identifier", "top_logprobs",
+    "prompt_cache_key", "safety_identifier", "top_logprobs", "text",
 )  # fmt: skip
-# codex sends them to every model, and works without them
-OPTIONAL_TOOLS = ("namespace", "web_search")
 
 
-def read_history(
-    fields: dict[str, Any], kept: KeptItems
-) -> tuple[bytes | None, list[tuple[str, Any]]]:
-    """All items of a response's conversation: as KeptItems has them, if they are to be kept, and
-    with the place of each for errors. Raises ApiError.
+def read_history(fields: dict[str, Any], kept: KeptItems) -> tuple[bytes | None, list[Message]]:
+    """A response's conversation: its items, as KeptItems has them, if they are to be kept, and its
+    messages. Raises ApiError.
     """
     given, previous = fields["input"], fields["previous_response_id"]
     if not isinstance(given, list):
         given = [{"role": "user", "content": given}]
     earlier = kept.find(previous, "previous_response_id") if previous else b""
-    new: list[tuple[str, Any]] = []
+    chat = [read_item(from_json(line), "previous_response_id") for line in earlier.splitlines()]
+    new = []
     size = len(earlier)
     for i, item in enumerate(given):
         where = f"input[{i}]"
         if size > MAX_BODY:
             problem = f"the items that are referred to have more than {MAX_BODY} bytes"
             raise ApiError(400, f"{problem}: begin a new conversation", where)
+        items = [item]
         if isinstance(item, dict) and item.get("type") == "item_reference":
             identity = check(item, {"id": (..., TEXT)}, where)["id"]
             # earlier thinking can be missing
-            if not identity.startswith("reasoning_"):
-                items = kept.find(identity, f"{where}.id")
-                size += len(items)
-                new += ((where, from_json(line)) for line in items.splitlines())
-        else:
-            new.append((where, item))
-    history = earlier + b"".join(long_json(item) for _, item in new) if fields["store"] else None
-    old = [("previous_response_id", from_json(line)) for line in earlier.splitlines()]
-    return history, old + new
+            found = b"" if identity.startswith("reasoning_") else kept.find(identity, f"{where}.id")
+            size += len(found)
+            items = [from_json(line) for line in found.splitlines()]
+        new += items
+        chat += [read_item(item, where) for item in items]
+    return earlier + b"".join(map(long_json, new)) if fields["store"] else None, chat
 
 
-def joined(system: str | None, messages: list[Message]) -> list[Message]:
+def joined(messages: list[Message]) -> list[Message]:
     """The messages, those of a role in a row made one, as some templates want it."""
-    runs: list[list[Message]] = [[{"role": "system", "content": system}]] if system else []
+    runs: list[list[Message]] = []
     for message in messages:
         if runs and message["role"] == runs[-1][0]["role"] != "tool":
             runs[-1].append(message)
@@ -5615,17 +5611,17 @@ def bare(message: Message) -> Message:
 
 def read_item(item: Any, where: str) -> Message:
     """An item of a response's input as a message."""
-    fields = check_kind(item, "type", ITEMS, where, "message")
+    fields = check(item, ITEM, where)
     if fields["type"] == "message":
-        return read_message(item, CHAT_ROLES, where)
+        return read_message(item, CHAT_MESSAGE, where)
     if fields["type"] == "function_call":
         call = read_call({"id": fields["call_id"], "function": fields}, where)
-        return {"role": "assistant", "content": "", "tool_calls": [call]}
+        return {"role": "assistant", "tool_calls": [call]}
     if fields["type"] == "function_call_output":
         output = read_text(fields["output"], f"{where}.output")
         return {"role": "tool", "tool_call_id": short_id(fields["call_id"]), "content": output}
     texts = [read_text(fields[name], f"{where}.{name}") for name in ("content", "summary")]
-    return {"role": "assistant", "content": "", "reasoning_content": texts[0] or texts[1]}
+    return {"role": "assistant", "reasoning_content": texts[0] or texts[1]}
 
 
 def short_id(identity: str) -> str:
@@ -5669,11 +5665,11 @@ def prompt_tokens(asked: Asked, tokenizer: Tokenizer) -> list[list[int]]:
 def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[Request]:
     """The requests of a body: `n` for each prompt, whose tokens are `encoded`. Raises ApiError."""
     tokenizer = model.tokenizer
-    limits = [answer_limit(asked, prompt, model) for prompt in encoded]
     scored = asked.echo and asked.sampling.logprobs is not None
     if scored:
         check_scores(asked, encoded, model)
     state = answer_state(asked, encoded[0], tokenizer)
+    limits = [answer_limit(asked, prompt, model) for prompt in encoded]
     rules = constrain(
         tokenizer,
         model.grammars,
@@ -5688,25 +5684,25 @@ def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[
     if rules or not asked.ignore_eos:
         stop_tokens |= tokenizer.stop_tokens
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    requests = []
-    for index in range(len(encoded) * asked.n):
-        prompt = encoded[index // asked.n]
-        sampling = asked.sampling
-        if sampling.seed is not None:  # as in vLLM, the `n` answers differ
-            sampling = dataclasses.replace(sampling, seed=sampling.seed + index % asked.n)
-        request = Request(
-            prompt=prompt,
-            max_tokens=limits[index // asked.n],
-            sampler=Sampler(sampling, prompt, stop_tokens, rules() if rules else None),
-            stop_tokens=stop_tokens,
-            reader=new_reader(asked, state, tokenizer),
-            index=index,
-            scored=scored,
-            events=events,
-        )
-        if scored:
-            events.put(Event(index, "prompt", Token(prompt[0])))
-        requests.append(request)
+    requests: list[Request] = []
+    for prompt, limit in zip(encoded, limits):
+        for i in range(asked.n):
+            sampling = asked.sampling
+            if sampling.seed is not None:  # as in vLLM, the `n` answers differ
+                sampling = dataclasses.replace(sampling, seed=sampling.seed + i)
+            request = Request(
+                prompt=prompt,
+                max_tokens=limit,
+                sampler=Sampler(sampling, prompt, stop_tokens, rules() if rules else None),
+                stop_tokens=stop_tokens,
+                reader=new_reader(asked, state, tokenizer),
+                index=len(requests),
+                scored=scored,
+                events=events,
+            )
+            if scored:
+                events.put(Event(request.index, "prompt", Token(prompt[0])))
+            requests.append(request)
     return requests
 
 
@@ -6118,6 +6114,45 @@ class ChoicesWriter(Writer):
         }
 
 
+class PartsWriter(Writer):
+    """Writes an answer that is a list of parts: thinking, text and calls. The last is open until
+    another begins, or the end comes.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        (self.request,) = requests
+        self.calls = iter(self.request.reader.calls)  # those that have no part yet
+        self.parts: list[dict[str, Any]] = []
+        self.kind = self.text = ""  # of the last part
+
+    def add(self, request: Request, piece: Piece) -> bytes:
+        data = b""
+        if piece.kind == "call" or piece.kind not in ("arguments", self.kind):
+            data = self.close_part(piece) if self.kind else b""
+            self.kind, self.text = piece.kind, ""
+            data += self.end() if piece.kind == "end" else self.open_part()
+        if piece.kind in ("call", "end"):
+            return data
+        self.text += piece.text
+        return data + self.extend_part(piece)
+
+    def open_part(self) -> bytes:
+        """Begin a part of this kind; returns what a stream says of it, as all of these do."""
+        raise NotImplementedError
+
+    def extend_part(self, piece: Piece) -> bytes:
+        """Add a piece to the last part."""
+        raise NotImplementedError
+
+    def close_part(self, following: Piece) -> bytes:
+        """Complete the last part, as another piece follows."""
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        """All parts are complete."""
+        raise NotImplementedError
+
+
 # An item of thinking or text: its list of parts, and the events of its one part and of that part's
 # text. Thinking is a summary, as all clients show that, and few show reasoning_text.
 TEXT_ITEMS = {
@@ -6126,11 +6161,11 @@ TEXT_ITEMS = {
 }
 
 
-class ResponsesWriter(Writer):
+class ResponsesWriter(PartsWriter):
     """POST /v1/responses: a list of items, or the events that build it."""
 
     def __init__(self, model: Model, asked: Asked, requests: Sequence[Request]) -> None:
-        (self.request,) = requests
+        super().__init__(requests)
         self.tokenizer = model.tokenizer
         self.head: dict[str, Any] = {
             "id": new_id("resp_"),
@@ -6140,11 +6175,8 @@ class ResponsesWriter(Writer):
         }
         self.said, self.history, self.kept = asked.said, asked.history, model.kept
         self.logprobs = asked.sampling.logprobs is not None
-        self.calls = iter(self.request.reader.calls)  # those that have no item yet
-        self.output: list[dict[str, Any]] = []  # items; the last is open until another begins
-        self.kind = ""  # of the pieces of the open item
-        self.part: dict[str, Any] = {}  # its one part
-        self.place: dict[str, Any] = {}  # of it, as events give it
+        self.place: dict[str, Any] = {}  # of the last item, as events give it
+        self.content: dict[str, Any] = {}  # what has its text
         self.numbers = itertools.count()  # of events
 
     def begin(self) -> bytes:
@@ -6153,41 +6185,35 @@ class ResponsesWriter(Writer):
             "in_progress", response=response
         )
 
-    def add(self, request: Request, piece: Piece) -> bytes:
-        if piece.kind == "end":
-            status = "incomplete" if piece.text == "length" else "completed"
-            data = self._close_item(status)
-            self._keep()
-            return data + self._event(status, response=self.whole())
-        if piece.kind == "call" or (piece.kind != "arguments" and piece.kind != self.kind):
-            data = self._close_item("completed")
-            self.kind = piece.kind
-            data += self._open_item()
-            return data if piece.kind == "call" else data + self._extend_item(piece)
-        return self._extend_item(piece)
-
     def whole(self) -> dict[str, Any]:
         cut = self.request.reader.finish == "length"
-        return self._response(
-            "incomplete" if cut else "completed",
-            incomplete_details={"reason": "max_output_tokens"} if cut else None,
-            completed_at=None if cut else int(time.time()),
-            usage=self._usage(),
-        )
+        return self._response("incomplete" if cut else "completed")
 
     def broken(self, error: ApiError) -> bytes:
         # OpenAI's own clients raise the first as an exception. codex knows only the second.
         code, message = error.code or "server_error", str(error)
-        failed = self._response("failed", error={"code": "server_error", "message": message})
         top = {"code": code, "message": message, "param": error.param}
+        failed = self._response("failed")
+        failed["error"] = {"code": "server_error", "message": message}
         return self._event("error", **openai_error(error), **top) + self._event(
             "failed", response=failed
         )
 
-    def _response(self, status: str, **more: Any) -> dict[str, Any]:
-        empty = dict.fromkeys(("error", "incomplete_details", "usage", "completed_at"))
-        said = from_json(self.said)
-        return {**self.head, "status": status, "output": self.output, **empty, **said, **more}
+    def _response(self, status: str) -> dict[str, Any]:
+        cut, whole = status == "incomplete", status == "completed"
+        return {
+            **self.head,
+            "status": status,
+            "output": self.parts,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "completed_at": int(time.time()) if whole else None,
+            "usage": self._usage() if cut or whole else None,
+            "background": False,
+            "max_tool_calls": None,
+            "service_tier": "default",
+            **from_json(self.said),
+        }
 
     def _usage(self) -> dict[str, Any]:
         reader, prompt = self.request.reader, len(self.request.prompt)
@@ -6206,58 +6232,60 @@ class ResponsesWriter(Writer):
         """
         if self.history is not None:
             conversation = self.history
-            for item in self.output:
+            for item in self.parts:
                 if item["status"] == "completed" or "content" in item:
                     self.kept.keep(item["id"], line := long_json(item))
                     conversation += line
             self.kept.keep(self.head["id"], conversation)
 
-    def _open_item(self) -> bytes:
-        """Begin an item of this kind."""
+    def open_part(self) -> bytes:
         if self.kind == "call":
             call = next(self.calls)
             return self._add_item("function_call", call_id=call.id, name=call.name, arguments="")
         if self.kind == "text":
             data = self._add_item("message", role="assistant", content=[])
-            self.part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            self.content = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         else:
             data = self._add_item("reasoning", summary=[])
-            self.part = {"type": "summary_text", "text": ""}
-        parts, event, _ = TEXT_ITEMS[self.kind]
-        self.output[-1][parts] = [self.part]
-        self.place[f"{parts}_index"] = 0
-        return data + self._event(f"{event}.added", **self.place, part=self.part)
+            self.content = {"type": "summary_text", "text": ""}
+        contents, event, _ = TEXT_ITEMS[self.kind]
+        self.parts[-1][contents] = [self.content]
+        self.place[f"{contents}_index"] = 0
+        return data + self._event(f"{event}.added", **self.place, part=self.content)
 
     def _add_item(self, kind: str, **more: Any) -> bytes:
         item = {"type": kind, "id": new_id(f"{kind}_"), "status": "in_progress", **more}
-        self.place = {"output_index": len(self.output), "item_id": item["id"]}
-        self.output.append(item)
-        return self._event("output_item.added", output_index=len(self.output) - 1, item=item)
+        self.place = {"output_index": len(self.parts), "item_id": item["id"]}
+        self.parts.append(item)
+        return self._event("output_item.added", output_index=len(self.parts) - 1, item=item)
 
-    def _extend_item(self, piece: Piece) -> bytes:
+    def extend_part(self, piece: Piece) -> bytes:
         if self.kind == "call":
-            self.output[-1]["arguments"] += piece.text
             return self._event("function_call_arguments.delta", **self.place, delta=piece.text)
-        self.part["text"] += piece.text
         entries = [logprob_entry(self.tokenizer, t) for t in piece.tokens] if self.logprobs else []
-        self.part.get("logprobs", []).extend(entries)
+        self.content.get("logprobs", []).extend(entries)
         event = TEXT_ITEMS[self.kind][2]
         return self._event(f"{event}.delta", **self.place, delta=piece.text, logprobs=entries)
 
-    def _close_item(self, status: str) -> bytes:
-        if not self.kind:
-            return b""
-        item = self.output[-1]
-        item["status"] = status
+    def close_part(self, following: Piece) -> bytes:
+        item, cut = self.parts[-1], following.kind == "end" and following.text == "length"
+        item["status"] = "incomplete" if cut else "completed"
         if self.kind == "call":
-            said = {name: item[name] for name in ("name", "arguments")}
+            said = {"name": item["name"], "arguments": self.text}
+            item |= said
             data = self._event("function_call_arguments.done", **self.place, **said)
         else:
             _, part_event, text_event = TEXT_ITEMS[self.kind]
-            said = {"text": self.part["text"], "logprobs": self.part.get("logprobs", [])}
+            self.content["text"] = self.text
+            said = {"text": self.text, "logprobs": self.content.get("logprobs", [])}
             data = self._event(f"{text_event}.done", **self.place, **said)
-            data += self._event(f"{part_event}.done", **self.place, part=self.part)
-        return data + self._event("output_item.done", output_index=len(self.output) - 1, item=item)
+            data += self._event(f"{part_event}.done", **self.place, part=self.content)
+        return data + self._event("output_item.done", output_index=len(self.parts) - 1, item=item)
+
+    def end(self) -> bytes:
+        self._keep()
+        response = self.whole()
+        return self._event(response["status"], response=response)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         kind = kind if kind == "error" else f"response.{kind}"
@@ -6265,59 +6293,41 @@ class ResponsesWriter(Writer):
         return server_sent(event, kind, long_json if "response" in fields else to_json)
 
 
-class AnthropicWriter(Writer):
+class AnthropicWriter(PartsWriter):
     """POST /v1/messages: a list of blocks, or the events that build it."""
 
     def __init__(self, model: Model, asked: Asked, requests: Sequence[Request]) -> None:
-        (self.request,) = requests
+        super().__init__(requests)
         self.head = {
             "id": new_id("msg_"),
             "type": "message",
             "role": "assistant",
             "model": asked.said,
         }
-        self.calls = iter(self.request.reader.calls)  # those that have no block yet
-        self.content: list[dict[str, Any]] = []  # blocks; the last is open until another begins
-        self.kind = self.text = ""  # of the open one
 
     def begin(self) -> bytes:
         return self._event("message_start", message=self.whole())
 
-    def add(self, request: Request, piece: Piece) -> bytes:
-        if piece.kind == "end":
-            data, whole = self._close_block(), self.whole()
-            stop = {name: whole[name] for name in ("stop_reason", "stop_sequence")}
-            return data + self._event("message_delta", delta=stop, usage=whole["usage"])
-        data = b""
-        if piece.kind == "call" or (piece.kind != "arguments" and piece.kind != self.kind):
-            data = self._close_block()
-            self.kind, self.text = piece.kind, ""
-            data += self._open_block()
-        if piece.kind == "call":
-            return data
-        self.text += piece.text
-        if self.kind == "call":
-            delta = {"type": "input_json_delta", "partial_json": piece.text}
-        else:
-            delta = {"type": f"{self.kind}_delta", self.kind: piece.text}
-        return data + self._event_of_block("delta", delta=delta)
+    def end(self) -> bytes:
+        whole = self.whole()
+        stop = {name: whole[name] for name in ("stop_reason", "stop_sequence")}
+        return self._event("message_delta", delta=stop, usage=whole["usage"])
 
     def close(self) -> bytes:
         return self._event("message_stop")
 
     def whole(self) -> dict[str, Any]:
         request, reader = self.request, self.request.reader
-        reason = {"stop": "end_turn", "length": "max_tokens"}.get(reader.finish)
-        if reason == "end_turn":
-            reason = "stop_sequence" if reader.stopped else "tool_use" if reader.calls else reason
+        reason = "stop_sequence" if reader.stopped else "tool_use" if reader.calls else "end_turn"
+        reasons = {"": None, "length": "max_tokens", "stop": reason}
         usage = {
             "input_tokens": len(request.prompt) - request.cached,
             "cache_read_input_tokens": request.cached,
             "cache_creation_input_tokens": 0,
             "output_tokens": reader.count,
         }
-        stop = {"stop_reason": reason, "stop_sequence": reader.stopped or None}
-        return {**self.head, "content": self.content, **stop, "usage": usage}
+        stop = {"stop_reason": reasons[reader.finish], "stop_sequence": reader.stopped or None}
+        return {**self.head, "content": self.parts, **stop, "usage": usage}
 
     def ping(self) -> bytes:
         return self._event("ping")
@@ -6325,21 +6335,24 @@ class AnthropicWriter(Writer):
     def broken(self, error: ApiError) -> bytes:
         return server_sent(anthropic_error(error), "error")
 
-    def _open_block(self) -> bytes:
-        """Begin a block of this kind."""
+    def open_part(self) -> bytes:
         block: dict[str, Any] = {"type": self.kind, self.kind: ""}
         if self.kind == "thinking":
             block["signature"] = ""
         if self.kind == "call":
             call = next(self.calls)
             block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
-        self.content.append(block)
+        self.parts.append(block)
         return self._event_of_block("start", content_block=block)
 
-    def _close_block(self) -> bytes:
-        if not self.kind:
-            return b""
-        block, data = self.content[-1], b""
+    def extend_part(self, piece: Piece) -> bytes:
+        delta = {"type": f"{self.kind}_delta", self.kind: piece.text}
+        if self.kind == "call":
+            delta = {"type": "input_json_delta", "partial_json": piece.text}
+        return self._event_of_block("delta", delta=delta)
+
+    def close_part(self, following: Piece) -> bytes:
+        block, data = self.parts[-1], b""
         if self.kind == "call":
             block["input"] = json_object(self.text) or {}
         else:
@@ -6352,7 +6365,7 @@ class AnthropicWriter(Writer):
 
     def _event_of_block(self, what: str, **fields: Any) -> bytes:
         """An event of the last block."""
-        return self._event(f"content_block_{what}", index=len(self.content) - 1, **fields)
+        return self._event(f"content_block_{what}", index=len(self.parts) - 1, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         return server_sent({"type": kind, **fields}, kind)
@@ -6452,7 +6465,7 @@ function render() {
 }
 
 // Markdown: blocks of code, and other text up to a blank line.
-const BLOCK = /^```[^]*?(?:\n```[ \t]*(?:\n|$(?![^]))|$(?![^]))|[^]+?(?:\n\n+|(?=^```)|$(?![^]))/gm
+const CONTENT_BLOCK = /^```[^]*?(?:\n```[ \t]*(?:\n|$(?![^]))|$(?![^]))|[^]+?(?:\n\n+|(?=^```)|$(?![^]))/gm
 
 function make(tag, className, ...content) {
   const element = Object.assign(document.createElement(tag), {className})
@@ -6488,7 +6501,7 @@ function block(source) {
 }
 
 function show(element, text) {  // makes only the blocks that have changed
-  for (const [i, source] of (text.match(BLOCK) || []).entries()) {
+  for (const [i, source] of (text.match(CONTENT_BLOCK) || []).entries()) {
     const old = element.children[i]
     if (old?.source === source) continue
     const made = Object.assign(block(source), {source})
