@@ -8011,7 +8011,8 @@ class FormTest(FormCase):
             {"role": "assistant", "tool_calls": [called("now", {}, i) for i in ids]},
         ]
         chat += [{"role": "tool", "tool_call_id": i, "content": "x"} for i in ids]
-        read = server.read_messages(chat, server.OPENAI_MESSAGE)
+        checked = server.check({"messages": chat}, server.CHAT_COMPLETIONS)["messages"]
+        read = list(map(server.read_message, checked))
         made = [call["id"] for call in read[1]["tool_calls"]]
         self.assertEqual([message["tool_call_id"] for message in read[2:]], made)
         self.assertEqual((len(set(made)), made[2]), (3, "abcdef123"))

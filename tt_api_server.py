@@ -4687,9 +4687,11 @@ class Scheduler:
 # Fields
 # ==================================================================================================
 
-Check = tuple[str, Callable[[Any], bool]]  # what a field must be, in words, and the test for it
-# a field's name to its default, or ... if it is required, and its check, or its own fields
-Table = Mapping[str, tuple[Any, "Check | Table | Kinds"]]
+# What a field must be, in words, and the test for it; and perhaps what reads it: a function of the
+# value, its place, and whether the check is strict.
+Check = tuple[Any, ...]
+# a field's name to its default, or ... if it is required, and its check
+Table = Mapping[str, tuple[Any, Check]]
 
 
 @dataclass
@@ -4699,6 +4701,19 @@ class Kinds:
     name: str
     tables: Mapping[str, Table]
     default: Any = ...
+
+
+def of(table: Table | Kinds) -> Check:
+    """An object with these fields."""
+    return *OBJECT, lambda v, where, strict: check(v, table, where, strict)
+
+
+def each(table: Table | Kinds, must: Check) -> Check:
+    """A list of such objects, or a text that stands for one."""
+    return *must, lambda v, where, strict: [
+        check(item, table, f"{where}[{i}]", strict)
+        for i, item in enumerate(v if isinstance(v, list) else [{"text": v}])
+    ]
 
 
 def of_type(must: str, *types: type) -> Check:
@@ -4779,20 +4794,10 @@ MESSAGES: Check = (
     lambda v: isinstance(v, list) and bool(v),
 )
 CONTENT = of_type("a string or a list of text parts", str, list)
+TEXTS: Check = *CONTENT, lambda v, where, strict: read_text(v, where, strict)
 TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
 PART: Table = {"type": (..., ('"text"', lambda v: v in TEXT_PARTS)), "text": (..., TEXT)}
 REFUSAL_PART: Table = {"type": (..., TEXT), "refusal": (..., TEXT)}  # a part of an earlier answer
-
-# The fields of messages, by role.
-MESSAGE: Table = {"content": (..., CONTENT)}
-ASSISTANT: Table = {
-    "content": ("", CONTENT),
-    "reasoning_content": ("", TEXT),
-    "tool_calls": ([], LIST),
-}
-TOOL_RESULT: Table = {**MESSAGE, "tool_call_id": (..., TEXT)}
-CHAT_MESSAGE = Kinds("role", dict.fromkeys(("system", "developer", "user", "assistant"), MESSAGE))
-OPENAI_MESSAGE = Kinds("role", {**CHAT_MESSAGE.tables, "assistant": ASSISTANT, "tool": TOOL_RESULT})
 
 TYPE: Check = '"function"', lambda v: v == "function"
 TOOL: Table = {"type": (..., TYPE), "function": (..., OBJECT)}
@@ -4802,14 +4807,26 @@ FUNCTION: Table = {
     "parameters": ({"type": "object", "additionalProperties": False}, OBJECT),
     "strict": (False, FLAG),
 }
-CALLED: Table = {
-    **NAMED,
-    "arguments": (
-        ...,
-        ("a JSON object in a string", lambda v: isinstance(v, str) and json_object(v) is not None),
-    ),
+CALL_ID: Check = *TEXT, lambda v, where, strict: short_id(v)
+ARGUMENTS: Check = (
+    "a JSON object in a string",
+    lambda v: isinstance(v, str) and json_object(v) is not None,
+    lambda v, where, strict: json_object(v),
+)
+CALLED: Table = {**NAMED, "arguments": (..., ARGUMENTS)}
+CALL: Table = {"id": (..., CALL_ID), "type": ("function", TYPE), "function": (..., of(CALLED))}
+
+# The fields of messages, by role.
+MESSAGE: Table = {"content": (..., TEXTS)}
+ASSISTANT: Table = {
+    "content": ("", TEXTS),
+    "reasoning_content": ("", TEXT),
+    "tool_calls": ([], each(CALL, LIST)),
 }
-CALL: Table = {"id": (..., TEXT), "type": ("function", TYPE), "function": (..., CALLED)}
+TOOL_RESULT: Table = {**MESSAGE, "tool_call_id": (..., CALL_ID)}
+CHAT_MESSAGE = Kinds("role", dict.fromkeys(("system", "developer", "user", "assistant"), MESSAGE))
+OPENAI_MESSAGE = Kinds("role", {**CHAT_MESSAGE.tables, "assistant": ASSISTANT, "tool": TOOL_RESULT})
+
 CHOICE: Check = (
     'none, auto, required or {"type": "function", "function": {"name": ...}}',
     lambda v: v in ("none", "auto", "required") or isinstance(v, dict),
@@ -4818,7 +4835,7 @@ SCHEMA: Table = {"schema": (..., OBJECT), "strict": (False, FLAG)}
 ANSWER_FORMATS: dict[str, Table] = {
     "text": {},
     "json_object": {"schema": ({"type": "object"}, OBJECT)},  # llama.cpp's
-    "json_schema": {"json_schema": (..., SCHEMA)},
+    "json_schema": {"json_schema": (..., of(SCHEMA))},
 }
 RESPONSE_FORMAT = Kinds("type", ANSWER_FORMATS)
 FLAT_FORMAT = Kinds("type", {**ANSWER_FORMATS, "json_schema": SCHEMA})
@@ -4848,7 +4865,7 @@ SAMPLING: Table = {  # of every dialect; a default of None is the model's own
 }
 CHAT: Table = {  # POST /chat
     "prompt": (None, NONEMPTY),
-    "messages": (None, MESSAGES),
+    "messages": (None, each(CHAT_MESSAGE, MESSAGES)),
     "system": (None, TEXT),
     "max_tokens": (128, whole_from(1)),
     **THINKING,
@@ -4861,7 +4878,7 @@ STREAM_OPTIONS: Table = {
 OPENAI: Table = {  # what OpenAI's dialects have in common
     "model": (None, TEXT),
     **SAMPLING,
-    "stream_options": ({}, STREAM_OPTIONS),
+    "stream_options": ({}, of(STREAM_OPTIONS)),
     "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
     "stop_token_ids": ([], IDS),
     "logit_bias": ({}, BIASES),
@@ -4870,19 +4887,19 @@ OPENAI: Table = {  # what OpenAI's dialects have in common
     "repetition_penalty": (None, number(0.01, 100)),
     "frequency_penalty": (0, PENALTY),
     "presence_penalty": (0, PENALTY),
-    "structured_outputs": ({}, STRUCTURED_OUTPUTS),
+    "structured_outputs": ({}, of(STRUCTURED_OUTPUTS)),
 }
 CHAT_COMPLETIONS: Table = {
-    "messages": (..., MESSAGES),
+    "messages": (..., each(OPENAI_MESSAGE, MESSAGES)),
     "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
     "max_completion_tokens": (None, LIMIT),
     "n": (1, whole_from(1, 16)),
-    "response_format": ({"type": "text"}, RESPONSE_FORMAT),
+    "response_format": ({"type": "text"}, of(RESPONSE_FORMAT)),
     **THINKING,
     **OPENAI,
     "logprobs": (None, FLAG),
     "top_logprobs": (0, LIKELY),
-    "tools": ([], LIST),
+    "tools": ([], each(TOOL, LIST)),
     "tool_choice": ("auto", CHOICE),
     "parallel_tool_calls": (True, FLAG),
     "add_generation_prompt": (None, FLAG),
@@ -4893,7 +4910,7 @@ COMPLETIONS: Table = {
     **OPENAI,
     "max_tokens": (16, LIMIT_OR_0),  # OpenAI's default
     "n": (1, whole_from(1, 16)),
-    "response_format": ({"type": "text"}, RESPONSE_FORMAT),
+    "response_format": ({"type": "text"}, of(RESPONSE_FORMAT)),
     "logprobs": (None, LOGPROBS),
     "echo": (False, FLAG),
     "add_special_tokens": (True, FLAG),
@@ -4931,10 +4948,10 @@ RESPONSE_TOOL: Table = {"type": (..., TYPE), "description": (None, TEXT), **FUNC
 ITEM = Kinds(  # of a response's input
     "type",
     {
-        "message": {},  # has a role
-        "reasoning": {"summary": ("", CONTENT), "content": ("", CONTENT)},
-        "function_call": {"call_id": (..., TEXT), **CALLED},
-        "function_call_output": {"call_id": (..., TEXT), "output": (..., CONTENT)},
+        "message": {"role": (..., one_of(CHAT_MESSAGE.tables)), **MESSAGE},
+        "reasoning": {"summary": ("", TEXTS), "content": ("", TEXTS)},
+        "function_call": {"call_id": (..., CALL_ID), **CALLED},
+        "function_call_output": {"call_id": (..., CALL_ID), "output": (..., TEXTS)},
     },
     "message",
 )
@@ -4945,25 +4962,6 @@ ANTHROPIC_CHOICE = Kinds(
     {**dict.fromkeys(("auto", "any", "none"), PARALLEL), "tool": {**NAMED, **PARALLEL}},
 )
 ANTHROPIC_THINKING: Table = {"type": (..., one_of(("enabled", "adaptive", "disabled")))}
-ANTHROPIC_MESSAGES: Table = {
-    "model": (None, TEXT),
-    "messages": (..., MESSAGES),
-    "max_tokens": (None, whole_from(1)),
-    "system": ("", CONTENT),
-    "stop_sequences": ([], STOP),
-    **SAMPLING,
-    "tools": ([], LIST),
-    "tool_choice": ({"type": "auto"}, ANTHROPIC_CHOICE),
-    "thinking": ({"type": "disabled"}, ANTHROPIC_THINKING),
-    "output_config": ({}, {"format": (None, FLAT_FORMAT)}),
-    "output_format": (None, FLAT_FORMAT),  # of older clients, for output_config.format
-}
-ANTHROPIC_TOOL: Table = {
-    **NAMED,
-    "description": (None, TEXT),
-    "input_schema": (..., OBJECT),
-    "strict": (False, FLAG),
-}
 TEXT_BLOCK: dict[str, Table] = {"text": {"text": (..., TEXT)}}
 CONTENT_BLOCK = Kinds(  # of a message's content
     "type",
@@ -4971,12 +4969,35 @@ CONTENT_BLOCK = Kinds(  # of a message's content
         **TEXT_BLOCK,
         "thinking": {"thinking": (..., TEXT)},
         "redacted_thinking": {},
-        "tool_use": {"id": (..., TEXT), **NAMED, "input": (..., OBJECT)},
-        "tool_result": {"tool_use_id": (..., TEXT), "content": ("", CONTENT)},
+        "tool_use": {"id": (..., CALL_ID), **NAMED, "input": (..., OBJECT)},
+        "tool_result": {"tool_use_id": (..., CALL_ID), "content": ("", TEXTS)},
     },
     "text",
 )
 SYSTEM_BLOCK = Kinds("type", TEXT_BLOCK, "text")
+TURN: Table = {
+    "role": (..., one_of(("user", "assistant", "system"))),
+    "content": (..., each(CONTENT_BLOCK, CONTENT)),
+}
+ANTHROPIC_MESSAGES: Table = {
+    "model": (None, TEXT),
+    "messages": (..., each(TURN, MESSAGES)),
+    "max_tokens": (None, whole_from(1)),
+    "system": ("", each(SYSTEM_BLOCK, CONTENT)),
+    "stop_sequences": ([], STOP),
+    **SAMPLING,
+    "tools": ([], LIST),
+    "tool_choice": ({"type": "auto"}, of(ANTHROPIC_CHOICE)),
+    "thinking": ({"type": "disabled"}, of(ANTHROPIC_THINKING)),
+    "output_config": ({}, of({"format": (None, of(FLAT_FORMAT))})),
+    "output_format": (None, of(FLAT_FORMAT)),  # of older clients, for output_config.format
+}
+ANTHROPIC_TOOL: Table = {
+    **NAMED,
+    "description": (None, TEXT),
+    "input_schema": (..., OBJECT),
+    "strict": (False, FLAG),
+}
 
 # Fields of OpenAI, vLLM and llama.cpp that would change the answer and are not supported, at any
 # level, with the values that ask for nothing.
@@ -5075,17 +5096,27 @@ def check(body: Any, table: Table | Kinds, where: str = "", strict: bool = False
     fields = {}
     for name, (default, rule) in table.items():
         value, path = body.get(name), f"{prefix}{name}"
-        must, fits = rule if isinstance(rule, tuple) else OBJECT
+        must, fits, *read = rule
         if value is None:
             if default is ...:
                 raise ApiError(400, f"{path} is missing: it must be {must}", path)
             value = default
         elif not fits(value):
             raise ApiError(400, f"{path} must be {must}, not {shown(value)}", path)
-        if value is not None and not isinstance(rule, tuple):
-            value = check(value, rule, path, strict)
-        fields[name] = value
+        fields[name] = read[0](value, path, strict) if read and value is not None else value
     return fields
+
+
+def read_text(content: Any, where: str, strict: bool) -> str:
+    """The text of a string or of a list of parts."""
+    if not isinstance(content, list):
+        return str(content)
+    texts = []
+    for j, part in enumerate(content):
+        refuses = isinstance(part, dict) and part.get("type") == "refusal"
+        fields = check(part, REFUSAL_PART if refuses else PART, f"{where}[{j}]", strict)
+        texts.append(fields["refusal" if refuses else "text"])
+    return "".join(texts)
 
 
 def json_object(text: str) -> dict[str, Any] | None:
@@ -5198,9 +5229,7 @@ def read_chat(body: Any, model: Model) -> Asked:
     if not messages and not prompt:
         example = '{"prompt": "Hello!"}'
         raise ApiError(400, f"send prompt, a string, or messages, a list: for example {example}")
-    chat = read_messages(
-        messages or [{"role": "user", "content": prompt}], CHAT_MESSAGE, strict=True
-    )
+    chat = list(map(read_message, messages or [{"role": "user", "content": prompt}]))
     said = chat[-1]["content"]
     if fields["system"] is not None:
         chat.insert(0, {"role": "system", "content": fields["system"]})
@@ -5219,7 +5248,7 @@ def read_chat_completions(body: Any, model: Model) -> Asked:
     """
     fields = check(body, CHAT_COMPLETIONS)
     likely, begins = fields["top_logprobs"], fields["add_generation_prompt"]
-    chat = read_messages(fields["messages"], OPENAI_MESSAGE)
+    chat = list(map(read_message, fields["messages"]))
     continues = fields["continue_final_message"]
     if begins and continues:
         name = "add_generation_prompt"
@@ -5234,10 +5263,7 @@ def read_chat_completions(body: Any, model: Model) -> Asked:
     if isinstance(choice, dict):
         named = check(choice, TOOL, "tool_choice")["function"]
         choice = check(named, NAMED, "tool_choice.function")
-    tools = [
-        (f"tools[{i}].function", check(tool, TOOL, f"tools[{i}]")["function"])
-        for i, tool in enumerate(fields["tools"])
-    ]
+    tools = [(f"tools[{i}].function", tool["function"]) for i, tool in enumerate(fields["tools"])]
     return read_common(
         {
             **fields,
@@ -5356,33 +5382,22 @@ def read_anthropic_tool(tool: Any, where: str) -> dict[str, Any]:
 BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
 
 
-def read_turns(system: Any, turns: list[Any]) -> list[Message]:
+def read_turns(system: list[Message], turns: list[Message]) -> list[Message]:
     """Anthropic's messages for the chat template."""
     chat: list[Message] = []
-    for block in read_blocks(system, "system", SYSTEM_BLOCK):
+    for block in system:
         if text := BILLING.sub("", block["text"]):
             chat.append({"role": "system", "content": text})
-    roles = one_of(("user", "assistant", "system"))
-    for i, turn in enumerate(turns):
-        where = f"messages[{i}]"
-        role = check(turn, {"role": (..., roles), **MESSAGE}, where)["role"]
-        for block in read_blocks(turn["content"], f"{where}.content", CONTENT_BLOCK):
-            chat.append(read_block(block, role))
+    for turn in turns:
+        chat += [read_block(block, turn["role"]) for block in turn["content"]]
     return joined(chat)
-
-
-def read_blocks(content: Any, where: str, kinds: Kinds) -> list[dict[str, Any]]:
-    """The blocks of a content, each with its type."""
-    blocks = content if isinstance(content, list) else [{"text": content}]
-    return [check(block, kinds, f"{where}[{i}]") for i, block in enumerate(blocks)]
 
 
 def read_block(block: dict[str, Any], role: str) -> Message:
     """A block as a message of its own."""
     kind = block["type"]
     if kind == "tool_result":
-        text = read_text(block["content"], "content of a tool_result")
-        return {"role": "tool", "tool_call_id": short_id(block["tool_use_id"]), "content": text}
+        return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": block["content"]}
     if kind == "tool_use":
         call = tool_call(block["id"], block["name"], block["input"])
         return {"role": "assistant", "tool_calls": [call]}
@@ -5395,7 +5410,7 @@ def read_block(block: dict[str, Any], role: str) -> Message:
 # What readers have in common.
 
 # what a body of POST /v1/chat/completions says with no more than messages
-UNSAID = check({"messages": [{}]}, CHAT_COMPLETIONS)
+UNSAID = check({"messages": [{"role": "user", "content": ""}]}, CHAT_COMPLETIONS)
 
 
 def read_common(given: dict[str, Any], model: Model, **more: Any) -> Asked:
@@ -5454,51 +5469,21 @@ def read_thinking(fields: dict[str, Any], model: Model) -> bool:
     return wish not in (False, "none") and model.tokenizer.thinks
 
 
-def read_messages(messages: list[Any], kinds: Kinds, strict: bool = False) -> list[Message]:
-    """The messages for the chat template."""
-    return [
-        read_message(message, kinds, f"messages[{i}]", strict) for i, message in enumerate(messages)
-    ]
-
-
-def read_message(message: Any, kinds: Kinds, where: str, strict: bool = False) -> Message:
-    fields = check(message, kinds, where, strict)
-    fields["content"] = read_text(fields["content"], f"{where}.content", strict)
+def read_message(fields: dict[str, Any]) -> Message:
+    """A message for the chat template."""
     if fields["role"] == "developer":
         fields["role"] = "system"
     if "tool_calls" in fields:
         fields["tool_calls"] = [
-            read_call(call, f"{where}.tool_calls[{j}]")
-            for j, call in enumerate(fields["tool_calls"])
+            tool_call(call["id"], **call["function"]) for call in fields["tool_calls"]
         ]
-    if "tool_call_id" in fields:
-        fields["tool_call_id"] = short_id(fields["tool_call_id"])
     return bare(fields)
-
-
-def read_text(content: Any, where: str, strict: bool = False) -> str:
-    """The text of a string or of a list of parts."""
-    if not isinstance(content, list):
-        return str(content)
-    texts = []
-    for j, part in enumerate(content):
-        refuses = isinstance(part, dict) and part.get("type") == "refusal"
-        fields = check(part, REFUSAL_PART if refuses else PART, f"{where}[{j}]", strict)
-        texts.append(fields["refusal" if refuses else "text"])
-    return "".join(texts)
-
-
-def read_call(call: Any, where: str) -> Message:
-    """A tool call of a message for the chat template."""
-    fields = check(call, CALL, where)
-    function = fields["function"]
-    return tool_call(fields["id"], function["name"], json_object(function["arguments"]))
 
 
 def tool_call(identity: str, name: str, arguments: Any) -> Message:
     """A call of a function, as OpenAI's messages have it."""
     return {
-        "id": short_id(identity),
+        "id": identity,
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
@@ -5612,16 +5597,17 @@ def bare(message: Message) -> Message:
 def read_item(item: Any, where: str) -> Message:
     """An item of a response's input as a message."""
     fields = check(item, ITEM, where)
-    if fields["type"] == "message":
-        return read_message(item, CHAT_MESSAGE, where)
-    if fields["type"] == "function_call":
-        call = read_call({"id": fields["call_id"], "function": fields}, where)
-        return {"role": "assistant", "tool_calls": [call]}
-    if fields["type"] == "function_call_output":
-        output = read_text(fields["output"], f"{where}.output")
-        return {"role": "tool", "tool_call_id": short_id(fields["call_id"]), "content": output}
-    texts = [read_text(fields[name], f"{where}.{name}") for name in ("content", "summary")]
-    return {"role": "assistant", "reasoning_content": texts[0] or texts[1]}
+    kind = fields.pop("type")
+    if kind == "message":
+        return read_message(fields)
+    if kind == "function_call":
+        return {
+            "role": "assistant",
+            "tool_calls": [tool_call(fields["call_id"], fields["name"], fields["arguments"])],
+        }
+    if kind == "function_call_output":
+        return {"role": "tool", "tool_call_id": fields["call_id"], "content": fields["output"]}
+    return {"role": "assistant", "reasoning_content": fields["content"] or fields["summary"]}
 
 
 def short_id(identity: str) -> str:
