@@ -6932,7 +6932,7 @@ class ResponsesTest(unittest.TestCase):
             ),
             (
                 "input[0].content[0].type",
-                'must be "text"',
+                "one of text, input_text",
                 {"input": [{"role": "user", "content": [image]}]},
             ),
             ("input[0].arguments", "JSON object in a string", {"input": [call]}),

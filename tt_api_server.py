@@ -4703,12 +4703,12 @@ class Kinds:
     default: Any = ...
 
 
-def of(table: Table | Kinds) -> Check:
+def object_of(table: Table | Kinds) -> Check:
     """An object with these fields."""
     return *OBJECT, lambda v, where, strict: check(v, table, where, strict)
 
 
-def each(table: Table | Kinds, must: Check) -> Check:
+def list_of(table: Table | Kinds, must: Check) -> Check:
     """A list of such objects, or a text that stands for one."""
     return *must, lambda v, where, strict: [
         check(item, table, f"{where}[{i}]", strict)
@@ -4782,6 +4782,7 @@ BIASES: Check = (
         isinstance(v, dict)
         and all(re.fullmatch("[0-9]{1,9}", key) and BIAS[1](bias) for key, bias in v.items())
     ),
+    lambda v, where, strict: {int(token): bias for token, bias in v.items()},
 )
 LIKELY = whole_from(0, 20)
 LOGPROBS: Check = LIKELY[0], lambda v: v is False or LIKELY[1](v)
@@ -4794,10 +4795,25 @@ MESSAGES: Check = (
     lambda v: isinstance(v, list) and bool(v),
 )
 CONTENT = of_type("a string or a list of text parts", str, list)
-TEXTS: Check = *CONTENT, lambda v, where, strict: read_text(v, where, strict)
-TEXT_PARTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
-PART: Table = {"type": (..., ('"text"', lambda v: v in TEXT_PARTS)), "text": (..., TEXT)}
-REFUSAL_PART: Table = {"type": (..., TEXT), "refusal": (..., TEXT)}  # a part of an earlier answer
+TEXT_PART: Table = {"text": (..., TEXT)}
+PART = Kinds(
+    "type",
+    {
+        **dict.fromkeys(
+            ("text", "input_text", "output_text", "summary_text", "reasoning_text"), TEXT_PART
+        ),
+        "refusal": {"refusal": (..., TEXT)},  # a part of an earlier answer
+    },
+    "text",
+)
+PARTS = list_of(PART, CONTENT)
+TEXTS: Check = (
+    *CONTENT,
+    lambda v, where, strict: "".join(
+        part["refusal" if part["type"] == "refusal" else "text"]
+        for part in PARTS[2](v, where, strict)
+    ),
+)
 
 TYPE: Check = '"function"', lambda v: v == "function"
 TOOL: Table = {"type": (..., TYPE), "function": (..., OBJECT)}
@@ -4814,14 +4830,18 @@ ARGUMENTS: Check = (
     lambda v, where, strict: json_object(v),
 )
 CALLED: Table = {**NAMED, "arguments": (..., ARGUMENTS)}
-CALL: Table = {"id": (..., CALL_ID), "type": ("function", TYPE), "function": (..., of(CALLED))}
+CALL: Table = {
+    "id": (..., CALL_ID),
+    "type": ("function", TYPE),
+    "function": (..., object_of(CALLED)),
+}
 
 # The fields of messages, by role.
 MESSAGE: Table = {"content": (..., TEXTS)}
 ASSISTANT: Table = {
     "content": ("", TEXTS),
     "reasoning_content": ("", TEXT),
-    "tool_calls": ([], each(CALL, LIST)),
+    "tool_calls": ([], list_of(CALL, LIST)),
 }
 TOOL_RESULT: Table = {**MESSAGE, "tool_call_id": (..., CALL_ID)}
 CHAT_MESSAGE = Kinds("role", dict.fromkeys(("system", "developer", "user", "assistant"), MESSAGE))
@@ -4835,7 +4855,7 @@ SCHEMA: Table = {"schema": (..., OBJECT), "strict": (False, FLAG)}
 ANSWER_FORMATS: dict[str, Table] = {
     "text": {},
     "json_object": {"schema": ({"type": "object"}, OBJECT)},  # llama.cpp's
-    "json_schema": {"json_schema": (..., of(SCHEMA))},
+    "json_schema": {"json_schema": (..., object_of(SCHEMA))},
 }
 RESPONSE_FORMAT = Kinds("type", ANSWER_FORMATS)
 FLAT_FORMAT = Kinds("type", {**ANSWER_FORMATS, "json_schema": SCHEMA})
@@ -4865,7 +4885,7 @@ SAMPLING: Table = {  # of every dialect; a default of None is the model's own
 }
 CHAT: Table = {  # POST /chat
     "prompt": (None, NONEMPTY),
-    "messages": (None, each(CHAT_MESSAGE, MESSAGES)),
+    "messages": (None, list_of(CHAT_MESSAGE, MESSAGES)),
     "system": (None, TEXT),
     "max_tokens": (128, whole_from(1)),
     **THINKING,
@@ -4878,7 +4898,7 @@ STREAM_OPTIONS: Table = {
 OPENAI: Table = {  # what OpenAI's dialects have in common
     "model": (None, TEXT),
     **SAMPLING,
-    "stream_options": ({}, of(STREAM_OPTIONS)),
+    "stream_options": ({}, object_of(STREAM_OPTIONS)),
     "ignore_eos": (False, FLAG),  # vLLM's, for benchmarks: generate max_tokens tokens
     "stop_token_ids": ([], IDS),
     "logit_bias": ({}, BIASES),
@@ -4887,19 +4907,19 @@ OPENAI: Table = {  # what OpenAI's dialects have in common
     "repetition_penalty": (None, number(0.01, 100)),
     "frequency_penalty": (0, PENALTY),
     "presence_penalty": (0, PENALTY),
-    "structured_outputs": ({}, of(STRUCTURED_OUTPUTS)),
+    "structured_outputs": ({}, object_of(STRUCTURED_OUTPUTS)),
 }
 CHAT_COMPLETIONS: Table = {
-    "messages": (..., each(OPENAI_MESSAGE, MESSAGES)),
+    "messages": (..., list_of(OPENAI_MESSAGE, MESSAGES)),
     "max_tokens": (None, LIMIT),  # LM Studio and llama.cpp have -1
     "max_completion_tokens": (None, LIMIT),
     "n": (1, whole_from(1, 16)),
-    "response_format": ({"type": "text"}, of(RESPONSE_FORMAT)),
+    "response_format": ({"type": "text"}, object_of(RESPONSE_FORMAT)),
     **THINKING,
     **OPENAI,
     "logprobs": (None, FLAG),
     "top_logprobs": (0, LIKELY),
-    "tools": ([], each(TOOL, LIST)),
+    "tools": ([], list_of(TOOL, LIST)),
     "tool_choice": ("auto", CHOICE),
     "parallel_tool_calls": (True, FLAG),
     "add_generation_prompt": (None, FLAG),
@@ -4910,7 +4930,7 @@ COMPLETIONS: Table = {
     **OPENAI,
     "max_tokens": (16, LIMIT_OR_0),  # OpenAI's default
     "n": (1, whole_from(1, 16)),
-    "response_format": ({"type": "text"}, of(RESPONSE_FORMAT)),
+    "response_format": ({"type": "text"}, object_of(RESPONSE_FORMAT)),
     "logprobs": (None, LOGPROBS),
     "echo": (False, FLAG),
     "add_special_tokens": (True, FLAG),
@@ -4929,7 +4949,7 @@ RESPONSES: Table = {
     "previous_response_id": (None, TEXT),
     "prompt": (None, ("left out here", lambda v: False)),  # OpenAI keeps prompts for its users
     "store": (True, FLAG),
-    "text": ({}, OBJECT),
+    "text": ({}, object_of({"format": ({"type": "text"}, OBJECT)})),
     "truncation": ("disabled", one_of(("disabled", "auto"))),
     "tools": ([], LIST),
     "tool_choice": (
@@ -4962,11 +4982,10 @@ ANTHROPIC_CHOICE = Kinds(
     {**dict.fromkeys(("auto", "any", "none"), PARALLEL), "tool": {**NAMED, **PARALLEL}},
 )
 ANTHROPIC_THINKING: Table = {"type": (..., one_of(("enabled", "adaptive", "disabled")))}
-TEXT_BLOCK: dict[str, Table] = {"text": {"text": (..., TEXT)}}
 CONTENT_BLOCK = Kinds(  # of a message's content
     "type",
     {
-        **TEXT_BLOCK,
+        "text": TEXT_PART,
         "thinking": {"thinking": (..., TEXT)},
         "redacted_thinking": {},
         "tool_use": {"id": (..., CALL_ID), **NAMED, "input": (..., OBJECT)},
@@ -4974,23 +4993,23 @@ CONTENT_BLOCK = Kinds(  # of a message's content
     },
     "text",
 )
-SYSTEM_BLOCK = Kinds("type", TEXT_BLOCK, "text")
+SYSTEM_BLOCK = Kinds("type", {"text": TEXT_PART}, "text")
 TURN: Table = {
     "role": (..., one_of(("user", "assistant", "system"))),
-    "content": (..., each(CONTENT_BLOCK, CONTENT)),
+    "content": (..., list_of(CONTENT_BLOCK, CONTENT)),
 }
 ANTHROPIC_MESSAGES: Table = {
     "model": (None, TEXT),
-    "messages": (..., each(TURN, MESSAGES)),
+    "messages": (..., list_of(TURN, MESSAGES)),
     "max_tokens": (None, whole_from(1)),
-    "system": ("", each(SYSTEM_BLOCK, CONTENT)),
+    "system": ("", list_of(SYSTEM_BLOCK, CONTENT)),
     "stop_sequences": ([], STOP),
     **SAMPLING,
     "tools": ([], LIST),
-    "tool_choice": ({"type": "auto"}, of(ANTHROPIC_CHOICE)),
-    "thinking": ({"type": "disabled"}, of(ANTHROPIC_THINKING)),
-    "output_config": ({}, of({"format": (None, of(FLAT_FORMAT))})),
-    "output_format": (None, of(FLAT_FORMAT)),  # of older clients, for output_config.format
+    "tool_choice": ({"type": "auto"}, object_of(ANTHROPIC_CHOICE)),
+    "thinking": ({"type": "disabled"}, object_of(ANTHROPIC_THINKING)),
+    "output_config": ({}, object_of({"format": (None, object_of(FLAT_FORMAT))})),
+    "output_format": (None, object_of(FLAT_FORMAT)),  # of older clients, for output_config.format
 }
 ANTHROPIC_TOOL: Table = {
     **NAMED,
@@ -5105,18 +5124,6 @@ def check(body: Any, table: Table | Kinds, where: str = "", strict: bool = False
             raise ApiError(400, f"{path} must be {must}, not {shown(value)}", path)
         fields[name] = read[0](value, path, strict) if read and value is not None else value
     return fields
-
-
-def read_text(content: Any, where: str, strict: bool) -> str:
-    """The text of a string or of a list of parts."""
-    if not isinstance(content, list):
-        return str(content)
-    texts = []
-    for j, part in enumerate(content):
-        refuses = isinstance(part, dict) and part.get("type") == "refusal"
-        fields = check(part, REFUSAL_PART if refuses else PART, f"{where}[{j}]", strict)
-        texts.append(fields["refusal" if refuses else "text"])
-    return "".join(texts)
 
 
 def json_object(text: str) -> dict[str, Any] | None:
@@ -5261,8 +5268,8 @@ def read_chat_completions(body: Any, model: Model) -> Asked:
         )
     choice = fields["tool_choice"]
     if isinstance(choice, dict):
-        named = check(choice, TOOL, "tool_choice")["function"]
-        choice = check(named, NAMED, "tool_choice.function")
+        table: Table = {"type": (..., TYPE), "function": (..., object_of(NAMED))}
+        choice = check(choice, table, "tool_choice")["function"]
     tools = [(f"tools[{i}].function", tool["function"]) for i, tool in enumerate(fields["tools"])]
     return read_common(
         {
@@ -5297,7 +5304,6 @@ def read_completions(body: Any, model: Model) -> Asked:
 def read_responses(body: Any, model: Model) -> Asked:
     """The body of POST /v1/responses: https://platform.openai.com/docs/api-reference/responses"""
     fields = check(body, RESPONSES)
-    fields["text"] = check(fields["text"], {"format": ({"type": "text"}, OBJECT)}, "text")
     tools = [
         (f"tools[{i}]", tool)
         for i, tool in enumerate(fields["tools"])
@@ -5419,7 +5425,7 @@ def read_common(given: dict[str, Any], model: Model, **more: Any) -> Asked:
     check_model(fields["model"] or model.name, model.name)
     options = fields["stream_options"]
     model.tokenizer.check_tokens(fields["stop_token_ids"], "stop_token_ids")
-    model.tokenizer.check_tokens(map(int, fields["logit_bias"]), "logit_bias")
+    model.tokenizer.check_tokens(fields["logit_bias"], "logit_bias")
     asked = Asked(
         form=read_form(fields),
         thinks=read_thinking(fields, model),
@@ -5445,11 +5451,10 @@ def read_sampling(fields: dict[str, Any], defaults: Mapping[str, float]) -> Samp
     """How the tokens are drawn: by the body, or else by the model's own defaults."""
     names = (item.name for item in dataclasses.fields(SamplingParams))
     given = {name: fields[name] for name in names if fields[name] is not None}
-    # As in vLLM and llama.cpp, -1 stands for no seed and for no top_k.
     given = {"top_k": 0, **defaults, **given}
+    # As in vLLM and llama.cpp, -1 stands for no seed and for no top_k.
     given["top_k"] = max(0, int(given["top_k"]))
     given["seed"] = None if fields["seed"] == -1 else fields["seed"]
-    given["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
     return SamplingParams(**given)
 
 
@@ -5473,10 +5478,6 @@ def read_message(fields: dict[str, Any]) -> Message:
     """A message for the chat template."""
     if fields["role"] == "developer":
         fields["role"] = "system"
-    if "tool_calls" in fields:
-        fields["tool_calls"] = [
-            tool_call(call["id"], **call["function"]) for call in fields["tool_calls"]
-        ]
     return bare(fields)
 
 
@@ -5666,6 +5667,16 @@ def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[
         # Where thinking is not asked for, a grammar holds from the start.
         state if state == "thinking" or asked.thinks else "text",
     )
+    new_reader = functools.partial(
+        Reader,
+        tokenizer,
+        asked.stop,
+        state,
+        functions=[function.name for function in asked.functions],
+        several=asked.several,
+        marked=not asked.forced and resembles_call(asked.form),
+        chat=asked.prompts is None,
+    )
     stop_tokens = asked.stop_tokens | {END}
     if rules or not asked.ignore_eos:
         stop_tokens |= tokenizer.stop_tokens
@@ -5681,7 +5692,7 @@ def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[
                 max_tokens=limit,
                 sampler=Sampler(sampling, prompt, stop_tokens, rules() if rules else None),
                 stop_tokens=stop_tokens,
-                reader=new_reader(asked, state, tokenizer),
+                reader=new_reader(),
                 index=len(requests),
                 scored=scored,
                 events=events,
@@ -5690,19 +5701,6 @@ def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[
                 events.put(Event(request.index, "prompt", Token(prompt[0])))
             requests.append(request)
     return requests
-
-
-def new_reader(asked: Asked, state: str, tokenizer: Tokenizer) -> Reader:
-    """The reader of an answer."""
-    return Reader(
-        tokenizer,
-        asked.stop,
-        state,
-        functions=[function.name for function in asked.functions],
-        several=asked.several,
-        marked=not asked.forced and resembles_call(asked.form),
-        chat=asked.prompts is None,
-    )
 
 
 def answer_limit(asked: Asked, prompt: list[int], model: Model) -> int:
@@ -5834,10 +5832,11 @@ def openai_error(error: ApiError) -> dict[str, Any]:
 def anthropic_error(error: ApiError) -> dict[str, Any]:
     """The body of an error, in Anthropic's form."""
     known = "invalid_request_error" if error.status < 500 else "api_error"
-    said = {"type": ANTHROPIC_ERRORS.get(error.status, known), "message": str(error)}
+    kind = ANTHROPIC_ERRORS.get(error.status, known)
+    said: dict[str, Any] = {"type": kind, "message": str(error)}
     if error.param == "thread":  # their tool runners then send the whole conversation
         refused = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-        return {"type": "error", "error": {**said, "details": refused}}
+        said["details"] = refused
     return {"type": "error", "error": said}
 
 
@@ -5931,7 +5930,8 @@ class Choice:
         entries = self._entries(piece.tokens) if self.logprobs else []
         self.entries += entries
         if piece.kind == "end":
-            self.reason = piece.text
+            called = self.request.reader.calls and piece.text == "stop"
+            self.reason = "tool_calls" if called else piece.text
         return self._choice(self._delta(piece), entries)
 
     def whole(self) -> dict[str, Any]:
@@ -5956,11 +5956,18 @@ class Choice:
         raise NotImplementedError
 
 
+# What a piece adds to in a chat's message. Thinking has vLLM's name and its earlier one.
+CHAT_FIELDS = {
+    "thinking": ("reasoning", "reasoning_content"),
+    "text": ("content",),
+    "end": (),
+}
+
+
 class ChatChoice(Choice):
     """A choice of POST /v1/chat/completions: a message."""
 
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-    THINKING = ("reasoning", "reasoning_content")  # vLLM's name, and its earlier one
     told = -1  # the number of the last call that a stream has begun
 
     def begin(self) -> list[dict[str, Any]]:
@@ -5970,7 +5977,7 @@ class ChatChoice(Choice):
         reader = self.request.reader
         message: dict[str, Any] = {"role": "assistant", "content": reader.text, "refusal": None}
         if reader.thinking:
-            message |= dict.fromkeys(self.THINKING, reader.thinking)
+            message |= dict.fromkeys(CHAT_FIELDS["thinking"], reader.thinking)
         if reader.calls:
             message["content"] = reader.text or None
             message["tool_calls"] = [
@@ -5979,23 +5986,14 @@ class ChatChoice(Choice):
         return self._choice({"message": message}, self.entries)
 
     def _delta(self, piece: Piece) -> dict[str, Any]:
-        delta: dict[str, Any] = {}
-        calls = self.request.reader.calls
-        if piece.kind == "end":
-            if calls and piece.text == "stop":
-                self.reason = "tool_calls"
-        elif piece.kind == "thinking":
-            delta = dict.fromkeys(self.THINKING, piece.text)
-        elif piece.kind == "text":
-            delta = {"content": piece.text}
-        elif piece.kind == "call":
+        if piece.kind in CHAT_FIELDS:
+            return {"delta": dict.fromkeys(CHAT_FIELDS[piece.kind], piece.text)}
+        more: dict[str, Any] = {"function": {"arguments": piece.text}}
+        if piece.kind == "call":
             self.told += 1
-            call = calls[self.told]
-            delta = {"tool_calls": [{"index": self.told, **tool_call(call.id, call.name, "")}]}
-        else:
-            function = {"arguments": piece.text}
-            delta = {"tool_calls": [{"index": self.told, "function": function}]}
-        return {"delta": delta}
+            call = self.request.reader.calls[self.told]
+            more = tool_call(call.id, call.name, "")
+        return {"delta": {"tool_calls": [{"index": self.told, **more}]}}
 
     def _entries(self, tokens: Sequence[Token]) -> list[Any]:
         ends = self.request.stop_tokens
@@ -6248,7 +6246,8 @@ class ResponsesWriter(PartsWriter):
     def extend_part(self, piece: Piece) -> bytes:
         if self.kind == "call":
             return self._event("function_call_arguments.delta", **self.place, delta=piece.text)
-        entries = [logprob_entry(self.tokenizer, t) for t in piece.tokens] if self.logprobs else []
+        tokens = piece.tokens if self.logprobs and self.kind == "text" else ()
+        entries = [logprob_entry(self.tokenizer, token) for token in tokens]
         self.content.get("logprobs", []).extend(entries)
         event = TEXT_ITEMS[self.kind][2]
         return self._event(f"{event}.delta", **self.place, delta=piece.text, logprobs=entries)
