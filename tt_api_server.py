@@ -5420,7 +5420,9 @@ UNSAID = check({"messages": [{"role": "user", "content": ""}]}, CHAT_COMPLETIONS
 
 
 def read_common(given: dict[str, Any], model: Model, **more: Any) -> Asked:
-    """What a body says in the words of chat completions, and `more`, which has other words."""
+    """What a body asks for. `given` says it in the words of chat completions; `more` has what they
+    have no words for, as Asked names it.
+    """
     fields = {**UNSAID, **given}
     check_model(fields["model"] or model.name, model.name)
     options = fields["stream_options"]
@@ -6099,8 +6101,8 @@ class ChoicesWriter(Writer):
 
 
 class PartsWriter(Writer):
-    """Writes an answer that is a list of parts: thinking, text and calls. The last is open until
-    another begins, or the end comes.
+    """Writes an answer that is a list of parts: thinking, text and calls. Each is open until
+    another begins, or the answer ends.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
