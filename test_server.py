@@ -5015,7 +5015,7 @@ class HttpErrorTest(unittest.TestCase):
             )
         get, https = "GET /health HTTP/1.1", "\x16\x03\x01\x02"
         hosts = f"{get}\r\nHost: localhost\r\nHost: evil.example"
-        bad = ("what is this", https, "GET http://[::1/ HTTP/1.1", hosts)
+        bad = ("what is this", "GET /health", https, "GET http://[::1/ HTTP/1.1", hosts)
         cases = {"GET /" + "x" * 70_000: 414, "GET / HTTP/2.0": 505, **dict.fromkeys(bad, 400)}
         for data, status in cases.items():
             with self.subTest(data[:80]):

@@ -6735,6 +6735,9 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline(65537)
         if len(self.raw_requestline) > 65536:
             self.send_error(414)
+        if len(self.raw_requestline.split()) == 2:
+            # HTTP/0.9, of which Pythons from 3.14 on read no header
+            self.send_error(400, "the first line has no version")
         file = self.rfile
         lines = HeaderLines(file)
         self.rfile = lines  # type: ignore[assignment]
