@@ -746,6 +746,10 @@ class FakeEngine:
         self.held[slot] = self.held[source][:length]
         self.room[slot] = max(self.room[slot], length)
 
+    def used(self, slots: Sequence[int]) -> int:
+        self._must(len(set(map(self._pool, slots))) < 2, "the slots are of one pool")
+        return self.block * len({block for slot in slots for block in self.blocks[slot]})
+
     def _pool(self, slot: int) -> int:
         return slot * self.kv_pools // self.max_batch_size
 
@@ -1271,8 +1275,9 @@ class SettingsTest(unittest.TestCase):
                     config.pop(name, None)
             (folder / "config.json").write_text(json.dumps(config))
             work = [server.Work(0, list(range(5, 65)), 0, GREEDY)]
-            expected = float32_engine(whole, 1, 128).logits(work)[0]
-            self.assertTrue(torch.equal(float32_engine(folder, 1, 128).logits(work)[0], expected))
+            expected = logits_of(float32_engine(whole, 1, 128), *work)[0]
+            found = logits_of(float32_engine(folder, 1, 128), *work)[0]
+            self.assertTrue(torch.equal(found, expected))
 
     def test_the_defaults_of_a_request(self) -> None:
         """Of generation_config.json what is a number that a request may have, and nothing else."""
@@ -1331,7 +1336,7 @@ class OtherFormsTest(unittest.TestCase):
             logits = []
             for change in (None, strip):
                 folder = write_checkpoint(Path(tempfile.mkdtemp(dir=SCRATCH)), "hf", shape, change)
-                logits.append(float32_engine(folder).logits(work)[0])
+                logits.append(logits_of(float32_engine(folder), *work)[0])
             self.assertTrue(torch.equal(*logits))
 
         def behead(weights: dict[str, Any]) -> None:
@@ -1474,9 +1479,18 @@ def nucleus(logits: list[float], params: server.SamplingParams) -> list[float]:
     return [shares.get(i, 0.0) for i in range(len(logits))]
 
 
+def draw_all(draws: list[tuple[server.Sampler, Any, int]]) -> list[server.Token | None]:
+    """The tokens of slots that have these samplers, logits and positions."""
+    rows = [
+        (server.Work(slot, [0], position - 1, sampler), logits)
+        for slot, (sampler, logits, position) in enumerate(draws)
+    ]
+    return list(server.draw_tokens(rows).values())
+
+
 def draw_ids(draws: list[tuple[server.Sampler, Any, int]]) -> list[int]:
     """The tokens' ids, where all can be drawn."""
-    return [token.id for token in server.draw_tokens(draws) if token]
+    return [token.id for token in draw_all(draws) if token]
 
 
 class SamplingTest(unittest.TestCase):
@@ -1542,7 +1556,7 @@ class SamplingTest(unittest.TestCase):
             sampler = server.Sampler(server.SamplingParams(*settings))
             for logits in (row, torch.full((3,), math.nan)):
                 with self.assertRaises(ArithmeticError):
-                    server.draw_tokens([(sampler, logits, 0)])
+                    draw_all([(sampler, logits, 0)])
 
     def test_a_row_alone(self) -> None:
         """A row's token is the same alone and beside others, however many threads PyTorch has, which
@@ -1566,16 +1580,23 @@ class SamplingTest(unittest.TestCase):
             self.assertEqual(torch.get_num_threads(), threads)
 
     def test_where_it_is_drawn(self) -> None:
-        """A card has temperature, top_p and top_k; all else is drawn on the host."""
-        self.assertFalse(server.Sampler(server.SamplingParams(0.7, 0.9, 40)).on_host)
-        for others in ({"seed": 1}, {"min_p": 0.1}, {"logprobs": 0}, {"presence_penalty": 1}):
+        """A card has temperature, top_p and a top_k up to 32; all else is drawn on the host."""
+        for plain in ((0.7, 0.9, 0), (0.7, 0.9, 32), (0, 0.9, 40)):
+            self.assertFalse(server.Sampler(server.SamplingParams(*plain)).on_host, plain)
+        for others in (
+            {"top_k": 33},
+            {"seed": 1},
+            {"min_p": 0.1},
+            {"logprobs": 0},
+            {"presence_penalty": 1},
+        ):
             self.assertTrue(server.Sampler(server.SamplingParams(**others)).on_host, others)
 
     def test_log_probabilities(self) -> None:
         """Those of the logits as they come from the model, whatever the token is drawn by."""
         row = torch.tensor(self.logits)
         params = server.SamplingParams(temperature=0, logit_bias={149: 100}, logprobs=9)
-        (token,) = server.draw_tokens([(server.Sampler(params), row, 0)])
+        (token,) = draw_all([(server.Sampler(params), row, 0)])
         assert token
         logprobs = row.double().log_softmax(0)
         expected = [(149, float(logprobs[149]))]
@@ -1616,7 +1637,7 @@ class SamplingTest(unittest.TestCase):
                         expected[i] = logit / repetition if logit > 0 else logit * repetition
                     expected[i] -= frequency * answer.count(i) + presence * (i in answer)
                     expected[i] = -math.inf if i in stop and len(answer) < 6 else expected[i]
-                (token,) = server.draw_tokens([(sampler, torch.tensor(logits), position)])
+                (token,) = draw_all([(sampler, torch.tensor(logits), position)])
                 assert token
                 sampler.push(token.id)
                 answer.append(token.id)
@@ -1674,8 +1695,10 @@ def next_of(engine: server.Engine, work: server.Work) -> int:
 
 
 def logits_of(engine: server.TorchEngine, *batch: server.Work) -> torch.Tensor:
+    """The logits [items, vocabulary] of the items whose next token is wanted."""
     with torch.inference_mode():
-        return engine.logits(batch)
+        rows = [row for _, row in engine.logits(batch, engine.forward(batch))]
+    return torch.stack(rows) if rows else torch.empty(0)
 
 
 def logits_after_each(tokens: list[int]) -> torch.Tensor:
@@ -1744,7 +1767,7 @@ class TorchEngineTest(unittest.TestCase):
             self.assert_close(row[::EVERY], REFERENCE[shape])
         self.assertEqual(
             engine.step([server.Work(6, PROMPT[:9], 0, None)]),
-            [server.Result()],
+            [server.Result(None, [])],
             "no token is wanted",
         )
 
@@ -1996,9 +2019,9 @@ class FamilyTest(unittest.TestCase):
                 tokens: Any = transformers.AutoTokenizer.from_pretrained(folder)
                 ids = list(range(5, 65))
                 engine = float32_engine(folder, 2)
-                engine.logits([server.Work(1, ids[:40], 0, None)])
-                engine.logits([server.Work(1, ids[40:59], 40, None)])
-                logits = engine.logits([server.Work(1, ids[59:], 59, GREEDY)])[0]
+                logits_of(engine, server.Work(1, ids[:40], 0, None))
+                logits_of(engine, server.Work(1, ids[40:59], 40, None))
+                logits = logits_of(engine, server.Work(1, ids[59:], 59, GREEDY))[0]
                 self.assertLess(
                     float((logits - theirs(torch.tensor([ids])).logits[0, -1]).abs().max()), 1e-4
                 )
@@ -2422,7 +2445,7 @@ class PagedLlama:
         for blocks, memory in memories:
             memory[:rows, :span] = blocks[table].flatten(1, 2)
         works = [server.Work(row, *work, GREEDY) for row, work in enumerate(zip(tokens, positions))]
-        logits = self.working.logits(works)
+        logits = logits_of(self.working, *works)
         for blocks, memory in memories:
             blocks[table] = memory[:rows, :span].reshape(rows, -1, *blocks.shape[1:])
         return logits
@@ -2826,10 +2849,18 @@ def stand_in(release: str, chips: int = 1, samples: bool | None = True) -> Itera
         yield card
 
 
-def tt_engine(slots: int = 32, max_seq_len: int = 512, **options: Any) -> server.TTEngine:
+def tt_engine(
+    slots: int = 32,
+    max_seq_len: int = 512,
+    copies: int = 1,
+    trace: bool = True,
+    checkpoint: server.Checkpoint | None = None,
+    **options: Any,
+) -> server.TTEngine:
     """The server's engine, on the stand-in's card. Verbose: loguru and tqdm are left alone."""
-    checkpoint = server.read_checkpoint(tt_model())
-    return server.TTEngine(checkpoint, slots, max_seq_len, no_progress, verbose=True, **options)
+    checkpoint = checkpoint or server.read_checkpoint(tt_model())
+    card = server.Card(checkpoint, slots, copies, max_seq_len, verbose=True, **options)
+    return server.TTEngine(card, no_progress, trace)
 
 
 # ==================================================================================================
@@ -2968,7 +2999,7 @@ class TTEngineTest(unittest.TestCase):
                 self.subTest(release, samples=samples, copies=copies),
                 stand_in(release, copies, samples) as card,
             ):
-                engine = tt_engine(32 // copies, 40000, data_parallel=copies)
+                engine = tt_engine(32 // copies, 40000, copies=copies)
                 self.assertEqual(
                     (engine.max_batch_size, engine.kv_pools, engine.max_seq_len),
                     (32, copies, TT_POOL),
@@ -3102,13 +3133,13 @@ class TTEngineTest(unittest.TestCase):
 
     def test_sampling_reaches_the_card_slot_by_slot(self) -> None:
         asked: list[tuple[Any, ...]] = [(1, 0.5, 0.8, 5), (2, 0.0, 0.9, 0)]
-        asked += [(5, 1.5, 1.0, 0), (6, 0.9, 0.7, 100)]
+        asked += [(5, 1.5, 1.0, 0), (6, 0.9, 0.7, 32)]
         greedy = (0.0, 1, 1.0)
         expected = [greedy] * 8
         expected[1], expected[5:7] = (0.5, 5, 0.8), [(1.5, 32, 1.0), (0.9, 32, 0.7)]
         for release in RELEASES[:3]:
             with self.subTest(release), stand_in(release, 2) as card:
-                engine = tt_engine(4, data_parallel=2)
+                engine = tt_engine(4, copies=2)
                 for tokens, position in (([5, 6, 7], 0), ([5], 3)):
                     works = [
                         server.Work(
@@ -3395,7 +3426,7 @@ class TTEngineTest(unittest.TestCase):
             with self.subTest(release, call=call, failure=failure), stand_in(release, 2) as card:
                 card.before[call] = mock.Mock(side_effect=failure)
                 with self.assertRaises((KeyboardInterrupt, server.UserError)):
-                    tt_engine(1, data_parallel=2)
+                    tt_engine(1, copies=2)
                 self.assertEqual("\n".join(card.log), expected)
 
     def test_a_step_that_fails(self) -> None:
@@ -3526,25 +3557,30 @@ class CardTest(unittest.TestCase):
             card.board = "GALAXY"
             self.assertRaisesRegex(server.UserError, "--data-parallel 4, 16 or 32", tt_engine, 1)
             self.assertEqual(card.log, [])
-            tt_engine(1, data_parallel=4).close()
+            tt_engine(1, copies=4).close()
             self.assertEqual(card.log[:2], ["fabric FABRIC_1D_RING", "open 8x4"])
 
-    # tokens of KV cache by model and board, as get_max_tokens_all_users has them, and what fits
+    # tokens of KV cache by model and board, as get_max_tokens_all_users has them, and what fits;
+    # also with --accuracy, where weights are wider, and of Qwen the cache
     POOLS = (
         ("llama", (16, 2048, 8192, 32, 8, 64, 128256), {"N150": 131072}),
         ("llama", (28, 3072, 8192, 24, 8, 128, 128256), {"N150": 131072}),
         (
             "llama",
             (32, 4096, 14336, 32, 8, 128, 128256),
-            {"N150": 32768, "N300": 131072, "P100": 131072},
+            {"N150": 32768, "N150 accuracy": 32768, "N300": 131072, "P100": 131072},
         ),
-        ("mistral", (32, 4096, 14336, 32, 8, 128, 32768), {"N150": 65536}),
-        ("qwen3", (36, 2560, 9728, 32, 8, 128, 151936), {"N150": 65536}),
+        (
+            "mistral",
+            (32, 4096, 14336, 32, 8, 128, 32768),
+            {"N150": 65536, "N150 accuracy": 32768},
+        ),
+        ("qwen3", (36, 2560, 9728, 32, 8, 128, 151936), {"N150": 65536, "N150 accuracy": 32768}),
         ("qwen3", (36, 4096, 12288, 32, 8, 128, 151936), {"N150": 32768}),
         (
             "qwen2",
             (48, 5120, 13824, 40, 8, 128, 152064),
-            {"N150": 0, "N300": 65536, "T3K": 131072, "P300": 131072},
+            {"N150": 0, "N300": 65536, "N300 accuracy": 16384, "T3K": 131072, "P300": 131072},
         ),
         (
             "llama",
@@ -3571,14 +3607,15 @@ class CardTest(unittest.TestCase):
                 vocab_size=vocabulary,
             )
             model = dataclasses.replace(server.read_checkpoint(tt_model()), config=config)
-            for board, expected in pools.items():
-                with self.subTest(family, layers=layers, board=board):
+            for place, expected in pools.items():
+                board, _, accuracy = place.partition(" ")
+                with self.subTest(family, layers=layers, board=place):
                     if not expected:
                         refused = self.assertRaisesRegex(server.UserError, f"not fit on {board}")
                         with refused:
-                            server.divide_memory(model, board)
+                            server.divide_memory(model, board, bool(accuracy))
                         continue
-                    pool, traces = server.divide_memory(model, board)
+                    pool, traces = server.divide_memory(model, board, bool(accuracy))
                     self.assertEqual(pool, expected)
                     self.assertTrue(50_000_000 <= traces <= 256_000_000, traces)
 
@@ -3586,7 +3623,7 @@ class CardTest(unittest.TestCase):
         """tt-metal would silently give it the settings of an unknown model."""
         checkpoint = dataclasses.replace(server.read_checkpoint(tt_model()), name="mine")
         with stand_in("2026-06"), self.assertLogs(server.logger, "WARNING") as logged:
-            server.TTEngine(checkpoint, 1, 512, no_progress, verbose=True).close()
+            tt_engine(1, checkpoint=checkpoint).close()
         self.assertIn("tt-metal does not know mine", logged.output[0])
 
     def test_weights_are_this_checkpoints(self) -> None:
@@ -3609,9 +3646,7 @@ class CardTest(unittest.TestCase):
                 before = card.conversions
                 checkpoint = server.read_checkpoint(folder)
                 with contextlib.suppress(KeyboardInterrupt):
-                    engine = server.TTEngine(
-                        checkpoint, 1, 512, no_progress, verbose=True, **options
-                    )
+                    engine = tt_engine(1, checkpoint=checkpoint, **options)
                     engine.close()
                 return card.conversions - before
 
@@ -3623,7 +3658,7 @@ class CardTest(unittest.TestCase):
             write_checkpoint(folder / "new", "meta", TT_SHAPE, double)
             (folder / "new" / weights.name).rename(weights)
             self.assertEqual([conversions(), conversions()], [1, 0])
-            self.assertEqual([conversions(data_parallel=2), conversions(accuracy=True)], [1, 1])
+            self.assertEqual([conversions(copies=2), conversions(accuracy=True)], [1, 1])
             with mock.patch("importlib.metadata.version", return_value="0.99.0"):
                 self.assertEqual([conversions(), conversions()], [1, 0])
             self.assertEqual(os.environ["TT_CACHE_PATH"], str(home))
@@ -4163,6 +4198,45 @@ class SchedulerTest(unittest.TestCase):
                 self.assertEqual(collect(asked), fake_answer(asked.prompt, 100, asked.stop_tokens))
         self.assertEqual([asked.cached for asked in users], [0] + [9984] * 7)
         self.assertEqual(sum(tokens for _, tokens in engine.steps), 10002 + 7 * 18)
+
+    def test_prefixes_are_not_given_up_in_vain(self) -> None:
+        """A request for which no freeing makes room leaves what idle slots keep, in every pool."""
+        gate = Gate(0.01)
+        engine = FakeEngine(6, 256, pool=600, pools=2, before_step=gate)
+        with scheduling(engine) as scheduler:
+
+            def answer(asked: server.Request) -> server.Request:
+                scheduler.submit(asked)
+                self.assertEqual(collect(asked), fake_answer(asked.prompt, asked.max_tokens))
+                return asked
+
+            chats = [answer(request([i] * 60, 4)) for i in range(2)]  # one in each pool
+            gate.shut()
+            running = [request([10 + i] * 90, 110) for i in range(2)]
+            scheduler.submit(*running, large := request([3] * 200, 5))
+            gate.open()
+            wait_until(lambda: all(asked.generated for asked in running))
+            gate.shut()
+            scheduler.cancel(large)
+            gate.open()
+            self.assertFalse(large.admitted)
+            again = [answer(request([*chat.tokens, 5], 4)) for chat in chats]
+            self.assertEqual([asked.cached for asked in again], [63, 63])
+
+    def test_requests_that_share_no_memory(self) -> None:
+        """On the CPU each slot has its own, also for what several hold alike."""
+        engine, used = float32_engine(random_checkpoint("meta", Shape()), 2, 100), set[float]()
+
+        def step(*arguments: Any) -> list[server.Result]:
+            used.add(scheduler.kv_cache_use)
+            return server.TorchEngine.step(engine, *arguments)
+
+        with mock.patch.object(engine, "step", step), scheduling(engine) as scheduler:
+            asked = [request([7] * 40, 20) for _ in range(2)]
+            scheduler.submit(*asked)
+            for one in asked:
+                self.assertTrue(one.ended.wait(PATIENCE))
+        self.assertEqual(max(used), 2 * 60 / 200)
 
     def test_torture(self) -> None:
         """Requests of all kinds over pools that are too small, many given up on the way."""
@@ -10205,8 +10279,9 @@ class FaultyEngine(server.TorchEngine):
     def copy(self, source: int, slot: int, length: int) -> None:
         super().copy(source, slot, length - 32 * (self.fault == "a wrong prefix shared"))
 
-    def _logits(self, *run: Any) -> torch.Tensor:
-        return super()._logits(*run) * (2 if self.fault == "a wrong scale" else 1)
+    def logits(self, *run: Any) -> list[tuple[server.Work, torch.Tensor]]:
+        scale = 2 if self.fault == "a wrong scale" else 1
+        return [(work, scale * row) for work, row in super().logits(*run)]
 
 
 class CheckTest(unittest.TestCase):

@@ -104,7 +104,7 @@ import uuid
 import warnings
 import weakref
 from array import array
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -563,14 +563,6 @@ def home_path(path: str) -> Path:
             f"{path} does not exist: no such home directory is known; set HOME, or XDG_CACHE_HOME for caches"
         )
     return Path(os.path.abspath(expanded))
-
-
-def locked(file: int) -> bool:
-    """Try to lock a file, until it is closed; False if another process has locked it."""
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def cached_model(name: str) -> Path:
@@ -2234,6 +2226,7 @@ def constrain(
 # ==================================================================================================
 
 END = -1  # an id that no token has: the end of an answer, where a model has no token for it
+CARD_TOP_K = 32  # a card draws from that many tokens at most
 
 
 @dataclass(frozen=True)
@@ -2281,8 +2274,9 @@ class Sampler:
     ) -> None:
         self.params = params
         self.constraint = constraint
-        # temperature, top_p and top_k are all that is asked for, which a card can do
-        self._plain = params == SamplingParams(params.temperature, params.top_p, params.top_k)
+        # Temperature, top_p and a small top_k are all that is asked for, which a card can do.
+        plain = params == SamplingParams(params.temperature, params.top_p, params.top_k)
+        self._plain = plain and (params.greedy or params.top_k <= CARD_TOP_K)
         self.error = ""  # why the grammar cannot be followed any further
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         self._penalises = penalties != (1, 0, 0)
@@ -2330,8 +2324,6 @@ class Sampler:
 
         The draw depends on the seed and the position alone. Raises ArithmeticError for a NaN.
         """
-        if not self.on_host:
-            return Token(draw(logits, self.params, position))
         try:
             allowed = self.constraint.allowed() if self.constraint and self.constrained else None
         except ApiError as error:
@@ -2373,20 +2365,6 @@ class Sampler:
         seen = seen * factor - params.frequency_penalty * counts
         seen -= params.presence_penalty * counts.clamp(max=1)
         return logits.index_copy(0, self._seen, seen)  # a token's places have one value
-
-
-def draw_tokens(draws: Sequence[tuple[Sampler, torch.Tensor, int]]) -> list[Token | None]:
-    """Sampler.draw of each row: its sampler, its logits [vocabulary], and the token's position.
-
-    On one thread: the operations are short, and waiting for other threads at each of them costs
-    more than they save, above all on a busy machine. A row's token depends on nothing beside it.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return [sampler.draw(logits, position) for sampler, logits, position in draws]
-    finally:
-        torch.set_num_threads(threads)
 
 
 BLOCK = 64  # tokens; what is sought over a vocabulary is sought over its blocks, then in a few
@@ -2483,7 +2461,7 @@ class Work(NamedTuple):
     tokens: Sequence[int]  # at the positions position, position + 1, ...
     position: int  # how many tokens the slot holds already
     sampler: Sampler | None  # None: more of the prompt follows, no next token is wanted
-    scores: Scores | None = None
+    scores: Scores = Scores((), 0)
 
 
 class Result(NamedTuple):
@@ -2496,7 +2474,7 @@ class Result(NamedTuple):
 class Engine(Protocol):
     """Tokens in, tokens out. An engine knows nothing of HTTP, text or requests.
 
-    One thread, the scheduler's, makes every call.
+    One thread, the scheduler's, makes every call but `used`.
     """
 
     device: str  # "n150", "t3k", "cpu" ...
@@ -2529,13 +2507,19 @@ class Engine(Protocol):
         only if prompts can be prefilled in pieces.
         """
 
+    def used(self, slots: Sequence[int]) -> int:
+        """Tokens of KV cache that these slots of one pool take; what they share counts once. Any
+        thread may ask.
+        """
+
     def step(
         self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
     ) -> list[Result]:
         """Read each item's tokens into its slot; return the next token of each, and the scores that
         are wanted.
 
-        `meanwhile` is called once: while the device computes, if it does so by itself, or before.
+        `meanwhile` is called at least once: while the device computes, if it does so by itself, or
+        before.
         A sampler that cannot draw yet costs only its own item its token: the scheduler sends the
         last token again.
         """
@@ -2544,8 +2528,40 @@ class Engine(Protocol):
         """Give the device back. No call follows."""
 
 
+def draw_tokens(rows: Iterable[tuple[Work, torch.Tensor]]) -> dict[int, Token | None]:
+    """Draw the next token of each slot that wants one, from its logits [vocabulary].
+
+    On one thread: the operations are short, and waiting for other threads at each of them costs
+    more than they save, above all on a busy machine. A row's token depends on nothing beside it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {
+            work.slot: work.sampler.draw(logits, work.position + len(work.tokens))
+            for work, logits in rows
+            if work.sampler
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+
 # told while a model loads: what goes on, and, where known, how much is done, 0 to 1
 Progress = Callable[..., None]
+
+
+@contextlib.contextmanager
+def alone(path: Path, progress: Progress, waiting: str) -> Iterator[None]:
+    """Let no other process be in here with this file, which is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:  # closed, and so unlocked, even if this process is killed
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            progress(waiting)
+            time.sleep(0.1)
+        yield
 
 
 # ==================================================================================================
@@ -2558,8 +2574,9 @@ class Run(NamedTuple):
 
     rows: slice  # B * n of the step's rows
     slots: slice  # B
-    length: int  # L: positions in use, of the longest slot, rounded up
-    mask: torch.Tensor  # [B, 1, G * n, L]: 0 where a row may look, -inf elsewhere
+    # [B, 1, G * n, L]: 0 where a row may look, -inf elsewhere. L is how many positions are in use
+    # in the longest slot, rounded up.
+    mask: torch.Tensor
 
 
 # the product with a weight [out, in]: rows [T, in] to [T, out]
@@ -2610,6 +2627,7 @@ class TorchEngine:
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         self.kv_cache_tokens, self.kv_pools = max_batch_size * max_seq_len, 1
+        self._room = [0] * max_batch_size
         size = sum(math.prod(shape) for _, shape in config.weights().values())
         if threads or size < self.SMALL:
             torch.set_num_threads(threads or 1)
@@ -2675,10 +2693,8 @@ class TorchEngine:
             weight = torch.cat([read(f"{prefix}{name}.weight") for name in names])
             return self._linear(weight, self.dtype)
 
-        query_key_value, query_key_norm = (
-            linear("attention.wq", "attention.wk", "attention.wv"),
-            None,
-        )
+        query_key_value = linear("attention.wq", "attention.wk", "attention.wv")
+        query_key_norm = None
         if self.config.family == "qwen2":
             biases = [tensor(f"attention.{name}.bias") for name in ("wq", "wk", "wv")]
             query_key_value = biased(query_key_value, torch.cat(biases))
@@ -2705,27 +2721,19 @@ class TorchEngine:
         meanwhile()
         with torch.inference_mode():
             hidden = self.forward(batch)
-            drawing = [work for work in batch if work.sampler]
-            ends = [work.position + len(work.tokens) for work in drawing]
-            samplers = [work.sampler for work in drawing if work.sampler]
-            tokens = iter(draw_tokens(list(zip(samplers, self._logits(batch, hidden), ends))))
+            tokens = draw_tokens(self.logits(batch, hidden))
             return [
-                Result(
-                    next(tokens) if work.sampler else None,
-                    self._score(rows, work.scores) if work.scores else (),
-                )
+                Result(tokens.get(work.slot), self._score(rows, work.scores))
                 for work, rows in zip(batch, hidden)
             ]
 
-    def logits(self, batch: Sequence[Work]) -> torch.Tensor:
-        """Run the batch; return the logits [items, vocabulary] of the items whose next token is
-        wanted.
-        """
-        return self._logits(batch, self.forward(batch))
-
-    def _logits(self, batch: Sequence[Work], hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+    def logits(
+        self, batch: Sequence[Work], hidden: Sequence[torch.Tensor]
+    ) -> Iterable[tuple[Work, torch.Tensor]]:
+        """The items whose next token is wanted, each with its logits [vocabulary]."""
+        drawing = [work for work in batch if work.sampler]
         last = [rows[-1] for work, rows in zip(batch, hidden) if work.sampler]
-        return self.head(torch.stack(last)) if last else torch.empty(0, self.config.vocab_size)
+        return zip(drawing, self.head(torch.stack(last))) if last else ()
 
     def forward(self, batch: Sequence[Work]) -> Sequence[torch.Tensor]:
         """Run the batch; return each item's hidden states [its tokens, dim], ready for the head."""
@@ -2756,20 +2764,16 @@ class TorchEngine:
             )
             gate, up = layer.gate_up(rms_norm(x, layer.ffn_norm, config.norm_eps)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
-        # the others fill the cache, and give nothing
-        needed = [work.scores or work.sampler for work in batch]
-        if not any(needed):
-            return [x[:0] for _ in batch]
         x = rms_norm(x, self.norm, config.norm_eps)
         return torch.split(x, [len(work.tokens) for work in batch])
 
     def _score(self, rows: torch.Tensor, scores: Scores) -> list[Token]:
         """The tokens that follow these rows [n, dim], with their log-probabilities."""
         result: list[Token] = []
-        # 64 rows of Llama 3's logits take 33 MB
-        for part in torch.split(rows[: len(scores.tokens)], 64):
-            tokens = scores.tokens[len(result) : len(result) + len(part)]
-            result += map(scored, self.head(part), tokens, itertools.repeat(scores.likely))
+        for begin in range(0, len(scores.tokens), 64):  # 64 rows of Llama 3's logits take 33 MB
+            tokens = scores.tokens[begin : begin + 64]
+            logits = self.head(rows[begin : begin + len(tokens)])
+            result += map(scored, logits, tokens, itertools.repeat(scores.likely))
         return result
 
     def _runs(self, batch: Sequence[Work]) -> list[Run]:
@@ -2790,22 +2794,24 @@ class TorchEngine:
             # oneDNN compiles code for each length, too, and keeps it: see packed_linear.
             length = -(-(max(work.position for work in run) + n) // 64) * 64
             length = min(length, self.max_seq_len)
-            # [B, n]
-            last_seen = torch.tensor([[work.position + i for i in range(n)] for work in run])
-            hidden = torch.arange(length) > last_seen[:, None, None, :, None]  # [B, 1, 1, n, L]
+            rows = [[work.position + i for i in range(n)] * group for work in run]
+            hidden = torch.arange(length) > torch.tensor(rows)[:, None, :, None]
             mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf"))
-            mask = mask.expand(-1, -1, group, -1, -1).reshape(len(run), 1, group * n, length)
             slots = slice(run[0].slot, run[0].slot + len(run))
-            result.append(Run(slice(row, row + len(run) * n), slots, length, mask))
+            result.append(Run(slice(row, row + len(run) * n), slots, mask))
             row += len(run) * n
         return result
 
     def reserve(self, slot: int, length: int) -> bool:
-        return length <= self.max_seq_len
+        self._room[slot] = length
+        return True
 
     def copy(self, source: int, slot: int, length: int) -> None:
         for cache in (*self.keys, *self.values):
             cache[slot, :length] = cache[source, :length]
+
+    def used(self, slots: Sequence[int]) -> int:
+        return sum(self._room[slot] for slot in slots)
 
     def close(self) -> None:
         """Nothing to do: the memory goes with the process."""
@@ -2942,15 +2948,15 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, run: R
     The G query heads that share a KV head become G * n queries of that head: no key or value is
     repeated.
     """
-    batch = run.slots.stop - run.slots.start
+    batch, _, _, length = run.mask.shape
     kv_heads, head_dim = keys.shape[2:]
     n = query.shape[0] // batch
     # [B, KV heads, G, n, head_dim]
     query = query.view(batch, n, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     attended = F.scaled_dot_product_attention(
         query.reshape(batch, kv_heads, -1, head_dim),
-        keys[run.slots, : run.length].transpose(1, 2),
-        values[run.slots, : run.length].transpose(1, 2),
+        keys[run.slots, :length].transpose(1, 2),
+        values[run.slots, :length].transpose(1, 2),
         attn_mask=run.mask,
     )
     return (
@@ -2982,10 +2988,13 @@ KV_CACHE_TOKENS = 131_072  # at most
 # T3K, 70 on P150 (#4005), 110 on P150x4 (#3436), and a 70B model 93 on P300x2 (#3400), all with
 # fewer prompt shapes than are traced here; models/model_trace_region_sizes.yaml gives 70B 224 MB.
 TRACE_REGION_SIZE = 256_000_000
-# Bytes of a number in the weights that tt-metal converts, by Meta's names: the exponents of 16
-# numbers take a byte in its bfloat8 and bfloat4.
+# Bytes of a number in what tt-metal keeps: the exponents of 16 numbers take a byte in its bfloat8
+# and bfloat4. The others are by Meta's names of weights, by default, with --accuracy, and with that
+# for families other than Llama and Mistral.
 BFLOAT8 = 1.0625
-WEIGHT_BYTES = {"tok_embeddings": 2.0, "w1": 0.5625, "w3": 0.5625}
+DEFAULT_BYTES = {"tok_embeddings": 2.0, "w1": 0.5625, "w3": 0.5625}
+ACCURATE_BYTES = {"tok_embeddings": 2.0}
+WIDE_BYTES = dict.fromkeys(("tok_embeddings", "wq", "wk", "wv", "wo", "cache"), 2.0)
 # tt-metal takes a model's precision and the lengths of its prompts from the folder's name. Those of
 # the families that are served begin so.
 KNOWN_NAMES = ("Llama-3", "DeepSeek-R1", "Mistral-", "Qwen", "QwQ", "Phi-3.5-mini", "Phi-4")
@@ -2994,7 +3003,6 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows; 32 is the hei
 # lengths that get_padded_prefill_len pads prompts to; longer ones double
 SHORT_PREFILL, LONG_PREFILL = (128, 1024)
 PREFILL_ROWS = (8, 4)  # short prompts in one prefill call; 8 are as many tokens as a long one
-MAX_TOP_K = 32  # the card samples from that many tokens at most
 TROUBLE = {  # a pattern in tt-metal's message when loading fails: what to do
     "trace buffers of size": "the traces do not fit into {region} bytes: give them more with --trace-region-size",
     "max L1 size|L1 buffer": "the card's cores have too little memory for a piece of a prompt: "
@@ -3119,20 +3127,22 @@ def choose_board(ttnn: Any, copies: int) -> tuple[str, str]:
     return board, board if copies == 1 else names[size]
 
 
-def divide_memory(checkpoint: Checkpoint, board: str) -> tuple[int, int]:
+def divide_memory(checkpoint: Checkpoint, board: str, accuracy: bool) -> tuple[int, int]:
     """Tokens of KV cache and bytes of traces that fit beside the weights on a board.
 
     The tokens are those of generator_vllm.py's get_max_tokens_all_users, where that has the model.
     """
-    config = checkpoint.config
+    config, sizes = checkpoint.config, DEFAULT_BYTES
+    if accuracy:
+        sizes = ACCURATE_BYTES if config.family in ("llama", "mistral") else WIDE_BYTES
     weights = sum(
-        math.prod(shape) * WEIGHT_BYTES.get(name.split(".")[-2], BFLOAT8)
+        math.prod(shape) * sizes.get(name.split(".")[-2], BFLOAT8)
         for name, (_, shape) in config.weights().items()
     )
     chips = CHIPS[board]
     dram = BLACKHOLE_DRAM if board in BLACKHOLE_BOARDS else WORMHOLE_DRAM
     room = chips * dram - weights
-    token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * BFLOAT8
+    token = sizes.get("cache", BFLOAT8) * 2 * config.n_layers * config.n_kv_heads * config.head_dim
     pool = KV_CACHE_TOKENS
     while pool >= LONG_PREFILL and pool * token > room:
         pool //= 2
@@ -3187,11 +3197,7 @@ def converted_weights(
     home = home_path(os.environ.get("TT_CACHE_PATH") or "~/.cache/tt_metal")
     folder = home / f"{checkpoint.name}-{key}"
     complete = folder / "complete"
-    home.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        while not locked(lock.fileno()):
-            progress("waiting for a server that loads the same model")
-            time.sleep(0.1)
+    with alone(Path(f"{folder}.lock"), progress, "waiting for a server that loads the same model"):
         if not complete.exists() or complete.read_text() != mark:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -3201,46 +3207,45 @@ def converted_weights(
         complete.write_text(mark)
 
 
+@dataclass
 class Card:
-    """A Tenstorrent board, open, with a model on it: tt-metal's Generator and the KV cache.
+    """A Tenstorrent board with a model on it: tt-metal's Generator and the KV cache.
 
     Each of the `copies` of the model has `slots` places in its batch and one pool of blocks of the
     KV cache. Block 0 belongs to no slot: the padding of prompts is written there.
     """
 
-    board = ""  # by MESH_DEVICE's names
-    blocks = padded_seq_len = 1  # of a pool; of a slot; until the memory is divided
+    checkpoint: Checkpoint
+    slots: int
+    copies: int
+    max_seq_len: int
+    trace_region_size: int = 0  # bytes; 0: what the board's model needs
+    accuracy: bool = False
+    verbose: bool = False
+    # `open` fills these
+    board: str = ""  # by MESH_DEVICE's names
+    blocks: int = 1  # of a pool
+    padded_seq_len: int = 1  # of a slot
     generator: Any = None
     kv_cache: Any = None
+    opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        slots: int,
-        copies: int,
-        max_seq_len: int,
-        trace_region_size: int,
-    ) -> None:
-        if slots not in BATCH_SIZES:
+    def open(self, progress: Progress) -> None:
+        """Open the board and load the model. Raises UserError, or anything, of which `explain`
+        makes a sentence.
+        """
+        if self.slots not in BATCH_SIZES:
             raise UserError(
-                f"--max-batch-size is {slots}, and must be one of {str(BATCH_SIZES)[1:-1]} on a card"
+                f"--max-batch-size is {self.slots}, and must be one of {str(BATCH_SIZES)[1:-1]} on a card"
             )
-        if checkpoint.hf_folder is None:
+        if self.checkpoint.hf_folder is None:
             raise UserError(
-                f"tt-metal reads Hugging Face's layout, and {checkpoint.folder} has Meta's: "
-                f"hf download meta-llama/{checkpoint.name} --local-dir ~/models/{checkpoint.name}"
+                f"tt-metal reads Hugging Face's layout, and {self.checkpoint.folder} has Meta's: hf download "
+                f"meta-llama/{self.checkpoint.name} --local-dir ~/models/{self.checkpoint.name}"
             )
-        self.checkpoint = checkpoint
-        self.slots, self.copies = slots, copies
-        self.max_seq_len = max_seq_len
-        self.trace_region_size = trace_region_size  # bytes; 0: what the board's model needs
-        self._opened = contextlib.ExitStack()
-
-    def open(self, progress: Progress, accuracy: bool, verbose: bool) -> None:
-        """Open the board and load the model. Raises anything; `explain` makes a sentence of it."""
         root, folder = find_tt_metal()
         self.versions = compare_versions(root)
-        ttnn, self.common, self.module, model_config = import_tt(root, folder, verbose)
+        ttnn, self.common, self.module, model_config = import_tt(root, folder, self.verbose)
         self.ttnn = ttnn
         # ttnn waits silently and forever for a card that another program has.
         progress(
@@ -3249,15 +3254,15 @@ class Card:
         self.board, board_of_copy = choose_board(ttnn, self.copies)
         if self.board == "P100":  # longer pieces can exceed the memory of a core (tt-metal #33991)
             os.environ.setdefault("MAX_PREFILL_CHUNK_SIZE", "2")
-        pool, trace_region_size = divide_memory(self.checkpoint, board_of_copy)
+        pool, trace_region_size = divide_memory(self.checkpoint, board_of_copy, self.accuracy)
         self._divide_pool(pool)
         self.trace_region_size = self.trace_region_size or trace_region_size
-        mesh = self._opened.enter_context(open_mesh(ttnn, self.board, self.trace_region_size))
+        mesh = self.opened.enter_context(open_mesh(ttnn, self.board, self.trace_region_size))
+        self.opened.callback(self._release)
         progress(f"loading {self.checkpoint.name}")
-        precision = getattr(
-            model_config.DecodersPrecision, "accuracy" if accuracy else "performance"
-        )
-        use = (self.board, self.copies, accuracy)
+        precisions = model_config.DecodersPrecision
+        precision = precisions.accuracy if self.accuracy else precisions.performance
+        use = (self.board, self.copies, self.accuracy)
         os.environ["HF_MODEL"] = str(self.checkpoint.hf_folder)
         if not self.checkpoint.name.startswith(KNOWN_NAMES):
             logger.warning(
@@ -3268,13 +3273,11 @@ class Card:
         with converted_weights(self.checkpoint, use, self.versions, progress):
             self._load(mesh, precision)
 
-    def close(self) -> None:
-        """Release the traces, close the card and reset the fabric. A second call does nothing."""
+    def _release(self) -> None:
+        """Let the Generator's destructor release its traces, before the mesh is closed."""
         self.generator = self.kv_cache = None
-        # The Generator's destructor releases its traces, which must come before the mesh is closed.
         gc.unfreeze()  # the CLI froze all objects after the load
         gc.collect()
-        self._opened.close()
 
     def _divide_pool(self, pool: int) -> None:
         """Choose the number of blocks in a pool, and how far a slot reaches."""
@@ -3349,40 +3352,26 @@ class TTEngine:
 
     scores_prompts = False
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        max_batch_size: int,
-        max_seq_len: int,
-        progress: Progress,
-        *,
-        accuracy: bool = False,
-        data_parallel: int = 1,
-        trace: bool = True,
-        trace_region_size: int = 0,
-        verbose: bool = False,
-    ) -> None:
+    def __init__(self, card: Card, progress: Progress, trace: bool = True) -> None:
         """Open the card, load the model, compile and trace it. Raises UserError with the cure.
 
         After any exception, KeyboardInterrupt too, the card is closed.
         """
-        self._card = card = Card(
-            checkpoint, max_batch_size, data_parallel, max_seq_len, trace_region_size
-        )
-        self.max_batch_size, self.kv_pools = max_batch_size * data_parallel, data_parallel
+        self._card = card
+        self.max_batch_size, self.kv_pools = card.slots * card.copies, card.copies
         self._traced = trace and "TT_METAL_SLOW_DISPATCH_MODE" not in os.environ
         self._tracing = False  # until all is compiled
         try:
-            card.open(progress, accuracy, verbose)
+            card.open(progress)
             self.device, self.max_seq_len = card.board.lower(), card.max_seq_len
-            self.kv_cache_tokens = data_parallel * (card.blocks - 1) * BLOCK_SIZE
+            self.kv_cache_tokens = card.copies * (card.blocks - 1) * BLOCK_SIZE
             size = (self.max_batch_size, card.padded_seq_len // BLOCK_SIZE)
             self._page_table = torch.zeros(size, dtype=torch.int32)
             # by pool and block: how many slots hold it; of no use for block 0
-            self._holders = torch.zeros(data_parallel, card.blocks, dtype=torch.int32)
+            self._holders = torch.zeros(card.copies, card.blocks, dtype=torch.int32)
             self._read_capabilities()
             self._choose_shapes()
-            self._keep_traces(True)
+            self._keep_traces()
             self._warm_up(progress)
             self._log_sampling()
         except BaseException as error:
@@ -3395,14 +3384,9 @@ class TTEngine:
     def _read_capabilities(self) -> None:
         """Find out how to call this release's Generator, and say what it lacks."""
         this = self._card.generator
-        # What a wrapper with *args, **kwargs hides, the _impl beside it has.
-        decode = getattr(this, "_decode_forward_impl", this.decode_forward)
-        names = inspect.signature(decode).parameters
-        contract = getattr(this, "decode_input_update_contract", "reload_sampling_params" in names)
-        self._has_decode_contract = contract >= 1
+        self._decode_names = inspect.signature(this.decode_forward).parameters
         # All traces must be prepared before the first is captured.
-        prepares = "prepare_trace" in names and hasattr(this, "_record_pending_prefill_traces")
-        self._prepares_traces = self._traced and prepares
+        self._prepares_traces = self._traced and "prepare_trace" in self._decode_names
         samples = getattr(this.model[0], "_supports_on_device_sampling", None)
         self._card_samples = bool(samples)
         # what the last decode step, which the card sampled, drew by slot; empty before a reset
@@ -3445,16 +3429,16 @@ class TTEngine:
         args = self._card.generator.model_args[0]
         return self._traced and bool(args.can_enable_trace(length, position))
 
-    def _keep_traces(self, keep: bool) -> None:
+    def _keep_traces(self) -> None:
         """Keep the traces of sampling at a change between greedy and other sampling.
 
         On one chip tt-metal drops them since 2026-07 (#51800), though each has its own key.
         """
-        for model in getattr(self._card.generator, "model", ()):
+        for model in self._card.generator.model:
             if sampling := getattr(model, "sampling", None):
-                vars(sampling).pop("reset_trace", None)
-                if keep:
-                    sampling.reset_trace = lambda: None
+                sampling.reset_trace = lambda: None
+                # before the Generator is released, which calls the class's own
+                self._card.opened.callback(vars(sampling).pop, "reset_trace")
 
     def _warm_up(self, progress: Progress) -> None:
         """Compile decode and every shape of prefill, then trace them, before the first request.
@@ -3532,29 +3516,31 @@ class TTEngine:
 
     def reserve(self, slot: int, length: int) -> bool:
         """Give the slot blocks for `length` tokens. False if its pool lacks them now."""
-        wanted, had = -(-length // BLOCK_SIZE), int(self._page_table[slot].count_nonzero())
-        if wanted > had:
-            holders = self._holders[slot // self._card.slots]
-            blocks = (holders[1:] == 0).nonzero().flatten()[: wanted - had] + 1
-        else:
-            blocks = torch.zeros(had - wanted, dtype=torch.int64)
-        if len(blocks) < wanted - had:
-            return False
-        self._hold(slot, min(wanted, had), blocks)
-        return True
+        row, wanted = self._page_table[slot], -(-length // BLOCK_SIZE)
+        free = (self._holders[slot // self._card.slots][1:] == 0).nonzero().flatten() + 1
+        blocks = torch.cat([row[row > 0], free])[:wanted]
+        if len(blocks) == wanted:
+            self._hold(slot, blocks)
+        return len(blocks) == wanted
 
     def copy(self, source: int, slot: int, length: int) -> None:
         """Let the slot share the blocks of the first `length` tokens of the source."""
-        self._hold(slot, 0, self._page_table[source, : length // BLOCK_SIZE])
+        blocks, count = self._page_table[slot].clone(), length // BLOCK_SIZE
+        blocks[:count] = self._page_table[source, :count]
+        self._hold(slot, blocks)
 
-    def _hold(self, slot: int, begin: int, blocks: torch.Tensor) -> None:
-        """Let the slot have these blocks from place `begin` of its row on."""
-        holders = self._holders[slot // self._card.slots]
-        places = self._page_table[slot, begin : begin + len(blocks)]
-        holders[blocks] += 1
-        holders[places] -= 1
-        places[:] = blocks
+    def _hold(self, slot: int, blocks: torch.Tensor) -> None:
+        """Let the slot have these blocks, and no others."""
+        row, holders = self._page_table[slot], self._holders[slot // self._card.slots]
+        holders[row] -= 1
+        row[:] = 0
+        row[: len(blocks)] = blocks
+        holders[row] += 1
         self._decoding = {}
+
+    def used(self, slots: Sequence[int]) -> int:
+        blocks = torch.bincount(self._page_table[list(slots)].flatten())
+        return BLOCK_SIZE * int(blocks[1:].count_nonzero())
 
     def step(
         self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
@@ -3568,7 +3554,6 @@ class TTEngine:
         decoding = [work for work in pieces if work.position and len(work.tokens) == 1]
         if len(decoding) < len(pieces):
             meanwhile()
-            meanwhile = lambda: None  # noqa: E731
         tokens: dict[int, Token | None] = {}
         padded = self._card.common.get_padded_prefill_len
         for length, sizes in self._rows.items():
@@ -3623,7 +3608,7 @@ class TTEngine:
             enable_trace=self._tracing,
             start_pos=[work.position for work in works],
         )
-        return drawn_by_slot(zip(works, logits.view(len(works), -1)))
+        return draw_tokens(zip(works, logits.view(len(works), -1)))
 
     def _decode(
         self, batch: Sequence[Work], on_card: bool, meanwhile: Callable[[], None] = lambda: None
@@ -3653,13 +3638,13 @@ class TTEngine:
             enable_trace=self._tracing,
             read_from_device=False,
             sampling_params=self._sampling_of_batch if on_card else None,
-            **self._decode_commands(on_card, reset),
+            **self._commands(on_card, reset),
         )
         meanwhile()
         output = generator.read_decode_output(output)
         if not on_card:
             logits = self._read_logits(output)
-            return drawn_by_slot((work, logits[work.slot]) for work in batch)
+            return draw_tokens((work, logits[work.slot]) for work in batch)
         # the others are log_probs
         drawn, _ = generator.process_decode_output_host(output, is_tokens=True)
         self._decoding, tokens = decoding, drawn.tolist()
@@ -3676,46 +3661,33 @@ class TTEngine:
             rows += chip[0, 0, : card.slots, : card.generator.model_args[0].vocab_size]
         return rows
 
-    def _decode_commands(self, on_card: bool, reset: bool) -> dict[str, bool]:
-        """What a decode step takes from the host, by models/common/decode_contract.py or the way
-        before it.
+    def _commands(self, on_card: bool, reset: bool) -> dict[str, bool]:
+        """What a decode step takes from the host, in the words that this release knows: one, or
+        the four of models/common/decode_contract.py.
         """
-        prepare = {"prepare_trace": True} if self._prepares_traces and not self._tracing else {}
-        if not self._has_decode_contract:
-            return {"reset_batch": reset, **prepare}
-        return {
+        commands = {
+            "reset_batch": reset,
             "reload_inputs": reset or not (on_card and self._tracing),
             # for a change of the page table alone; here that is a reset
             "reload_page_table": False,
             "reload_sampling_params": reset,
             "reset_sampling_state": reset,
-            **prepare,
+            "prepare_trace": self._traced and not self._tracing,
         }
+        return {name: commands[name] for name in commands if name in self._decode_names}
 
     def _sampling_on_card(self, sampling: Mapping[int, SamplingParams | None]) -> Any:
         """tt-metal's SamplingParams: lists with an entry for each slot. Idle ones are greedy."""
         entries = [(0.0, 1, 1.0)] * self.max_batch_size
         for slot, params in sampling.items():
             if params and not params.greedy:
-                k = min(params.top_k or MAX_TOP_K, MAX_TOP_K)
-                entries[slot] = (params.temperature, k, params.top_p)
+                entries[slot] = (params.temperature, params.top_k or CARD_TOP_K, params.top_p)
         temperature, top_k, top_p = map(list, zip(*entries))
         return self._card.module.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
 
     def close(self) -> None:
         """Close the card. A second call does nothing."""
-        self._keep_traces(False)
-        self._card.close()
-
-
-def drawn_by_slot(rows: Iterable[tuple[Work, torch.Tensor]]) -> dict[int, Token | None]:
-    """Draw the next token of each slot that wants one, from its logits [vocabulary]."""
-    draws = {
-        work.slot: (work.sampler, logits, work.position + len(work.tokens))
-        for work, logits in rows
-        if work.sampler
-    }
-    return dict(zip(draws, draw_tokens(list(draws.values()))))
+        self._card.opened.close()
 
 
 # ==================================================================================================
@@ -3797,11 +3769,8 @@ def demo_checkpoint(progress: Progress) -> Checkpoint:
     folder = cache / version / DEMO_NAME
     try:
         if not is_whole(folder):
-            cache.mkdir(parents=True, exist_ok=True)
-            with open(cache / "lock", "w") as lock:  # closed even if this process is killed
-                while not locked(lock.fileno()):
-                    progress("waiting for a server that trains the demo model")
-                    time.sleep(0.1)
+            waiting = "waiting for a server that trains the demo model"
+            with alone(cache / "lock", progress, waiting):
                 if not is_whole(folder):
                     make_demo(folder.parent, progress)
         return read_checkpoint(folder)
@@ -3996,7 +3965,7 @@ GROWTH = 128  # tokens that a request gets room for ahead; on a card, each new r
 class Event(NamedTuple):
     """What the scheduler tells of one of a body's requests."""
 
-    request: int  # its index
+    request: Request
     what: str  # "prompt", "token", or the outcome, once it has ended
     token: Token | None = None
 
@@ -4089,16 +4058,6 @@ class Request:
         return round((self.first_token or time.monotonic()) - self.submitted, 3)
 
 
-def tell(request: Request, event: Event) -> None:
-    """Give an event to the request's handler."""
-    request.events.put(event)
-    if event.what == request.outcome:
-        request.ended.set()
-
-
-by_request = operator.attrgetter("request")
-
-
 def pieces_of(requests: Sequence[Request], stream: bool) -> Iterator[list[tuple[Request, Piece]]]:
     """The pieces of a body's answers, as they come. Raises ApiError if one breaks off.
 
@@ -4109,26 +4068,20 @@ def pieces_of(requests: Sequence[Request], stream: bool) -> Iterator[list[tuple[
     if not stream:
         for request in requests:
             request.ended.wait()
-    events, running, pause = requests[0].events, set(requests), 0.0
-    while running:
-        new: list[Event] = []
+    events, pause = requests[0].events, 0.0
+    while not all(request.reader.finish for request in requests):
+        pieces: defaultdict[Request, list[Piece]] = defaultdict(list)
         with contextlib.suppress(queue.Empty):
-            new.append(events.get(timeout=LISTEN_SECONDS))
+            event = events.get(timeout=LISTEN_SECONDS)
             time.sleep(pause)
             pause = STREAM_PAUSE
-        while not events.empty():
-            new.append(events.get())
-        told: list[tuple[Request, Piece]] = []
-        for index, own in itertools.groupby(sorted(new, key=by_request), by_request):
-            request = requests[index]
-            pieces = [
-                piece for event in own if not request.reader.finish for piece in request.read(event)
-            ]
-            told += ((request, piece) for piece in merged(pieces))
-        yield told
-        for request in [request for request in running if request.reader.finish]:
+            while True:
+                if not event.request.reader.finish:
+                    pieces[event.request] += event.request.read(event)
+                event = events.get_nowait()
+        yield [(request, piece) for request, own in pieces.items() for piece in merged(own)]
+        for request in requests:
             request.check_finish()
-            running.discard(request)
 
 
 @dataclass(eq=False)
@@ -4165,6 +4118,11 @@ def common_prefix(first: array[int], second: array[int], most: int) -> int:
 
 
 by_age = operator.attrgetter("request.submitted")  # of slots with a request, the oldest first
+
+
+def running(slots: Iterable[Slot]) -> list[tuple[Slot, Request]]:
+    """The slots that have a request, each with it."""
+    return [(slot, slot.request) for slot in slots if slot.request]
 
 
 HISTOGRAMS = {  # vLLM's names
@@ -4244,7 +4202,7 @@ class Scheduler:
         self._wake = threading.Condition()
         self._failures = 0
         self._step_began = math.inf
-        self._untold: list[tuple[Request, Event]] = []
+        self._untold: deque[Event] = deque()
 
     # The handlers' threads call:
 
@@ -4307,7 +4265,7 @@ class Scheduler:
             if request in self.queue:
                 self.queue.remove(request)
                 self._finish(request, outcome)
-                tell(request, Event(request.index, outcome))
+                self._tell_all()
             self._wake.notify()
 
     def stop(self, drain: bool) -> None:
@@ -4329,34 +4287,38 @@ class Scheduler:
     @property
     def busy(self) -> int:
         """Slots with a request."""
-        return sum(slot.request is not None for slot in self.slots)
+        return len(running(self.slots))
 
     @property
     def kv_cache_use(self) -> float:
-        """The share of the KV cache that requests have room in, 0 to 1.
+        """The share of the KV cache that requests have room in, 0 to 1."""
+        return sum(self._used(pool) / self._engine.kv_cache_tokens for pool in self._pools)
 
-        What several hold alike counts once: next to each other in this order are those that have
-        most in common.
-        """
-        busy = [
-            (slot.pool[0].index, slot.tokens[: slot.held], slot)
-            for slot in self.slots
-            if slot.request
-        ]
-        busy.sort(key=operator.itemgetter(0, 1))
-        room = sum(slot.room for _, _, slot in busy)
-        for (pool, held, _), (other, tokens, _) in itertools.pairwise(busy):
-            if pool == other:
-                room -= self._align(common_prefix(held, tokens, min(len(held), len(tokens))))
-        return min(room / self._engine.kv_cache_tokens, 1.0) if room else 0.0
+    def _used(self, pool: list[Slot]) -> int:
+        """Tokens of KV cache that the requests of a pool take."""
+        return self._engine.used([slot.index for slot, _ in running(pool)])
 
     def _in_flight(self) -> list[Request]:
-        return list(filter(None, [*self.queue, *(slot.request for slot in self.slots)]))
+        return [*self.queue, *(request for _, request in running(self.slots))]
 
-    def _finish(self, request: Request, outcome: str) -> None:
+    def _finish(self, request: Request, outcome: str, last: Token | None = None) -> None:
+        """End a request. `last` is the stop token."""
         with self._wake:
             request.outcome = outcome
             self.statistics.finish(request)
+            self._untold.append(Event(request, outcome, last))
+
+    def _tell_all(self) -> None:
+        """Tell the handlers what has come since the last step.
+
+        The threads that this wakes would delay the next step, so a card begins it before.
+        """
+        with self._wake:
+            while self._untold:
+                event = self._untold.popleft()
+                event.request.events.put(event)
+                if event.what == event.request.outcome:
+                    event.request.ended.set()
 
     # The scheduler's own thread:
 
@@ -4402,44 +4364,34 @@ class Scheduler:
             with self._wake:
                 if not self.busy:
                     self._tell_all()
+                    if self._state != "healthy" and not self.queue:
+                        return
                 self._wake.wait_for(lambda: self.queue or self._state != "healthy" or self.busy)
-                for slot in self.slots:
-                    if slot.request and slot.request.cancelled:
-                        self._leave(slot, slot.request.cancelled)
+                for slot, request in running(self.slots):
+                    if request.cancelled:
+                        self._leave(slot, request, request.cancelled)
                         self._share(slot)
                 self._grow()
                 self._admit()
-                if self._state != "healthy" and not self._in_flight():
-                    return self._tell_all()
             if batch := self._plan():
                 self._step(batch)
             elif self.busy:
                 self._tell_all()
                 time.sleep(0.002)  # until a grammar knows what may come next
 
-    def _tell_all(self) -> None:
-        """Tell the handlers what has come since the last step.
-
-        The threads that this wakes would delay the next step, so a card begins it before.
-        """
-        for request, event in self._untold:
-            tell(request, event)
-        self._untold.clear()
-
     def _grow(self) -> None:
         """Give running answers room for their next tokens, all at once.
 
         Where a pool has no more, its youngest request goes back to the queue.
         """
-        full = [slot for slot in self.slots if slot.request and len(slot.tokens) > slot.room]
+        full = [slot for slot, request in running(self.slots) if len(request.tokens) > slot.room]
         for slot in sorted(full, key=by_age):
             while slot.request and not (
                 self._reserve(slot, slot.request.ahead) or self._resize(slot, len(slot.tokens))
             ):
-                self._interrupt(max((other for other in slot.pool if other.request), key=by_age))
-        for slot in self.slots if full else ():
-            if slot.request:
-                self._resize(slot, slot.request.ahead)
+                self._interrupt(max((other for other, _ in running(slot.pool)), key=by_age))
+        for slot, request in running(self.slots) if full else ():
+            self._resize(slot, request.ahead)
 
     def _interrupt(self, slot: Slot) -> None:
         """Put the slot's request back to the front of the queue, to go on from its text so far."""
@@ -4491,19 +4443,20 @@ class Scheduler:
             return -own, bool(slot.held), slot.used
 
         slot = min((slot for slot in pool if not slot.request), key=rank, default=None)
-        if slot is None:
+        # Leave free what the others of the pool may soon need: else one would be interrupted.
+        others = [other.most - slot.room for slot, other in running(pool)]
+        wanted = min(request.ahead + sum(min(GROWTH, more) for more in others), self.max_seq_len)
+        shared = max((common[slot] for slot, _ in running(pool)), default=0)
+        free = self._engine.kv_cache_tokens // len(self._pools) - self._used(pool)
+        if slot is None or wanted - shared > free:  # free, or kept by idle slots
             return False
         self._keep(slot, common[slot])
         source = max(pool, key=common.__getitem__)
         if common[source] > slot.held:
             self._copy(source, slot, common[source])
             slot.tokens = request.tokens[: slot.held]
-        # Leave free what the others of the pool may soon need: else one would be interrupted.
-        others = [other.request.most - other.room for other in pool if other.request]
-        wanted = request.ahead + sum(min(GROWTH, more) for more in others)
-        if not self._reserve(slot, min(wanted, self.max_seq_len)):
+        if not self._reserve(slot, request.ahead):
             return False
-        self._resize(slot, request.ahead)
         slot.request, slot.tokens = request, request.tokens
         request.admitted = request.admitted or time.monotonic()
         if not request.first_token:
@@ -4535,51 +4488,48 @@ class Scheduler:
         """The next step: the last token of every running answer, then the oldest prompts within the
         budget.
         """
-        busy = [(slot, slot.request) for slot in self.slots if slot.request]
+        busy = running(self.slots)
         batch = [
             Work(slot.index, slot.tokens[-1:].tolist(), slot.held, request.sampler)
             for slot, request in busy
             if slot.pending == 1 and (not request.late or request.sampler.ready)
         ]
-        prompts = [(slot, request) for slot, request in busy if slot.pending > 1]
+        prompts = [slot for slot, _ in busy if slot.pending > 1]
         answers = len(batch)
         chunk = self._engine.prompt_chunk
         # in bfloat16, cuts at multiples of 16 do not change the logits
         align = max(self._engine.resume_align, 16)
         few = max(self.PROMPT_BUDGET + answers, align)
         budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > answers else few
-        for slot, request in sorted(prompts, key=lambda prompt: prompt[1].submitted):
-            if chunk and any(self._waits(slot, other) for other, _ in prompts):
+        for slot, request in running(sorted(prompts, key=by_age)):
+            if chunk and any(self._waits(slot, other) for other in prompts):
                 continue
             if request.scoring and answers:
                 budget = min(budget, self.SCORES_BUDGET)
             end = len(slot.tokens)
             if chunk and slot.pending > budget:
                 end = (slot.held + budget) // align * align
-            if end <= slot.held:
+            if end <= slot.held or budget <= 0:
                 break
             # a card pads shorter ones to that
             budget -= max(end - slot.held, self._engine.resume_align)
-            sampler = request.sampler if end == len(slot.tokens) else None
-            scores = None
-            if request.scoring:
-                following = slot.tokens[slot.held + 1 : end + 1].tolist()
-                scores = Scores(following, request.sampler.params.logprobs or 0)
             tokens = slot.tokens[slot.held : end].tolist()
+            sampler = request.sampler if end == len(slot.tokens) else None
+            following = slot.tokens[slot.held + 1 : end + 1] if request.scoring else ()
+            scores = Scores(list(following), request.sampler.params.logprobs or 0)
             batch.append(Work(slot.index, tokens, slot.held, sampler, scores))
-            if budget <= 0:
-                break
         return batch
 
     def _step(self, batch: list[Work]) -> None:
         """Run one step. If it fails, its requests fail, and all others go on."""
         self._step_began = time.monotonic()
+        slots = running(self.slots[work.slot] for work in batch)
         try:
             results = self._engine.step(batch, self._tell_all)
         except Exception as error:
             logger.error("the engine failed on a step of %d requests", len(batch), exc_info=error)
-            for work in batch:
-                self._leave(self.slots[work.slot], "error")
+            for slot, request in slots:
+                self._leave(slot, request, "error")
             self._failures += 1
             if self._failures >= self.FAILURES:
                 self._mark_broken(
@@ -4588,14 +4538,11 @@ class Scheduler:
             return
         finally:
             self._step_began = math.inf
-        for work, result in zip(batch, results):
-            slot = self.slots[work.slot]
+        for work, result, (slot, request) in zip(batch, results, slots):
             slot.held += len(work.tokens)
-            if not (request := slot.request):
-                continue
             # after an interruption they come again
             for token in result.scores[max(request.told - work.position, 0) :]:
-                self._untold.append((request, Event(request.index, "prompt", token)))
+                self._untold.append(Event(request, "prompt", token))
                 request.told += 1
             if work.sampler:
                 self._take(slot, request, result.token)
@@ -4607,7 +4554,7 @@ class Scheduler:
         """Add the next token to an answer, and end the answer if it is complete."""
         request.late = token is None
         if request.sampler.error:
-            self._leave(slot, "error")
+            self._leave(slot, request, "error")
         elif token is None:
             slot.held -= 1  # the last token goes into a later step again
         else:
@@ -4616,24 +4563,22 @@ class Scheduler:
                 self.statistics.observe("inter_token_latency_seconds", now - request.last_token)
             request.first_token, request.last_token = request.first_token or now, now
             if not request.max_tokens:
-                self._leave(slot, "length")
+                self._leave(slot, request, "length")
             elif token.id in request.stop_tokens:
-                self._leave(slot, "stop", None if token.id == END else token)
+                self._leave(slot, request, "stop", None if token.id == END else token)
             else:
                 request.tokens.append(token.id)  # the slot's, too
                 request.sampler.push(token.id)
-                self._untold.append((request, Event(request.index, "token", token)))
+                self._untold.append(Event(request, "token", token))
                 if request.generated >= request.max_tokens:
-                    self._leave(slot, "length")
+                    self._leave(slot, request, "length")
 
-    def _leave(self, slot: Slot, outcome: str, last: Token | None = None) -> None:
+    def _leave(self, slot: Slot, request: Request, outcome: str, last: Token | None = None) -> None:
         """End the slot's request. `last` is the stop token."""
-        assert slot.request is not None
         # Only a whole answer shows that steps succeed: a card may fail at each decode, at no prefill.
         if outcome in ("stop", "length"):
             self._failures = 0
-        self._finish(slot.request, outcome)
-        self._untold.append((slot.request, Event(slot.request.index, outcome, last)))
+        self._finish(request, outcome, last)
         slot.request, slot.used = None, time.monotonic()
         # After an error the slot's KV cache cannot be trusted.
         self._keep(slot, slot.held if self._engine.prompt_chunk and outcome != "error" else 0)
@@ -4676,7 +4621,6 @@ class Scheduler:
             self._state = "stopping" if self._state == "stopping" else "unhealthy"
             for request in self._in_flight():
                 self._finish(request, "error")
-                self._untold.append((request, Event(request.index, "error")))
             self._tell_all()
             self.queue.clear()
             for slot in self.slots:  # without reserve(): the engine may be closed
@@ -5700,7 +5644,7 @@ def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[
                 events=events,
             )
             if scored:
-                events.put(Event(request.index, "prompt", Token(prompt[0])))
+                events.put(Event(request, "prompt", Token(prompt[0])))
             requests.append(request)
     return requests
 
@@ -7885,23 +7829,20 @@ def load(
     checkpoint = found or demo_checkpoint(progress)
     progress("loading the tokenizer")
     tokenizer = open_tokenizer(checkpoint)
-    size = (options.max_batch_size, options.max_seq_len, progress)
     if options.device == "cpu":
+        size = (options.max_batch_size, options.max_seq_len, progress)
         engine = TorchEngine(checkpoint, *size, dtype=options.dtype, threads=options.threads)
         return checkpoint, tokenizer, engine
-    return (
+    card = Card(
         checkpoint,
-        tokenizer,
-        TTEngine(
-            checkpoint,
-            *size,
-            accuracy=options.accuracy,
-            data_parallel=options.data_parallel,
-            trace=not options.no_trace,
-            trace_region_size=options.trace_region_size,
-            verbose=options.verbose,
-        ),
+        options.max_batch_size,
+        options.data_parallel,
+        options.max_seq_len,
+        options.trace_region_size,
+        options.accuracy,
+        options.verbose,
     )
+    return checkpoint, tokenizer, TTEngine(card, progress, not options.no_trace)
 
 
 def load_to_serve(
