@@ -3613,9 +3613,9 @@ class CardTest(unittest.TestCase):
                     if not expected:
                         refused = self.assertRaisesRegex(server.UserError, f"not fit on {board}")
                         with refused:
-                            server.divide_memory(model, board, bool(accuracy))
+                            server.divide_memory(model, board, 1, bool(accuracy))
                         continue
-                    pool, traces = server.divide_memory(model, board, bool(accuracy))
+                    pool, traces = server.divide_memory(model, board, 1, bool(accuracy))
                     self.assertEqual(pool, expected)
                     self.assertTrue(50_000_000 <= traces <= 256_000_000, traces)
 

@@ -2625,7 +2625,6 @@ class TorchEngine:
     ) -> None:
         config = self.config = checkpoint.config
         self.max_batch_size = max_batch_size
-        self.max_seq_len = max_seq_len
         self.kv_cache_tokens, self.kv_pools = max_batch_size * max_seq_len, 1
         self._room = [0] * max_batch_size
         size = sum(math.prod(shape) for _, shape in config.weights().values())
@@ -2635,13 +2634,7 @@ class TorchEngine:
         # Return freed buffers to the system while loading, or they fragment the heap.
         keep_freed_memory(1 << 20)
         self._load(checkpoint, progress)
-        read = checkpoint.open_weights()
-        self.norm = read("norm.weight").to(self.dtype, copy=True)
-        self.embedding = read("tok_embeddings.weight")  # mapped: only used rows take memory
-        self.cos, self.sin = rotary_tables(config, max_seq_len)
-        shape = (max_batch_size, max_seq_len, config.n_kv_heads, config.head_dim)
-        self.keys = [lazy_zeros(shape, self.dtype) for _ in self.layers]
-        self.values = [lazy_zeros(shape, self.dtype) for _ in self.layers]
+        self._prepare(checkpoint.open_weights(), max_batch_size, max_seq_len)
         keep_freed_memory(32 << 20)
 
     def _choose_arithmetic(self, dtype: str) -> None:
@@ -2663,6 +2656,18 @@ class TorchEngine:
         ):
             self._linear = packed_linear
 
+    def _prepare(
+        self, read: Callable[[str], torch.Tensor], max_batch_size: int, max_seq_len: int
+    ) -> None:
+        """Take the weights that are in no layer, and make the tables and the KV cache."""
+        config, self.max_seq_len = self.config, max_seq_len
+        self.norm = read("norm.weight").to(self.dtype, copy=True)
+        self.embedding = read("tok_embeddings.weight")  # mapped: only used rows take memory
+        self.cos, self.sin = rotary_tables(config, max_seq_len)
+        shape = (max_batch_size, max_seq_len, config.n_kv_heads, config.head_dim)
+        self.keys = [lazy_zeros(shape, self.dtype) for _ in self.layers]
+        self.values = [lazy_zeros(shape, self.dtype) for _ in self.layers]
+
     def _load(self, checkpoint: Checkpoint, progress: Progress) -> None:
         """Read the layers and the head, two at a time: one waits for the disk while the other is
         laid out. More would take more memory.
@@ -2670,7 +2675,10 @@ class TorchEngine:
         count = self.config.n_layers
         pool = concurrent.futures.ThreadPoolExecutor(2)
         try:
-            layers = pool.map(functools.partial(self._read_layer, checkpoint), range(count))
+            # Mapped anew for each layer: pages that were read stay in memory as long as their mapping.
+            layers = pool.map(
+                lambda number: self._read_layer(checkpoint.open_weights(), number), range(count)
+            )
             head = pool.submit(
                 lambda: self._linear(checkpoint.open_weights()("output.weight"), self.dtype)
             )
@@ -2682,9 +2690,8 @@ class TorchEngine:
         finally:  # after a stop, without the layers that are not begun
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read_layer(self, checkpoint: Checkpoint, number: int) -> Layer:
-        # Mapped anew for each layer: pages that were read stay in memory as long as their mapping.
-        read, prefix = checkpoint.open_weights(), f"layers.{number}."
+    def _read_layer(self, read: Callable[[str], torch.Tensor], number: int) -> Layer:
+        prefix = f"layers.{number}."
 
         def tensor(name: str) -> torch.Tensor:
             return read(prefix + name).to(self.dtype, copy=True)
@@ -3002,7 +3009,7 @@ BLOCK_SIZE = 32  # tokens in a block of the paged KV cache
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # slots that ModelArgs allows; 32 is the height of a tile
 # lengths that get_padded_prefill_len pads prompts to; longer ones double
 SHORT_PREFILL, LONG_PREFILL = (128, 1024)
-PREFILL_ROWS = (8, 4)  # short prompts in one prefill call; 8 are as many tokens as a long one
+PREFILL_ROWS = (8, 4, 1)  # short prompts in one prefill call; 8 are as many tokens as a long one
 TROUBLE = {  # a pattern in tt-metal's message when loading fails: what to do
     "trace buffers of size": "the traces do not fit into {region} bytes: give them more with --trace-region-size",
     "max L1 size|L1 buffer": "the card's cores have too little memory for a piece of a prompt: "
@@ -3102,10 +3109,8 @@ def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, ...]:
     return ttnn, *(importlib.import_module(f"models.{folder}.tt.{name}") for name in names)
 
 
-def choose_board(ttnn: Any, copies: int) -> tuple[str, str]:
-    """The board to open, MESH_DEVICE's or all chips, and the board that each copy of the model
-    gets.
-    """
+def choose_board(ttnn: Any, copies: int) -> str:
+    """The board to open, MESH_DEVICE's or all chips, for so many copies of the model."""
     chips = ttnn.get_num_devices()
     boards = BLACKHOLE_BOARDS if "blackhole" in ttnn.get_arch_name() else WORMHOLE_BOARDS
     boards = {name: size for name, size in boards.items() if size <= chips}
@@ -3124,11 +3129,14 @@ def choose_board(ttnn: Any, copies: int) -> tuple[str, str]:
         )
     if size > 8:  # of a Galaxy: the models run on one row of chips
         raise UserError(f"{board} needs several copies of the model: --data-parallel 4, 16 or 32")
-    return board, board if copies == 1 else names[size]
+    return board
 
 
-def divide_memory(checkpoint: Checkpoint, board: str, accuracy: bool) -> tuple[int, int]:
-    """Tokens of KV cache and bytes of traces that fit beside the weights on a board.
+def divide_memory(
+    checkpoint: Checkpoint, board: str, copies: int, accuracy: bool
+) -> tuple[int, int]:
+    """Tokens of KV cache and bytes of traces that fit beside the weights, for each of the copies
+    on a board.
 
     The tokens are those of generator_vllm.py's get_max_tokens_all_users, where that has the model.
     """
@@ -3139,7 +3147,7 @@ def divide_memory(checkpoint: Checkpoint, board: str, accuracy: bool) -> tuple[i
         math.prod(shape) * sizes.get(name.split(".")[-2], BFLOAT8)
         for name, (_, shape) in config.weights().items()
     )
-    chips = CHIPS[board]
+    chips = CHIPS[board] // copies
     dram = BLACKHOLE_DRAM if board in BLACKHOLE_BOARDS else WORMHOLE_DRAM
     room = chips * dram - weights
     token = sizes.get("cache", BFLOAT8) * 2 * config.n_layers * config.n_kv_heads * config.head_dim
@@ -3149,37 +3157,9 @@ def divide_memory(checkpoint: Checkpoint, board: str, accuracy: bool) -> tuple[i
     if pool < LONG_PREFILL:
         raise UserError(
             f"{checkpoint.name} does not fit on {board}, with {weights / 1e9:.0f} GB of weights: take a board with "
-            "more chips, or a smaller model"
+            "more chips, fewer copies, or a smaller model"
         )
     return pool, min(TRACE_REGION_SIZE, 50_000_000 + int(room - pool * token) // chips // 8)
-
-
-@contextlib.contextmanager
-def open_mesh(ttnn: Any, board: str, trace_region_size: int) -> Iterator[Any]:
-    """The board's mesh.
-
-    It is closed on every way out, since a card that is left open may need a reset.
-    """
-    chips = CHIPS[board]
-    rows = 8 if chips == 32 else 1  # a Galaxy; all other boards have one row
-    if chips > 1:  # the fabric between chips must be set before the mesh is opened
-        ring = rows > 1 and ttnn.cluster.get_cluster_type() == ttnn.cluster.ClusterType.GALAXY
-        ttnn.set_fabric_config(
-            ttnn.FabricConfig.FABRIC_1D_RING if ring else ttnn.FabricConfig.FABRIC_1D
-        )
-    try:
-        mesh = ttnn.open_mesh_device(
-            ttnn.MeshShape(rows, chips // rows), trace_region_size=trace_region_size
-        )
-        try:
-            yield mesh
-        finally:
-            for submesh in mesh.get_submeshes():
-                ttnn.close_mesh_device(submesh)
-            ttnn.close_mesh_device(mesh)
-    finally:
-        if chips > 1:
-            ttnn.set_fabric_config(ttnn.FabricConfig.DISABLED)
 
 
 @contextlib.contextmanager
@@ -3251,14 +3231,15 @@ class Card:
         progress(
             f"opening the card{users_of_card()}; if it takes a minute, stop other users of it, then tt-smi -r"
         )
-        self.board, board_of_copy = choose_board(ttnn, self.copies)
+        self.board = choose_board(ttnn, self.copies)
         if self.board == "P100":  # longer pieces can exceed the memory of a core (tt-metal #33991)
             os.environ.setdefault("MAX_PREFILL_CHUNK_SIZE", "2")
-        pool, trace_region_size = divide_memory(self.checkpoint, board_of_copy, self.accuracy)
+        pool, trace_region_size = divide_memory(
+            self.checkpoint, self.board, self.copies, self.accuracy
+        )
         self._divide_pool(pool)
         self.trace_region_size = self.trace_region_size or trace_region_size
-        mesh = self.opened.enter_context(open_mesh(ttnn, self.board, self.trace_region_size))
-        self.opened.callback(self._release)
+        mesh = self._open_mesh()
         progress(f"loading {self.checkpoint.name}")
         precisions = model_config.DecodersPrecision
         precision = precisions.accuracy if self.accuracy else precisions.performance
@@ -3273,11 +3254,32 @@ class Card:
         with converted_weights(self.checkpoint, use, self.versions, progress):
             self._load(mesh, precision)
 
-    def _release(self) -> None:
-        """Let the Generator's destructor release its traces, before the mesh is closed."""
+    def _open_mesh(self) -> Any:
+        """The board's mesh, to be closed on every way out: a card that is left open may need a
+        reset.
+        """
+        ttnn, chips = self.ttnn, CHIPS[self.board]
+        rows = 8 if chips == 32 else 1  # a Galaxy; all other boards have one row
+        if chips > 1:  # the fabric between chips must be set before the mesh is opened
+            galaxy = ttnn.cluster.get_cluster_type() == ttnn.cluster.ClusterType.GALAXY
+            fabrics = ttnn.FabricConfig
+            self.opened.callback(ttnn.set_fabric_config, fabrics.DISABLED)
+            ttnn.set_fabric_config(
+                fabrics.FABRIC_1D_RING if rows > 1 and galaxy else fabrics.FABRIC_1D
+            )
+        mesh = ttnn.open_mesh_device(
+            ttnn.MeshShape(rows, chips // rows), trace_region_size=self.trace_region_size
+        )
+        self.opened.callback(self._close_mesh, mesh)
+        return mesh
+
+    def _close_mesh(self, mesh: Any) -> None:
+        """Close the mesh, after the Generator, whose destructor releases its traces."""
         self.generator = self.kv_cache = None
         gc.unfreeze()  # the CLI froze all objects after the load
         gc.collect()
+        for opened in (*mesh.get_submeshes(), mesh):
+            self.ttnn.close_mesh_device(opened)
 
     def _divide_pool(self, pool: int) -> None:
         """Choose the number of blocks in a pool, and how far a slot reaches."""
@@ -3419,10 +3421,13 @@ class TTEngine:
         self.prompt_chunk, self.resume_align = (LONG_PREFILL, SHORT_PREFILL) if resumes else (0, 1)
         longest = min(self.max_seq_len, LONG_PREFILL) if resumes else self.max_seq_len
         padded = card.common.get_padded_prefill_len
-        lengths = sorted({padded(min(1 << power, longest)) for power in range(7, 18)})
-        short = [rows for rows in PREFILL_ROWS if rows <= card.slots and card.copies == 1] + [1]
-        # of one call, by padded length
-        self._rows = {length: short if length == SHORT_PREFILL else [1] for length in lengths}
+        lengths = {padded(min(1 << power, longest)) for power in range(7, 18)} - {SHORT_PREFILL}
+        most = card.slots if card.copies == 1 else 1
+        self._rows = [rows for rows in PREFILL_ROWS if rows <= most]
+        # of prefill calls: position, padded length, rows
+        self._shapes = [(0, SHORT_PREFILL, rows) for rows in self._rows]
+        self._shapes += [(0, length, 1) for length in sorted(lengths)]
+        self._shapes += [(SHORT_PREFILL, length, 1) for length in self._resumed]
 
     def _traces(self, length: int, position: int) -> bool:
         """Whether tt-metal traces the prefill of this padded length."""
@@ -3450,12 +3455,9 @@ class TTEngine:
         prepared before the first is captured prepares decode's while it compiles, then prefill's.
         """
         generator, slots = self._card.generator, self.max_batch_size
-        # position, padded length, rows
-        shapes = [(0, length, rows) for length, sizes in self._rows.items() for rows in sizes]
-        shapes += [(SHORT_PREFILL, length, 1) for length in self._resumed]
-        traced = [shape for shape in shapes if self._traces(shape[1], shape[0])]
+        traced = [shape for shape in self._shapes if self._traces(shape[1], shape[0])]
         preparing = [("preparing", traced)] * self._prepares_traces
-        stages = [("compiling", shapes), *preparing, *[("tracing", traced)] * self._traced]
+        stages = [("compiling", self._shapes), *preparing, *[("tracing", traced)] * self._traced]
         total, done = sum(1 + len(calls) for _, calls in stages), itertools.count()
         for doing, calls in stages:
             self._tracing = doing != "compiling"
@@ -3545,28 +3547,25 @@ class TTEngine:
     def step(
         self, batch: Sequence[Work], meanwhile: Callable[[], None] = lambda: None
     ) -> list[Result]:
-        """Prefill the batch's prompts, those of one padded length together, then decode its other
-        slots together.
+        """Prefill the batch's prompts, short ones together, then decode its other slots together.
 
         After an exception the next step works, but the KV cache of this step's slots is undefined.
         """
-        pieces = [piece for work in batch for piece in self._pieces(work)]
-        decoding = [work for work in pieces if work.position and len(work.tokens) == 1]
-        if len(decoding) < len(pieces):
+        short, alone, decoding = list[Work](), list[Work](), list[Work]()
+        for piece in (piece for work in batch for piece in self._pieces(work)):
+            if not piece.position and len(piece.tokens) <= SHORT_PREFILL:
+                short.append(piece)
+            else:
+                (alone if len(piece.tokens) > 1 else decoding).append(piece)
+        if short or alone:
             meanwhile()
         tokens: dict[int, Token | None] = {}
-        padded = self._card.common.get_padded_prefill_len
-        for length, sizes in self._rows.items():
-            works = [
-                work for work in pieces if not work.position and padded(len(work.tokens)) == length
-            ]
-            while works:
-                rows = next(rows for rows in sizes if 3 * rows <= 4 * len(works))
-                tokens |= self._prefill(works[:rows])
-                del works[:rows]
-        for piece in pieces:
-            if piece.position and len(piece.tokens) > 1:
-                tokens |= self._prefill([piece])
+        while short:
+            rows = next(rows for rows in self._rows if 3 * rows <= 4 * len(short))
+            tokens |= self._prefill(short[:rows])
+            del short[:rows]
+        for piece in alone:
+            tokens |= self._prefill([piece])
         if decoding:
             tokens |= self._decode(decoding, self._on_card(decoding), meanwhile)
         return [Result(tokens.get(work.slot)) for work in batch]
@@ -3874,7 +3873,8 @@ def train_demo(tokenizer: Tokenizer, progress: Progress) -> dict[str, torch.Tens
         progress("training the demo model", step / DEMO_STEPS)
         tokens, flags = zip(*itertools.islice(conversations, DEMO_BATCH))
         inputs, learned = row[torch.tensor(tokens)], torch.tensor(flags)[:, 1:]
-        hidden = demo_forward(weights, inputs[:, :-1])[learned]
+        batch = [Work(slot, row, 0, None) for slot, row in enumerate(inputs[:, :-1].tolist())]
+        hidden = torch.stack([*DemoEngine(weights).forward(batch)])[learned]
         loss = F.cross_entropy(hidden @ weights["output.weight"].T, inputs[:, 1:][learned])
         # Adam (Kingma and Ba 2014), by hand: to import torch.optim takes a third of the training's
         # time.
@@ -3890,9 +3890,23 @@ def train_demo(tokenizer: Tokenizer, progress: Progress) -> dict[str, torch.Tens
                 weight -= rate / (1 - 0.9 ** (step + 1)) * mean / scale
     finished = {name: weight.detach().bfloat16() for name, weight in weights.items()}
     finished["norm.weight"] *= DEMO_SHARPNESS
+    for name in finished:
+        if name.endswith(("wq.weight", "wk.weight")):  # Meta's rotary pairs are side by side
+            pairs = finished[name].view(-1, 2, DEMO_CONFIG.head_dim // 2, DEMO_CONFIG.dim)
+            finished[name] = pairs.transpose(1, 2).flatten(0, 2)
     return finished | {
         name: finished[name][row] for name in ("tok_embeddings.weight", "output.weight")
     }
+
+
+class DemoEngine(TorchEngine):
+    """The CPU engine with the weights of the demo as they are in a step of its training."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.config, self.dtype, self._linear = DEMO_CONFIG, torch.float32, plain_linear
+        read = weights.__getitem__
+        self.layers = [self._read_layer(read, number) for number in range(DEMO_CONFIG.n_layers)]
+        self._prepare(read, DEMO_BATCH, DEMO_LENGTH)
 
 
 def demo_weights(known: int) -> dict[str, torch.Tensor]:
@@ -3914,42 +3928,9 @@ def demo_weights(known: int) -> dict[str, torch.Tensor]:
         if len(shape) == 2:
             weights[name] = torch.randn(shape, generator=generator) * scale
         if name.endswith(("wq.weight", "wk.weight")):
-            weights[name].view(-1, config.head_dim // 2, 2, config.dim)[:, 3:10, 0, 0] = 1.2
+            weights[name].view(-1, 2, config.head_dim // 2, config.dim)[:, 0, 3:10, 0] = 1.2
     weights["tok_embeddings.weight"][:, 0] = 0.75
     return weights
-
-
-def demo_forward(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """Llama 3 with gradients: tokens [B, T] to the last hidden states [B, T, dim].
-
-    Rotary pairs are adjacent (Meta).
-    """
-    config = DEMO_CONFIG
-    turns = torch.complex(*rotary_tables(config, tokens.shape[1]))  # [T, head_dim / 2]
-
-    def heads(rows: torch.Tensor, turned: bool) -> torch.Tensor:
-        # [B, heads, T, head_dim]
-        rows = rows.view(*tokens.shape, -1, config.head_dim).transpose(1, 2)
-        if turned:
-            pairs = torch.view_as_complex(rows.reshape(*rows.shape[:-1], -1, 2))
-            rows = torch.view_as_real(pairs * turns).flatten(-2)
-        return rows.repeat_interleave(config.n_heads // rows.shape[1], 1)
-
-    x = weights["tok_embeddings.weight"][tokens]
-    for i in range(config.n_layers):
-        layer = {
-            name[9:-7]: weight.t()
-            for name, weight in weights.items()
-            if name.startswith(f"layers.{i}.")
-        }
-        rows = rms_norm(x, layer["attention_norm"], config.norm_eps)
-        q, k, v = (heads(rows @ layer[f"attention.w{name}"], turned=name != "v") for name in "qkv")
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + attended.transpose(1, 2).flatten(2) @ layer["attention.wo"]
-        rows = rms_norm(x, layer["ffn_norm"], config.norm_eps)
-        gate = F.silu(rows @ layer["feed_forward.w1"])
-        x = x + (gate * (rows @ layer["feed_forward.w3"])) @ layer["feed_forward.w2"]
-    return rms_norm(x, weights["norm.weight"], config.norm_eps)
 
 
 # ==================================================================================================
