@@ -79,7 +79,6 @@ import logging.handlers
 import math
 import mmap
 import multiprocessing
-import operator
 import os
 import pickle
 import platform
@@ -2751,20 +2750,16 @@ class TorchEngine:
             [work.position + i for work in batch for i in range(len(work.tokens))]
         )
         cos, sin = self.cos[positions, None], self.sin[positions, None]  # [T, 1, head_dim / 2]
-        runs = self._runs(batch)
+        runs, kv_heads = self._runs(batch), config.n_kv_heads
         x = self.embedding[tokens].to(self.dtype)  # [T, dim]
         for layer, keys, values in zip(self.layers, self.keys, self.values):
             rows = layer.query_key_value(rms_norm(x, layer.attention_norm, config.norm_eps))
             rows = rows.view(len(tokens), -1, config.head_dim)
-            query_key, value = torch.split(
-                rows, [config.n_heads + config.n_kv_heads, config.n_kv_heads], dim=1
-            )
+            query_key, value = rows[:, :-kv_heads], rows[:, -kv_heads:]
             if layer.query_key_norm is not None:
                 query_key = rms_norm(query_key, layer.query_key_norm, config.norm_eps)
-            query, key = torch.split(
-                rotate(query_key, cos, sin), [config.n_heads, config.n_kv_heads], dim=1
-            )
-            keys[slots, positions] = key
+            query_key = rotate(query_key, cos, sin)
+            query, keys[slots, positions] = query_key[:, :-kv_heads], query_key[:, -kv_heads:]
             values[slots, positions] = value
             x = x + layer.output(
                 torch.cat([attend(query[run.rows], keys, values, run) for run in runs])
@@ -3746,7 +3741,7 @@ DEMO_PARAMS = {
     "ffn_dim_multiplier": 0.8,
 }
 DEMO_CONFIG = ModelConfig.read(config_of_params(dict(DEMO_PARAMS)))
-DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_LENGTH = 350, 4e-3, 4, 128
+DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_LENGTH = 350, 1e-3, 4, 128
 # multiplies the trained logits, so that sampling at 0.7 gives the most likely answer
 DEMO_SHARPNESS = 4.0
 
@@ -3868,7 +3863,7 @@ def train_demo(tokenizer: Tokenizer, progress: Progress) -> dict[str, torch.Tens
     row[known] = torch.arange(len(known))
     weights = demo_weights(len(known))
     parameters = [weight.requires_grad_() for weight in weights.values()]
-    moments = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in parameters]
+    means = [torch.zeros_like(weight) for weight in parameters]
     for step in range(DEMO_STEPS):
         progress("training the demo model", step / DEMO_STEPS)
         tokens, flags = zip(*itertools.islice(conversations, DEMO_BATCH))
@@ -3876,18 +3871,14 @@ def train_demo(tokenizer: Tokenizer, progress: Progress) -> dict[str, torch.Tens
         batch = [Work(slot, row, 0, None) for slot, row in enumerate(inputs[:, :-1].tolist())]
         hidden = torch.stack([*DemoEngine(weights).forward(batch)])[learned]
         loss = F.cross_entropy(hidden @ weights["output.weight"].T, inputs[:, 1:][learned])
-        # Adam (Kingma and Ba 2014), by hand: to import torch.optim takes a third of the training's
+        # Lion (Chen et al. 2023), by hand: to import torch.optim takes a third of the training's
         # time.
-        rate = DEMO_RATE * min(1.0, (step + 1) / 20)
-        rate *= 0.5 + 0.5 * math.cos(math.pi * step / DEMO_STEPS)
+        rate = DEMO_RATE * (1 - step / DEMO_STEPS)
         with torch.no_grad():
-            for weight, slope, (mean, square) in zip(
-                parameters, torch.autograd.grad(loss, parameters), moments
-            ):
-                mean.lerp_(slope, 0.1)
-                square.lerp_(slope.square(), 0.05)
-                scale = (square / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
-                weight -= rate / (1 - 0.9 ** (step + 1)) * mean / scale
+            slopes = torch.autograd.grad(loss, parameters)
+            for weight, slope, mean in zip(parameters, slopes, means):
+                weight -= rate * mean.lerp(slope, 0.1).sign()
+                mean.lerp_(slope, 0.03)
     finished = {name: weight.detach().bfloat16() for name, weight in weights.items()}
     finished["norm.weight"] *= DEMO_SHARPNESS
     for name in finished:
@@ -3921,11 +3912,9 @@ def demo_weights(known: int) -> dict[str, torch.Tensor]:
     shapes |= dict.fromkeys(("output.weight", "tok_embeddings.weight"), (known, config.dim))
     weights = {}
     for name, shape in shapes.items():
-        scale = 0.25 if "tok_" in name else shape[-1] ** -0.5
-        if name.endswith(("wo.weight", "w2.weight")):
-            scale = 0.0
         weights[name] = torch.ones(shape)
         if len(shape) == 2:
+            scale = 0.25 if "tok_" in name else shape[-1] ** -0.5
             weights[name] = torch.randn(shape, generator=generator) * scale
         if name.endswith(("wq.weight", "wk.weight")):
             weights[name].view(-1, 2, config.head_dim // 2, config.dim)[:, 0, 3:10, 0] = 1.2
@@ -4098,12 +4087,14 @@ def common_prefix(first: array[int], second: array[int], most: int) -> int:
     return least
 
 
-by_age = operator.attrgetter("request.submitted")  # of slots with a request, the oldest first
-
-
 def running(slots: Iterable[Slot]) -> list[tuple[Slot, Request]]:
     """The slots that have a request, each with it."""
     return [(slot, slot.request) for slot in slots if slot.request]
+
+
+def by_age(pair: tuple[Slot, Request]) -> float:
+    """Sorts what `running` returns, the oldest request first."""
+    return pair[1].submitted
 
 
 HISTOGRAMS = {  # vLLM's names
@@ -4363,23 +4354,20 @@ class Scheduler:
     def _grow(self) -> None:
         """Give running answers room for their next tokens, all at once.
 
-        Where a pool has no more, its youngest request goes back to the queue.
+        Where a pool has no more, its youngest request goes back to the front of the queue, to go on
+        from its text so far.
         """
-        full = [slot for slot, request in running(self.slots) if len(request.tokens) > slot.room]
-        for slot in sorted(full, key=by_age):
+        full = [pair for pair in running(self.slots) if len(pair[0].tokens) > pair[0].room]
+        for slot, _ in sorted(full, key=by_age):
             while slot.request and not (
                 self._reserve(slot, slot.request.ahead) or self._resize(slot, len(slot.tokens))
             ):
-                self._interrupt(max((other for other, _ in running(slot.pool)), key=by_age))
+                youngest, request = max(running(slot.pool), key=by_age)
+                self.queue.appendleft(request)
+                youngest.request = None
+                self._keep(youngest, 0)
         for slot, request in running(self.slots) if full else ():
             self._resize(slot, request.ahead)
-
-    def _interrupt(self, slot: Slot) -> None:
-        """Put the slot's request back to the front of the queue, to go on from its text so far."""
-        assert slot.request is not None
-        self.queue.appendleft(slot.request)
-        slot.request = None
-        self._keep(slot, 0)
 
     def _admit(self) -> None:
         """Give free slots to the oldest requests, while the engine has room for them."""
@@ -4475,15 +4463,15 @@ class Scheduler:
             for slot, request in busy
             if slot.pending == 1 and (not request.late or request.sampler.ready)
         ]
-        prompts = [slot for slot, _ in busy if slot.pending > 1]
+        prompts = [pair for pair in busy if pair[0].pending > 1]
         answers = len(batch)
         chunk = self._engine.prompt_chunk
         # in bfloat16, cuts at multiples of 16 do not change the logits
         align = max(self._engine.resume_align, 16)
         few = max(self.PROMPT_BUDGET + answers, align)
         budget = (chunk or self.PROMPTS_BUDGET) if len(prompts) > answers else few
-        for slot, request in running(sorted(prompts, key=by_age)):
-            if chunk and any(self._waits(slot, other) for other in prompts):
+        for slot, request in sorted(prompts, key=by_age):
+            if chunk and any(self._waits(slot, other) for other, _ in prompts):
                 continue
             if request.scoring and answers:
                 budget = min(budget, self.SCORES_BUDGET)
