@@ -3609,14 +3609,15 @@ class CardTest(unittest.TestCase):
             model = dataclasses.replace(server.read_checkpoint(tt_model()), config=config)
             for place, expected in pools.items():
                 board, _, accuracy = place.partition(" ")
+                card = server.Card(model, 1, 1, 512, accuracy=bool(accuracy), board=board)
                 with self.subTest(family, layers=layers, board=place):
                     if not expected:
                         refused = self.assertRaisesRegex(server.UserError, f"not fit on {board}")
                         with refused:
-                            server.divide_memory(model, board, 1, bool(accuracy))
+                            card.divide_memory()
                         continue
-                    pool, traces = server.divide_memory(model, board, 1, bool(accuracy))
-                    self.assertEqual(pool, expected)
+                    self.assertEqual(card.divide_memory(), expected)
+                    traces = card.trace_region_size
                     self.assertTrue(50_000_000 <= traces <= 256_000_000, traces)
 
     def test_a_name_of_ones_own(self) -> None:

@@ -79,6 +79,7 @@ import logging.handlers
 import math
 import mmap
 import multiprocessing
+import operator
 import os
 import pickle
 import platform
@@ -2297,12 +2298,7 @@ class Sampler:
 
         A seed too: so it gives the same text whatever else runs.
         """
-        return not self._plain or self.constrained
-
-    @property
-    def constrained(self) -> bool:
-        """Whether a grammar rules the next token."""
-        return self.constraint is not None and self.constraint.active
+        return not self._plain or (self.constraint is not None and self.constraint.active)
 
     @property
     def ready(self) -> bool:
@@ -2323,13 +2319,15 @@ class Sampler:
 
         The draw depends on the seed and the position alone. Raises ArithmeticError for a NaN.
         """
-        try:
-            allowed = self.constraint.allowed() if self.constraint and self.constrained else None
-        except ApiError as error:
-            self.error = str(error)
-            return None
-        if self.constrained and allowed is None:
-            return None
+        allowed, constraint = None, self.constraint
+        if constraint and constraint.active:
+            try:
+                allowed = constraint.allowed()
+            except ApiError as error:
+                self.error = str(error)
+                return None
+            if constraint.active and allowed is None:  # it may have found that it rules no more
+                return None
         changed = self._penalised(logits.float(), position)
         if allowed is not None:
             # A model's vocabulary may be padded. masked_fill would take ten times as long.
@@ -2674,7 +2672,8 @@ class TorchEngine:
         count = self.config.n_layers
         pool = concurrent.futures.ThreadPoolExecutor(2)
         try:
-            # Mapped anew for each layer: pages that were read stay in memory as long as their mapping.
+            # Mapped anew for each layer: pages that were read stay in memory as long as their
+            # mapping.
             layers = pool.map(
                 lambda number: self._read_layer(checkpoint.open_weights(), number), range(count)
             )
@@ -3104,84 +3103,6 @@ def import_tt(root: Path, folder: str, verbose: bool) -> tuple[Any, ...]:
     return ttnn, *(importlib.import_module(f"models.{folder}.tt.{name}") for name in names)
 
 
-def choose_board(ttnn: Any, copies: int) -> str:
-    """The board to open, MESH_DEVICE's or all chips, for so many copies of the model."""
-    chips = ttnn.get_num_devices()
-    boards = BLACKHOLE_BOARDS if "blackhole" in ttnn.get_arch_name() else WORMHOLE_BOARDS
-    boards = {name: size for name, size in boards.items() if size <= chips}
-    names = {size: name for name, size in reversed(boards.items())}
-    if "P100" in str(ttnn.cluster.get_cluster_type()):
-        names[1] = "P100"
-    board = os.environ.get("MESH_DEVICE") or names.get(chips, "")
-    if board not in boards:
-        raise UserError(
-            f"MESH_DEVICE must name a board for this machine's {chips} chips: {', '.join(boards)}"
-        )
-    size, rest = divmod(boards[board], copies)
-    if rest:
-        raise UserError(
-            f"--data-parallel {copies} does not divide the {boards[board]} chips of {board}"
-        )
-    if size > 8:  # of a Galaxy: the models run on one row of chips
-        raise UserError(f"{board} needs several copies of the model: --data-parallel 4, 16 or 32")
-    return board
-
-
-def divide_memory(
-    checkpoint: Checkpoint, board: str, copies: int, accuracy: bool
-) -> tuple[int, int]:
-    """Tokens of KV cache and bytes of traces that fit beside the weights, for each of the copies
-    on a board.
-
-    The tokens are those of generator_vllm.py's get_max_tokens_all_users, where that has the model.
-    """
-    config, sizes = checkpoint.config, DEFAULT_BYTES
-    if accuracy:
-        sizes = ACCURATE_BYTES if config.family in ("llama", "mistral") else WIDE_BYTES
-    weights = sum(
-        math.prod(shape) * sizes.get(name.split(".")[-2], BFLOAT8)
-        for name, (_, shape) in config.weights().items()
-    )
-    chips = CHIPS[board] // copies
-    dram = BLACKHOLE_DRAM if board in BLACKHOLE_BOARDS else WORMHOLE_DRAM
-    room = chips * dram - weights
-    token = sizes.get("cache", BFLOAT8) * 2 * config.n_layers * config.n_kv_heads * config.head_dim
-    pool = KV_CACHE_TOKENS
-    while pool >= LONG_PREFILL and pool * token > room:
-        pool //= 2
-    if pool < LONG_PREFILL:
-        raise UserError(
-            f"{checkpoint.name} does not fit on {board}, with {weights / 1e9:.0f} GB of weights: take a board with "
-            "more chips, fewer copies, or a smaller model"
-        )
-    return pool, min(TRACE_REGION_SIZE, 50_000_000 + int(room - pool * token) // chips // 8)
-
-
-@contextlib.contextmanager
-def converted_weights(
-    checkpoint: Checkpoint, use: object, version: str, progress: Progress
-) -> Iterator[None]:
-    """Have tt-metal keep the weights that it converts in a folder for this use of this checkpoint.
-
-    tt-metal asks neither whose the weights are that it finds nor whether they are whole. So a
-    folder that no load has completed, with these files and this version, is made anew.
-    """
-    files = [(path, path.stat().st_size, path.stat().st_mtime) for path in checkpoint.files]
-    mark = repr((version, files))
-    key = hashlib.sha256(repr((checkpoint.folder, use)).encode()).hexdigest()[:12]
-    home = home_path(os.environ.get("TT_CACHE_PATH") or "~/.cache/tt_metal")
-    folder = home / f"{checkpoint.name}-{key}"
-    complete = folder / "complete"
-    with alone(Path(f"{folder}.lock"), progress, "waiting for a server that loads the same model"):
-        if not complete.exists() or complete.read_text() != mark:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        os.environ["TT_CACHE_PATH"] = str(folder)
-        yield
-        os.environ["TT_CACHE_PATH"] = str(home)
-        complete.write_text(mark)
-
-
 @dataclass
 class Card:
     """A Tenstorrent board with a model on it: tt-metal's Generator and the KV cache.
@@ -3211,34 +3132,29 @@ class Card:
         """
         if self.slots not in BATCH_SIZES:
             raise UserError(
-                f"--max-batch-size is {self.slots}, and must be one of {str(BATCH_SIZES)[1:-1]} on a card"
+                f"--max-batch-size is {self.slots}, and must be one of {str(BATCH_SIZES)[1:-1]} "
+                "on a card"
             )
         if self.checkpoint.hf_folder is None:
             raise UserError(
-                f"tt-metal reads Hugging Face's layout, and {self.checkpoint.folder} has Meta's: hf download "
-                f"meta-llama/{self.checkpoint.name} --local-dir ~/models/{self.checkpoint.name}"
+                f"tt-metal reads Hugging Face's layout, and {self.checkpoint.folder} has Meta's: hf "
+                f"download meta-llama/{self.checkpoint.name} --local-dir ~/models/{self.checkpoint.name}"
             )
         root, folder = find_tt_metal()
         self.versions = compare_versions(root)
-        ttnn, self.common, self.module, model_config = import_tt(root, folder, self.verbose)
-        self.ttnn = ttnn
+        self.ttnn, self.common, self.module, model_config = import_tt(root, folder, self.verbose)
         # ttnn waits silently and forever for a card that another program has.
         progress(
             f"opening the card{users_of_card()}; if it takes a minute, stop other users of it, then tt-smi -r"
         )
-        self.board = choose_board(ttnn, self.copies)
+        self.board = self._choose_board()
         if self.board == "P100":  # longer pieces can exceed the memory of a core (tt-metal #33991)
             os.environ.setdefault("MAX_PREFILL_CHUNK_SIZE", "2")
-        pool, trace_region_size = divide_memory(
-            self.checkpoint, self.board, self.copies, self.accuracy
-        )
-        self._divide_pool(pool)
-        self.trace_region_size = self.trace_region_size or trace_region_size
+        self._divide_pool(self.divide_memory())
         mesh = self._open_mesh()
         progress(f"loading {self.checkpoint.name}")
         precisions = model_config.DecodersPrecision
         precision = precisions.accuracy if self.accuracy else precisions.performance
-        use = (self.board, self.copies, self.accuracy)
         os.environ["HF_MODEL"] = str(self.checkpoint.hf_folder)
         if not self.checkpoint.name.startswith(KNOWN_NAMES):
             logger.warning(
@@ -3246,8 +3162,65 @@ class Card:
                 "name its folder Llama-3.1-8B-..., and others likewise",
                 self.checkpoint.name,
             )
-        with converted_weights(self.checkpoint, use, self.versions, progress):
+        with self._converted_weights(progress):
             self._load(mesh, precision)
+
+    def _choose_board(self) -> str:
+        """The board to open: MESH_DEVICE's, or all chips."""
+        ttnn, copies = self.ttnn, self.copies
+        chips = ttnn.get_num_devices()
+        boards = BLACKHOLE_BOARDS if "blackhole" in ttnn.get_arch_name() else WORMHOLE_BOARDS
+        boards = {name: size for name, size in boards.items() if size <= chips}
+        names = {size: name for name, size in reversed(boards.items())}
+        if "P100" in str(ttnn.cluster.get_cluster_type()):
+            names[1] = "P100"
+        board = os.environ.get("MESH_DEVICE") or names.get(chips, "")
+        if board not in boards:
+            raise UserError(
+                f"MESH_DEVICE must name a board for this machine's {chips} chips: "
+                f"{', '.join(boards)}"
+            )
+        size, rest = divmod(boards[board], copies)
+        if rest:
+            raise UserError(
+                f"--data-parallel {copies} does not divide the {boards[board]} chips of {board}"
+            )
+        if size > 8:  # of a Galaxy: the models run on one row of chips
+            raise UserError(
+                f"{board} needs several copies of the model: --data-parallel 4, 16 or 32"
+            )
+        return board
+
+    def divide_memory(self) -> int:
+        """Choose the size of the trace region; return how many tokens of KV cache fit beside it and
+        the weights, for each copy.
+
+        The tokens are those of generator_vllm.py's get_max_tokens_all_users, where that has the
+        model.
+        """
+        config, sizes = self.checkpoint.config, DEFAULT_BYTES
+        if self.accuracy:
+            sizes = ACCURATE_BYTES if config.family in ("llama", "mistral") else WIDE_BYTES
+        weights = sum(
+            math.prod(shape) * sizes.get(name.split(".")[-2], BFLOAT8)
+            for name, (_, shape) in config.weights().items()
+        )
+        chips = CHIPS[self.board] // self.copies
+        dram = BLACKHOLE_DRAM if self.board in BLACKHOLE_BOARDS else WORMHOLE_DRAM
+        room = chips * dram - weights
+        numbers = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+        token = numbers * sizes.get("cache", BFLOAT8)
+        pool = KV_CACHE_TOKENS
+        while pool >= LONG_PREFILL and pool * token > room:
+            pool //= 2
+        if pool < LONG_PREFILL:
+            raise UserError(
+                f"{self.checkpoint.name} does not fit on {self.board}, with {weights / 1e9:.0f} GB of "
+                "weights: take a board with more chips, fewer copies, or a smaller model"
+            )
+        traces = min(TRACE_REGION_SIZE, 50_000_000 + int(room - pool * token) // chips // 8)
+        self.trace_region_size = self.trace_region_size or traces
+        return pool
 
     def _open_mesh(self) -> Any:
         """The board's mesh, to be closed on every way out: a card that is left open may need a
@@ -3285,6 +3258,31 @@ class Card:
         padded = max(self.common.get_padded_prefill_len(self.max_seq_len), 8 * BLOCK_SIZE)
         self.padded_seq_len = 1 << (padded - 1).bit_length()
         self.blocks = 1 + min(pool, self.slots * self.padded_seq_len) // BLOCK_SIZE
+
+    @contextlib.contextmanager
+    def _converted_weights(self, progress: Progress) -> Iterator[None]:
+        """Have tt-metal keep the weights that it converts in a folder for this use of this
+        checkpoint.
+
+        tt-metal asks neither whose the weights are that it finds nor whether they are whole. So a
+        folder that no load has completed, with these files and releases, is made anew.
+        """
+        checkpoint = self.checkpoint
+        files = [(path, path.stat().st_size, path.stat().st_mtime) for path in checkpoint.files]
+        mark = repr((self.versions, files))
+        use = repr((checkpoint.folder, (self.board, self.copies, self.accuracy)))
+        key = hashlib.sha256(use.encode()).hexdigest()[:12]
+        home = home_path(os.environ.get("TT_CACHE_PATH") or "~/.cache/tt_metal")
+        folder = home / f"{checkpoint.name}-{key}"
+        complete, waiting = folder / "complete", "waiting for a server that loads the same model"
+        with alone(Path(f"{folder}.lock"), progress, waiting):
+            if not complete.exists() or complete.read_text() != mark:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+            os.environ["TT_CACHE_PATH"] = str(folder)
+            yield
+            os.environ["TT_CACHE_PATH"] = str(home)
+            complete.write_text(mark)
 
     def _load(self, mesh: Any, precision: Any) -> None:
         """Load a copy of the model on each submesh."""
@@ -3386,7 +3384,7 @@ class TTEngine:
         self._prepares_traces = self._traced and "prepare_trace" in self._decode_names
         samples = getattr(this.model[0], "_supports_on_device_sampling", None)
         self._card_samples = bool(samples)
-        # what the last decode step, which the card sampled, drew by slot; empty before a reset
+        # by slot, how the card drew in the last step; empty if it did not, or a reset is due
         self._decoding: dict[int, SamplingParams | None] = {}
         self._sampling_of_batch: Any = None
         self._seconds: dict[bool, tuple[float, float, float]] = {}  # by whether greedy
@@ -4168,9 +4166,8 @@ class Scheduler:
         self.slots: list[Slot] = []
         self._pools: list[list[Slot]] = []  # the slots, by pool of KV cache
         self.queue: deque[Request] = deque()
-        self._state, self._error = "loading", ""
-        # Guards the state, the queue and the statistics. Only the scheduler's thread changes the
-        # slots.
+        self._stopping, self._error = False, ""
+        # Guards these, the queue and the statistics. Only the scheduler's thread changes the slots.
         self._wake = threading.Condition()
         self._failures = 0
         self._step_began = math.inf
@@ -4181,7 +4178,9 @@ class Scheduler:
     @property
     def state(self) -> str:
         """One of "loading", "healthy", "unhealthy" and "stopping"."""
-        return "unhealthy" if self._state == "healthy" and self.error else self._state
+        if self._stopping or self.error:
+            return "stopping" if self._stopping else "unhealthy"
+        return "healthy" if self.slots else "loading"
 
     @property
     def error(self) -> str:
@@ -4246,7 +4245,7 @@ class Scheduler:
         Let `run` return after the current ones with `drain`, else after this step.
         """
         with self._wake:
-            self._state = "stopping"
+            self._stopping = True
             for request in [] if drain else self._in_flight():
                 self.cancel(request)
             self._wake.notify_all()
@@ -4254,7 +4253,7 @@ class Scheduler:
     def wait_for_stop(self) -> None:
         """Return once stop() is called."""
         with self._wake:
-            self._wake.wait_for(lambda: self._state == "stopping")
+            self._wake.wait_for(lambda: self._stopping)
 
     @property
     def busy(self) -> int:
@@ -4303,7 +4302,7 @@ class Scheduler:
         """
 
         def report(doing: str, done: float | None = None) -> None:
-            if self._state == "stopping":
+            if self._stopping:
                 raise KeyboardInterrupt
             self.doing = (doing, done)
             progress(doing, done)
@@ -4317,9 +4316,8 @@ class Scheduler:
                     for index in range(engine.max_batch_size):
                         pool = self._pools[index * engine.kv_pools // engine.max_batch_size]
                         pool.append(Slot(index, pool))
-                    self.slots = [slot for pool in self._pools for slot in pool]
                     self.max_seq_len, self.device = engine.max_seq_len, engine.device
-                    self._state = "healthy" if self._state == "loading" else self._state
+                    self.slots = [slot for pool in self._pools for slot in pool]
                 ready()
                 self._serve()
         except KeyboardInterrupt:  # from `report`: stop() was called during the load
@@ -4336,9 +4334,9 @@ class Scheduler:
             with self._wake:
                 if not self.busy:
                     self._tell_all()
-                    if self._state != "healthy" and not self.queue:
+                    if self.state != "healthy" and not self.queue:
                         return
-                self._wake.wait_for(lambda: self.queue or self._state != "healthy" or self.busy)
+                self._wake.wait_for(lambda: self.queue or self.state != "healthy" or self.busy)
                 for slot, request in running(self.slots):
                     if request.cancelled:
                         self._leave(slot, request, request.cancelled)
@@ -4587,7 +4585,6 @@ class Scheduler:
         """The engine cannot go on: end all requests."""
         with self._wake:
             self._error = self._error or error
-            self._state = "stopping" if self._state == "stopping" else "unhealthy"
             for request in self._in_flight():
                 self._finish(request, "error")
             self._tell_all()
