@@ -2666,7 +2666,7 @@ class TorchEngine:
         self.values = [lazy_zeros(shape, self.dtype) for _ in self.layers]
 
     def _load(self, checkpoint: Checkpoint, progress: Progress) -> None:
-        """Read the layers and the head, two at a time: one waits for the disk while the other is
+        """Read the layers, two at a time, and the head: one waits for the disk while the other is
         laid out. More would take more memory.
         """
         count = self.config.n_layers
@@ -2677,16 +2677,13 @@ class TorchEngine:
             layers = pool.map(
                 lambda number: self._read_layer(checkpoint.open_weights(), number), range(count)
             )
-            head = pool.submit(
-                lambda: self._linear(checkpoint.open_weights()("output.weight"), self.dtype)
-            )
             self.layers: list[Layer] = []
             for layer in layers:
-                progress("loading the weights", len(self.layers) / (count + 1))
+                progress("loading the weights", len(self.layers) / count)
                 self.layers.append(layer)
-            self.head = head.result()
         finally:  # after a stop, without the layers that are not begun
             pool.shutdown(wait=False, cancel_futures=True)
+        self.head = self._linear(checkpoint.open_weights()("output.weight"), self.dtype)
 
     def _read_layer(self, read: Callable[[str], torch.Tensor], number: int) -> Layer:
         prefix = f"layers.{number}."
