@@ -3651,19 +3651,20 @@ class TTEngine:
         return rows
 
     def _commands(self, on_card: bool, reset: bool) -> dict[str, bool]:
-        """What a decode step takes from the host, in the words that this release knows: one, or
-        the four of models/common/decode_contract.py.
+        """What a decode step takes from the host, by models/common/decode_contract.py where the
+        Generator's signature has that, and the way before it elsewhere.
         """
-        commands = {
-            "reset_batch": reset,
-            "reload_inputs": reset or not (on_card and self._tracing),
-            # for a change of the page table alone; here that is a reset
-            "reload_page_table": False,
-            "reload_sampling_params": reset,
-            "reset_sampling_state": reset,
-            "prepare_trace": self._traced and not self._tracing,
-        }
-        return {name: commands[name] for name in commands if name in self._decode_names}
+        commands = {"reset_batch": reset}
+        if "reload_sampling_params" in self._decode_names:
+            commands = {
+                "reload_inputs": reset or not (on_card and self._tracing),
+                # for a change of the page table alone; here that is a reset
+                "reload_page_table": False,
+                "reload_sampling_params": reset,
+                "reset_sampling_state": reset,
+            }
+        prepare = self._prepares_traces and not self._tracing
+        return commands | ({"prepare_trace": True} if prepare else {})
 
     def _sampling_on_card(self, sampling: Mapping[int, SamplingParams | None]) -> Any:
         """tt-metal's SamplingParams: lists with an entry for each slot. Idle ones are greedy."""
@@ -3930,7 +3931,7 @@ GROWTH = 128  # tokens that a request gets room for ahead; on a card, each new r
 class Event(NamedTuple):
     """What the scheduler tells of one of a body's requests."""
 
-    request: Request
+    request: int  # its index; with itself, its queue would keep it alive
     what: str  # "prompt", "token", or the outcome, once it has ended
     token: Token | None = None
 
@@ -4041,8 +4042,9 @@ def pieces_of(requests: Sequence[Request], stream: bool) -> Iterator[list[tuple[
             time.sleep(pause)
             pause = STREAM_PAUSE
             while True:
-                if not event.request.reader.finish:
-                    pieces[event.request] += event.request.read(event)
+                request = requests[event.request]
+                if not request.reader.finish:
+                    pieces[request] += request.read(event)
                 event = events.get_nowait()
         yield [(request, piece) for request, own in pieces.items() for piece in merged(own)]
         for request in requests:
@@ -4168,7 +4170,7 @@ class Scheduler:
         self._wake = threading.Condition()
         self._failures = 0
         self._step_began = math.inf
-        self._untold: deque[Event] = deque()
+        self._untold: deque[tuple[Request, Event]] = deque()
 
     # The handlers' threads call:
 
@@ -4274,7 +4276,11 @@ class Scheduler:
         with self._wake:
             request.outcome = outcome
             self.statistics.finish(request)
-            self._untold.append(Event(request, outcome, last))
+            self._tell(request, outcome, last)
+
+    def _tell(self, request: Request, what: str, token: Token | None = None) -> None:
+        """Have the handler told, by `_tell_all`."""
+        self._untold.append((request, Event(request.index, what, token)))
 
     def _tell_all(self) -> None:
         """Tell the handlers what has come since the last step.
@@ -4283,10 +4289,10 @@ class Scheduler:
         """
         with self._wake:
             while self._untold:
-                event = self._untold.popleft()
-                event.request.events.put(event)
-                if event.what == event.request.outcome:
-                    event.request.ended.set()
+                request, event = self._untold.popleft()
+                request.events.put(event)
+                if event.what == request.outcome:
+                    request.ended.set()
 
     # The scheduler's own thread:
 
@@ -4506,7 +4512,7 @@ class Scheduler:
             slot.held += len(work.tokens)
             # after an interruption they come again
             for token in result.scores[max(request.told - work.position, 0) :]:
-                self._untold.append(Event(request, "prompt", token))
+                self._tell(request, "prompt", token)
                 request.told += 1
             if work.sampler:
                 self._take(slot, request, result.token)
@@ -4533,7 +4539,7 @@ class Scheduler:
             else:
                 request.tokens.append(token.id)  # the slot's, too
                 request.sampler.push(token.id)
-                self._untold.append(Event(request, "token", token))
+                self._tell(request, "token", token)
                 if request.generated >= request.max_tokens:
                     self._leave(slot, request, "length")
 
@@ -5607,7 +5613,7 @@ def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[
                 events=events,
             )
             if scored:
-                events.put(Event(request, "prompt", Token(prompt[0])))
+                events.put(Event(request.index, "prompt", Token(prompt[0])))
             requests.append(request)
     return requests
 
