@@ -3376,9 +3376,14 @@ class TTEngine:
     def _read_capabilities(self) -> None:
         """Find out how to call this release's Generator, and say what it lacks."""
         this = self._card.generator
-        self._decode_names = inspect.signature(this.decode_forward).parameters
+        # What a wrapper with *args, **kwargs hides, the _impl beside it has.
+        decode = getattr(this, "_decode_forward_impl", this.decode_forward)
+        names = inspect.signature(decode).parameters
+        contract = getattr(this, "decode_input_update_contract", "reload_sampling_params" in names)
+        self._has_decode_contract = contract >= 1
         # All traces must be prepared before the first is captured.
-        self._prepares_traces = self._traced and "prepare_trace" in self._decode_names
+        prepares = "prepare_trace" in names and hasattr(this, "_record_pending_prefill_traces")
+        self._prepares_traces = self._traced and prepares
         samples = getattr(this.model[0], "_supports_on_device_sampling", None)
         self._card_samples = bool(samples)
         # by slot, how the card drew in the last step; empty if it did not, or a reset is due
@@ -3652,10 +3657,10 @@ class TTEngine:
 
     def _commands(self, on_card: bool, reset: bool) -> dict[str, bool]:
         """What a decode step takes from the host, by models/common/decode_contract.py where the
-        Generator's signature has that, and the way before it elsewhere.
+        Generator follows that, and the way before it elsewhere.
         """
         commands = {"reset_batch": reset}
-        if "reload_sampling_params" in self._decode_names:
+        if self._has_decode_contract:
             commands = {
                 "reload_inputs": reset or not (on_card and self._tracing),
                 # for a change of the page table alone; here that is a reset
