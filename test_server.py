@@ -143,6 +143,7 @@ class Shape:
         shape = {name: getattr(self, name) for name in names}
         rest = {
             "multiple_of": 32,
+            "ffn_dim_multiplier": 1.0,
             "norm_eps": 1e-5,
             "rope_theta": 500000.0,
             "use_scaled_rope": bool(self.scaling),
@@ -1159,7 +1160,19 @@ class CheckpointErrorTest(unittest.TestCase):
             ),
             (folder_of({**META, "params.json": "{"}), r"params\.json.*download"),
             (folder_of({**HF, "config.json": []}), r"config\.json.*download"),
-            (folder_of({**META, "params.json": {"dim": 64}}), "n_heads.*download"),
+            *(
+                (
+                    folder_of(
+                        {
+                            "config.json": Shape().config,
+                            "model.safetensors.index.json": {"weight_map": weight_map},
+                        }
+                    ),
+                    r"index\.json is damaged.*download",
+                )
+                for weight_map in (["a"], {"a": 5}, "a")
+            ),
+            (folder_of({**META, "params.json": {"dim": 64}}), "vocab_size.*download"),
             (params(vision_chunk_size=5), "vision_chunk_size.*qwen3"),
             (config(hidden_size=None), "configuration.*download"),
             (params(vocab_size=32000), "vocab_size is 32000.*Llama 3"),
@@ -1236,6 +1249,13 @@ class SettingsTest(unittest.TestCase):
         """It is what transformers takes."""
         import transformers
 
+        always = [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        ]
         for family, (name, *_) in FAMILIES.items():
             theirs = getattr(transformers, f"{name}Config")()
             width = theirs.hidden_size // theirs.num_attention_heads
@@ -1255,7 +1275,8 @@ class SettingsTest(unittest.TestCase):
                 tied=theirs.tie_word_embeddings,
             )
             with self.subTest(family):
-                files = {**HF, "config.json": {"model_type": family}}
+                config = {name: getattr(theirs, name) for name in always}
+                files = {**HF, "config.json": {"model_type": family, **config}}
                 self.assertEqual(server.read_checkpoint(folder_of(files)).config, expected)
 
     @needs("transformers")
@@ -6339,11 +6360,6 @@ class ToolTest(unittest.TestCase):
             (f'{LLAMA_CALL}; {{"name": "now", "parameters": {{}}}}', None, [*one, ("now", {})]),
             (f"[{LLAMA_CALL}, {LLAMA_CALL}]", None, one * 2),
             (
-                json.dumps({"type": "function", "function": {"name": "now", "arguments": "{}"}}),
-                None,
-                [("now", {})],
-            ),
-            (
                 json.dumps({"type": "function", "function": "get_weather", "parameters": PARIS}),
                 None,
                 one,
@@ -8745,14 +8761,13 @@ class SiblingTest(FormCase):
         ]  # fmt: skip
         free_cases: list[tuple[str, str, Said, Body]] = [  # a grammar does not allow these
             ("qwen", f"<tool_call>[{inner}]</tool_call>", one, {}),
-            ("qwen", f'<tool_call>{{"arguments": {json.dumps(PARIS)}, "name": "get_weather"}}</tool_call>', one, {}),
             ("qwen", f"{HERMES_CALL}\n\n", one, {}),
             ("qwen", HERMES_CALL.replace("\n", ""), one, {}),
             ("qwen", f"<tool_call>{json.dumps(json.loads(inner), indent=2)}</tool_call>",
              Said(calls=(("get_weather", json.dumps(PARIS, indent=2).replace("\n", "\n  ")),)), {}),
             ("qwen", "Write <tool_call> for a call.", Said("Write <tool_call> for a call."), {}),
             ("qwen", f"{HERMES_CALL}STOP now", one, {"stop": ["STOP"]}),
-            ("qwen", f"{HERMES_CALL}\n{HERMES_CALL} Done.", one._replace(text="Done."), {"parallel_tool_calls": False}),
+            ("qwen", f"{HERMES_CALL}\n{HERMES_CALL} Done.", one, {"parallel_tool_calls": False}),
             ("llama", '{"name": "rm", "parameters": {}}', Said('{"name": "rm", "parameters": {}}'), {}),
             ("llama", '{"name": "now", "parameters": {', Said(calls=(("now", "{"),)), {}),
         ]  # fmt: skip

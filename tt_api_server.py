@@ -190,11 +190,16 @@ def from_json(text: str | bytes) -> Any:
 
 def fits_depth(value: Any, most: int) -> bool:
     """Whether lists and objects in a JSON value are nested `most` deep at most."""
+    if not isinstance(value, (dict, list)):
+        return True
+    return most > 0 and all(fits_depth(entry, most - 1) for entry in entries(value))
+
+
+def entries(value: Any) -> Iterable[Any]:
+    """The values in a JSON list or object; none in any other value."""
     if isinstance(value, dict):
-        return most > 0 and all(fits_depth(entry, most - 1) for entry in value.values())
-    if isinstance(value, list):
-        return most > 0 and all(fits_depth(entry, most - 1) for entry in value)
-    return True
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def long_json(value: Any) -> bytes:
@@ -275,24 +280,27 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "rope_type": ("default", "llama3", "longrope"),
     "partial_rotary_factor": (1.0, None),
 }
-# transformers' defaults for what config.json leaves out: of all families, and of each.
-DEFAULTS = {"num_hidden_layers": 32, "num_attention_heads": 32, "rope_theta": 10000.0}
-FAMILY_SETTINGS = (
-    "hidden_size",
-    "rms_norm_eps",
-    "vocab_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "num_key_value_heads",
-    "head_dim",
-)
-FAMILY_DEFAULTS = {  # None: it follows from the others
-    "llama": (4096, 1e-6, 32000, 11008, 2048, None, None),
-    "mistral": (4096, 1e-6, 32000, 14336, 131072, 8, None),
-    "qwen2": (4096, 1e-6, 151936, 22016, 32768, 32, None),
-    "qwen3": (4096, 1e-6, 151936, 22016, 32768, 32, 128),
-    "phi3": (3072, 1e-5, 32064, 8192, 4096, None, None),
+# transformers' defaults, by family, for what config.json may leave out.
+SOMETIMES = ("rms_norm_eps", "max_position_embeddings", "num_key_value_heads", "head_dim")
+DEFAULTS = {  # None: it follows from the others
+    "llama": (1e-6, 2048, None, None),
+    "mistral": (1e-6, 131072, 8, None),
+    "qwen2": (1e-6, 32768, 32, None),
+    "qwen3": (1e-6, 32768, 32, 128),
+    "phi3": (1e-5, 4096, None, None),
 }
+# What Meta's params.json calls the settings of config.json, and what else it may have.
+PARAMS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+MORE_PARAMS = {"ffn_dim_multiplier", "multiple_of", "use_scaled_rope"}
+MORE_PARAMS |= {"max_batch_size", "max_seq_len"}  # which say nothing of the model
 # The settings of generation_config.json that are a request's defaults: lowest and highest value.
 GENERATION = {
     "temperature": (0.0, 2),
@@ -354,7 +362,7 @@ class ModelConfig:
                     f"{name} is {shown(value)}, and only {wanted} is supported: {NAME_ANOTHER}"
                 )
         family = settings["model_type"]
-        settings = DEFAULTS | dict(zip(FAMILY_SETTINGS, FAMILY_DEFAULTS[family])) | settings
+        settings = {"rope_theta": 10000.0, **dict(zip(SOMETIMES, DEFAULTS[family])), **settings}
         dim, heads = settings["hidden_size"], settings["num_attention_heads"]
         # Attention has no sliding window here, so the context ends where a window would begin to
         # slide.
@@ -410,34 +418,27 @@ def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError for a setting that is unknown.
     """
-    dim, heads, layers = params.pop("dim"), params.pop("n_heads"), params.pop("n_layers")
-    ffn_dim = int(params.pop("ffn_dim_multiplier", 1.0) * int(8 * dim / 3))
-    multiple, scaled = params.pop("multiple_of", 256), params.pop("use_scaled_rope", False)
-    if (vocabulary := params.pop("vocab_size", LLAMA3_VOCABULARY)) != LLAMA3_VOCABULARY:
+    if (vocabulary := params["vocab_size"]) != LLAMA3_VOCABULARY:
         raise UserError(
             f"vocab_size is {shown(vocabulary)}, and only Llama 3 is supported in Meta's layout"
         )
-    # params.json does not tell Llama 3.2's scaling factor from 3.1's and 3.3's. The width does: the
-    # text models of 3.2 are 2048 and 3072 wide, all others 4096 or more.
-    factors = (32.0 if dim <= 3072 else 8.0, 1.0, 4.0, 8192)
+    if unknown := params.keys() - PARAMS.keys() - MORE_PARAMS:
+        raise UserError(f"params.json has {min(unknown)}, which is not supported: {NAME_ANOTHER}")
+    dim, multiple = params["dim"], params["multiple_of"]
+    ffn_dim = int(params["ffn_dim_multiplier"] * int(8 * dim / 3))
     config = {
         "model_type": "llama",
-        "vocab_size": LLAMA3_VOCABULARY,
-        "hidden_size": dim,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": params.pop("n_kv_heads", None),
         "intermediate_size": -(-ffn_dim // multiple) * multiple,
-        "rms_norm_eps": params.pop("norm_eps", 1e-5),
-        "rope_theta": params.pop("rope_theta", 500000.0),
-        "rope_scaling": {"rope_type": "llama3", **dict(zip(ROPE_SCALING, factors))}
-        if scaled
-        else None,
-        "max_position_embeddings": 131072 if scaled else 8192,
+        "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
+        **{name: params[metas_name] for metas_name, name in PARAMS.items()},
     }
-    if unknown := params.keys() - {"max_batch_size", "max_seq_len"}:
-        raise UserError(f"params.json has {min(unknown)}, which is not supported: {NAME_ANOTHER}")
+    if params.get("use_scaled_rope"):
+        # params.json does not tell Llama 3.2's scaling factor from 3.1's and 3.3's. The width does:
+        # the text models of 3.2 are 2048 and 3072 wide, all others 4096 or more.
+        factors = (32.0 if dim <= 3072 else 8.0, 1.0, 4.0, 8192)
+        config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPE_SCALING, factors))}
+        config["max_position_embeddings"] = 131072
     return config
 
 
@@ -458,14 +459,6 @@ class Checkpoint:
     def folder(self) -> Path:
         """The folder of the weights."""
         return self.files[0].parent
-
-    @property
-    def tokenizer_model(self) -> Path | None:
-        """The checkpoint's own tokenizer.model; None if it has none, and llama-models' copy is to
-        be used.
-        """
-        paths = (self.folder / "tokenizer.model", self.folder / "original" / "tokenizer.model")
-        return next((path for path in paths if path.is_file()), None)
 
     def open_weights(self) -> Callable[[str], torch.Tensor]:
         """Map the files and return a reader, which takes Meta's name of a weight and gives the
@@ -585,12 +578,10 @@ def find_checkpoint(model: str | None) -> Checkpoint | None:
     """
     if model == "":
         raise UserError("--model is empty: name the model's folder, or leave it out")
-    named = {
-        "--model": model,
-        "HF_MODEL": os.environ.get("HF_MODEL"),
-        "LLAMA_DIR": os.environ.get("LLAMA_DIR"),
-    }
-    source, name = next(((source, name) for source, name in named.items() if name), ("", ""))
+    source, name = "--model", model
+    for variable in ("HF_MODEL", "LLAMA_DIR"):
+        if not name:
+            source, name = variable, os.environ.get(variable)
     if not name:
         return None
     folder, repository = home_path(name), ""
@@ -626,14 +617,14 @@ def download(name: str, files: Sequence[str]) -> Path:
             "downloaded"
         ) from error
     except Exception as error:
-        problem, *_ = str(error).splitlines() or [""]
-        cure = f"it cannot be downloaded now ({type(error).__name__}: {problem}): try again, or name a folder"
-        if type(error).__name__ == "RepositoryNotFoundError":
-            cure = (
-                f"there is no {page}, or it is not for you: correct the name, or run hf auth login"
-            )
-        if type(error).__name__ == "GatedRepoError":
-            cure = f"it is gated: accept its licence at {page}, and run hf auth login"
+        kind, problem = type(error).__name__, str(error).partition("\n")[0]
+        cures = {
+            "GatedRepoError": f"it is gated: accept its licence at {page}, and run hf auth login",
+            "RepositoryNotFoundError": f"there is no {page}, or it is not for you: correct the name, or run hf auth "
+            "login",
+        }
+        other = f"it cannot be downloaded now ({kind}: {problem}): try again, or name a folder"
+        cure = cures.get(kind, other)
         raise UserError(f"{name} is not in Hugging Face's cache, and {cure}") from error
 
 
@@ -664,8 +655,13 @@ def safetensors_files(folder: Path) -> list[Path]:
     whole = folder / "model.safetensors"
     if os.path.lexists(whole):
         return [whole]
-    index = read_json(folder / "model.safetensors.index.json").get("weight_map") or {}
-    return [folder / name for name in sorted(set(index.values()))]
+    index = folder / "model.safetensors.index.json"
+    files = read_json(index).get("weight_map", {})
+    try:
+        return [folder / name for name in sorted(set(files.values()))]
+    except (AttributeError, TypeError) as error:
+        problem = "is damaged: its weight_map names no files"
+        raise UserError(f"{index} {problem}: download it again") from error
 
 
 def read_checkpoint(folder: Path, repository: str = "") -> Checkpoint:
@@ -675,10 +671,9 @@ def read_checkpoint(folder: Path, repository: str = "") -> Checkpoint:
     `repository`: from where the weights are still to come.
     """
     home = folder.parent if folder.name == "original" else folder
-    meta = next(
-        (path for path in (folder, home / "original") if (path / "params.json").is_file()), None
-    )
-    hf = next((path for path in (folder, home) if (path / "config.json").is_file()), None)
+    folders = (folder, home, home / "original")
+    meta = next((path for path in folders if (path / "params.json").is_file()), None)
+    hf = next((path for path in folders if (path / "config.json").is_file()), None)
     parts = sorted(meta.glob("consolidated.*.pth")) if meta else []
     # .pth needs no further package
     files = parts if len(parts) == 1 else safetensors_files(hf) if hf else []
@@ -810,7 +805,10 @@ class Llama3Vocabulary:
     adds_space = False
 
     def __init__(self, tokenizer_model: Path | None = None) -> None:
-        """Without a file, llama-models' own copy. Raises UserError."""
+        """Without a file, llama-models' own copy.
+
+        Raises UserError.
+        """
         try:
             from llama_models.llama3.api import tokenizer
         except ImportError as error:
@@ -822,8 +820,6 @@ class Llama3Vocabulary:
             self._tokenizer = tokenizer.Tokenizer(str(self.path))
         except (ValueError, AssertionError) as error:
             raise UserError(f"{self.path} is not a Llama 3 tokenizer: download it again") from error
-        if (size := self._tokenizer.n_words) != LLAMA3_VOCABULARY:
-            raise UserError(f"{self.path} is not a Llama 3 tokenizer: it has {size} tokens")
         self.added: dict[str, int] = self._tokenizer.special_tokens
         self.special = frozenset(self.added)
         self.start: list[int] = [self._tokenizer.bos_id]
@@ -853,10 +849,9 @@ class FileVocabulary:
         except Exception as error:  # the package raises nothing more precise
             raise UserError(f"{path} cannot be read ({error}): download it again") from error
         self.size: int = self._tokenizer.get_vocab_size()
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.added = {token.content: number for number, token in added.items()}
-        self.special = frozenset(token.content for token in added.values() if token.special)
-        self._contents = {number: token.content for number, token in added.items()}
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self.added = {token.content: number for number, token in self._added.items()}
+        self.special = frozenset(token.content for token in self._added.values() if token.special)
         probe = self._tokenizer.encode("a")  # its special tokens are those around every text
         self.start: list[int] = probe.ids[: probe.special_tokens_mask.index(0)]
         decoder = json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
@@ -865,22 +860,17 @@ class FileVocabulary:
         # GPT-2's alphabet: a printable byte is its Latin-1 character, the others are the characters
         # from 256 on.
         printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [byte for byte in range(256) if byte not in printed]
-        self._bytes = {chr(byte): byte for byte in printed}
-        self._bytes |= {chr(256 + i): byte for i, byte in enumerate(others)}
+        others = sorted({*range(256)} - {*printed})
+        self._bytes = dict(zip(map(chr, [*printed, *range(256, 512)]), [*printed, *others]))
 
     @functools.cached_property
     def _continuing(self) -> Any:
         """The tokenizer without the space that some put before each text: for what follows a
         cut.
         """
-        settings = self._tokenizer.to_str().replace(
-            '"add_prefix_space":true', '"add_prefix_space":false'
-        )
+        settings = self._tokenizer.to_str().replace('"prepend":"\u2581"', '"prepend":""')
         settings = re.sub('"prepend_scheme":"[a-z]+"', '"prepend_scheme":"never"', settings)
-        return type(self._tokenizer).from_str(
-            settings.replace('"prepend":"\u2581"', '"prepend":""')
-        )
+        return type(self._tokenizer).from_str(settings)
 
     def encode(self, parts: Sequence[str]) -> list[int]:
         # In batches: encode() would stop all other threads until it is done.
@@ -890,8 +880,8 @@ class FileVocabulary:
         return [token for encoding in encoded for token in encoding.ids]
 
     def spell(self, token: int) -> bytes:
-        if content := self._contents.get(token):
-            return content.encode()
+        if token in self._added:
+            return self._added[token].content.encode()
         text = self._tokenizer.id_to_token(token) or ""  # a model's vocabulary may be padded
         if self._byte_level and self._bytes.keys() >= set(text):
             return bytes(self._bytes[character] for character in text)
@@ -927,14 +917,17 @@ class ChatTemplate:
         @jinja2.pass_context
         def tojson(context: Any, value: Any, **options: Any) -> str:
             encoder = json.JSONEncoder(**{"ensure_ascii": False, **options})
-            text: str = context["limited"](encoder.iterencode(value))
+            text: str = context["join"](encoder.iterencode(value))
             return text
 
         def refuse(reason: str) -> NoReturn:
             raise jinja2.TemplateError(reason)
 
         self.source = source
-        self._special = special_starts(special)
+        self._special = {token for token in special if len(token) > 1}
+        starts = {f"{re.escape(token[0])}(?={re.escape(token[1])})" for token in self._special}
+        self._starts = re.compile("|".join(starts) or "(?!)")
+        self._lengths = {len(token) for token in self._special}
         self._one_call = "tool_calls[0]" in source  # Llama 3's templates take one call a message
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
@@ -969,7 +962,7 @@ class ChatTemplate:
                 tools=self.inert(list(tools)) or None,
                 enable_thinking=thinking,
                 add_generation_prompt=starts,
-                limited=limited_to(PROMPT_CHARACTERS),
+                join=limited_join(),
             )
             return prompt.split(self.CUT)
         except ApiError:
@@ -986,39 +979,22 @@ class ChatTemplate:
         if isinstance(value, list):
             return [self.inert(entry) for entry in value]
         if isinstance(value, str):
-            return self._special.sub(lambda start: start[0] + self.CUT, encodable(value))
+            return self._starts.sub(self._cut, encodable(value))
         return value
 
-
-def special_starts(special: Iterable[str]) -> re.Pattern[str]:
-    """The first character of each special token that a text spells."""
-    tails: dict[str, set[str]] = {}
-    for token in special:
-        if len(token) > 1:
-            tails.setdefault(token[0], set()).add(token[1:])
-    starts = [f"{re.escape(first)}(?={any_of(rest)})" for first, rest in tails.items()]
-    return re.compile("|".join(starts) or "(?!)")
+    def _cut(self, start: re.Match[str]) -> str:
+        """What may be the first character of a special token, cut off if it is."""
+        place, text = start.start(), start.string
+        # Not in one regular expression: re would try a thousand tokens one after the other.
+        found = any(text[place : place + length] in self._special for length in self._lengths)
+        return start[0] + self.CUT if found else start[0]
 
 
-def any_of(texts: Iterable[str]) -> str:
-    """A regular expression for any of the texts that reads each character once.
-
-    re tries alternatives one after the other, so a thousand of them take a thousand times as long.
+def limited_join() -> Callable[[Iterable[str]], str]:
+    """A function that joins texts, and raises ApiError when it has joined more characters than a
+    prompt may have.
     """
-    tails: dict[str, set[str]] = {}
-    for text in texts:
-        if not text:
-            return ""  # whatever follows
-        tails.setdefault(text[0], set()).add(text[1:])
-    ways = [re.escape(first) + any_of(rest) for first, rest in tails.items()]
-    return ways[0] if len(ways) == 1 else f"(?:{'|'.join(ways)})"
-
-
-def limited_to(characters: int) -> Callable[[Iterable[str]], str]:
-    """A function that joins texts, and raises ApiError when it has joined more characters than this
-    in all.
-    """
-    left = characters
+    left = PROMPT_CHARACTERS
 
     def join(texts: Iterable[str]) -> str:
         nonlocal left
@@ -1026,9 +1002,8 @@ def limited_to(characters: int) -> Callable[[Iterable[str]], str]:
         for text in texts:
             left -= len(text)
             if left < 0:
-                raise ApiError(
-                    400, f"the prompt has more than {characters} characters: send less", "messages"
-                )
+                problem = f"the prompt has more than {PROMPT_CHARACTERS} characters: send less"
+                raise ApiError(400, problem, "messages")
             joined.append(text)
         return "".join(joined)
 
@@ -1144,25 +1119,24 @@ def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's tokenizer.json with its chat template; or Llama 3's tokenizer.model, for
     Meta's layout.
     """
-    folder, config = checkpoint.hf_folder, checkpoint.config
-    settings = read_json(folder / "tokenizer_config.json") if folder else {}
-    names = read_json(folder / "special_tokens_map.json") if folder else {}
-    names |= {name: token for name, token in settings.items() if name.endswith("_token") and token}
-    names = {
-        name: token["content"] if isinstance(token, dict) else token
-        for name, token in names.items()
-    }
-    names = {name: token for name, token in names.items() if isinstance(token, str)}
-    template = read_template(folder, settings) if folder else ""
+    folder, config = checkpoint.hf_folder or checkpoint.folder, checkpoint.config
+    settings = read_json(folder / "tokenizer_config.json")
+    names: dict[str, str] = {}
+    for name, token in [*read_json(folder / "special_tokens_map.json").items(), *settings.items()]:
+        text = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(text, str) and text:
+            names[name] = text
+    template = read_template(folder, settings)
     ends = checkpoint.stop_tokens
-    if folder and (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").is_file():
         vocabulary: Vocabulary = FileVocabulary(folder / "tokenizer.json")
     else:
         if config.vocab_size != LLAMA3_VOCABULARY:
             raise UserError(
                 f"{folder} has no tokenizer.json: name the model's folder in Hugging Face's layout"
             )
-        vocabulary = Llama3Vocabulary(checkpoint.tokenizer_model)
+        beside = (checkpoint.folder / "tokenizer.model", folder / "original" / "tokenizer.model")
+        vocabulary = Llama3Vocabulary(next(filter(Path.is_file, beside), None))
         ends |= {
             vocabulary.added[token] for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
         }
@@ -1215,22 +1189,24 @@ class Reader:
 
     MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
     BEFORE = re.compile(rf"(?:\s|{MARK.pattern})*")  # a call
-    AFTER = re.compile(r"(?:[\s;,\]]|</tool_call>)*")  # a call
-    # A call up to its arguments, as JSON and as Mistral's newer models write it; and what may
-    # become the latter.
+    # A call up to its arguments, and a text that may become that: as JSON, where the name is the
+    # last member before the arguments, and as Mistral's newer models write it.
+    KEY = r'"(?:type|id|function|name)"\s*:\s*'
     JSON_CALL = re.compile(
-        r'\[?\s*\{\s*(?:"(?:type|id)"\s*:\s*"[^"]*"\s*,\s*)*"name"\s*:\s*"([^"]*)"\s*,\s*'
-        r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
+        rf'\[?\s*\{{\s*(?:{KEY}"([^"\s]*)"\s*,\s*)+"(?:arguments|parameters)"\s*:\s*(?=\{{)'
+    )
+    JSON_START = re.compile(
+        rf'\[?\s*(?:\{{\s*(?:{KEY}"[^"\s]*"\s*,\s*)*'
+        rf'(?:{KEY}"[^"\s]*(?:"\s*)?|"\w*(?:"\s*(?::\s*)?)?)?)?\Z'
     )
     NAMED_CALL = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w*)?\[ARGS\]\s*(?=\{)")
-    NAMED_START = re.compile(r"([\w.-]*)(?:\[[\w\]]*)*\s*\Z")
-    # JSON that cannot become a call: no object and no list of objects, or an object whose first key
-    # no call has.
-    OTHER = re.compile(
-        r'\[?\s*(?:[^\[{\s]|\{\s*(?:[^"\s]|"(?!(?:name|type|id|function|parameters|arguments)")[^"]*"))'
+    NAMED_START = re.compile(r"[\w.-]*(?:\[[\w\]]*)*\s*\Z")
+    # What stands after a call's arguments: brackets, members of the object around them, of which
+    # the last may only have begun, and what parts it from the next call.
+    AFTER = re.compile(
+        r'(?:[\s;,\]}]|</tool_call>|"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+))*'
+        r'(?:"\w*(?:"\s*(?::\s*(?:"[^"]*)?)?)?\Z)?'
     )
-    # the end of the object around the arguments
-    CLOSING = re.compile(r'(?:\s*,\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+))*\s*\}')
 
     def __init__(
         self,
@@ -1246,14 +1222,15 @@ class Reader:
         "text".
 
         `functions` are the names that may be called; if there are none, all is text. Without
-        `several` only the first call counts. With `marked` a call begins with a mark, and other
-        JSON is text.
+        `several` the answer ends with the first call. With `marked` a call begins with a mark, and
+        other JSON is text.
         """
         # finish: the reason, once the answer is complete
         self.thinking = self.text = self.finish = ""
         self.calls: list[Call] = []
         self.count = 0  # tokens of the answer
         self.stopped = ""  # the stop string that has come; the text ends before it
+        self.done = False  # by that, or by the one call: what comes after it is not read
         self._tokenizer = tokenizer
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.stop = stop  # strings that end the answer before the model does
@@ -1261,9 +1238,10 @@ class Reader:
         self._open, self._close = tokenizer.think_tags
         self._functions = list(functions)
         self._several = several
+        self.may_end = bool(stop) or (
+            bool(self._functions) and not several
+        )  # before the model ends
         self._bare = not marked  # so a call may begin without a mark
-        self._named = False  # the call is name[ARGS]{...}: no object is around its arguments
-        self._ignored = False  # the call is one too many
         self._depth = 0  # of the brackets in its arguments
         self._quoted = self._escaped = False  # inside a string there, and after a backslash
         self._held = ""  # text that may still change
@@ -1276,8 +1254,8 @@ class Reader:
         self._untold.append(token)
 
     def push(self, token: Token) -> list[Piece]:
-        """Read the next token. After a stop string there is no more to read."""
-        if self.stopped:
+        """Read the next token."""
+        if self.done:
             return []
         self.count += 1
         self._untold.append(token)
@@ -1285,10 +1263,10 @@ class Reader:
 
     def end(self, outcome: str, last: Token | None = None) -> list[Piece]:
         """Give out all that is left. `last` is a stop token whose log-probability is to be told."""
-        pieces = [] if self.stopped else self._read(self._decode(b"", True), final=True)
-        if last and not self.stopped:
+        pieces = [] if self.done else self._read(self._decode(b"", True), final=True)
+        if last and not self.done:
             self._untold.append(last)
-        self.finish = "stop" if self.stopped else outcome
+        self.finish = "stop" if self.done else outcome
         return [*pieces, self._piece("end", self.finish)]
 
     def _piece(self, kind: Any, text: str) -> Piece:
@@ -1303,13 +1281,13 @@ class Reader:
         ends = [(text.find(stop), stop) for stop in self.stop if stop in text]
         if ends:
             end, self.stopped = min(ends)
-            text, final = text[:end], True
+            text, final, self.done = text[:end], True, True
         text, may_stop = without_start(text, self.stop, final)
         pieces: list[Piece] = []
         while True:
             before = self._state, text
             kind, said, text = getattr(self, f"_in_{self._state}")(text, final)
-            if said and not (self._ignored and kind in ("call", "arguments")):
+            if said:
                 pieces.append(self._say(kind, said))
             if before == (self._state, text):
                 break
@@ -1370,58 +1348,17 @@ class Reader:
         before = self.BEFORE.match(text)
         assert before
         call = text[before.end() :]
-        self._named = "[TOOL_CALLS]" in before[0] and call[:1] not in ("", "[", "{")
-        if begun := (self.NAMED_CALL if self._named else self.JSON_CALL).match(call):
-            if begun[1] in self._functions:
-                self._state, self._depth = "arguments", 0
-                self._ignored = not self._several and bool(self.calls)
-                return "call", begun[1], call[begun.end() :]
-        elif unusual := self._unusual_calls(call):
-            return "", "", unusual
-        elif not final and self._may_become_call(call):
+        whole, start = self.JSON_CALL, self.JSON_START
+        if "[TOOL_CALLS]" in before[0] and call[:1] not in ("", "[", "{"):
+            whole, start = self.NAMED_CALL, self.NAMED_START
+        begun = whole.match(call)
+        if begun and begun[1] in self._functions:
+            self._state, self._depth = "arguments", 0
+            return "call", begun[1], call[begun.end() :]
+        if not (begun or final) and (start.match(call) or starts_mark(call)):
             return "", "", text
         self._state, self._bare = "text", False
         return "text", text[:1], text[1:]
-
-    def _unusual_calls(self, text: str) -> str:
-        """The usual form of calls whose JSON is complete and has other keys or another order; "" if
-        there are none.
-        """
-        try:
-            value, end = json.JSONDecoder().raw_decode(text)
-            calls = "; ".join(map(self._usual_call, as_list(value)))
-        except (ValueError, RecursionError):  # no JSON, no call, or nested too deeply
-            return ""
-        return calls and calls + text[end:]
-
-    def _usual_call(self, value: Any) -> str:
-        """A call in its usual form. Raises ValueError if the JSON value is none."""
-        value = value if isinstance(value, dict) else {}
-        inner = value.get("function")  # some models write OpenAI's form, or this for the name
-        value = inner if isinstance(inner, dict) else {"name": inner, **value}
-        arguments = value.get("arguments", value.get("parameters"))
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        if value.get("name") not in self._functions or not isinstance(arguments, dict):
-            raise ValueError("no call")
-        return json.dumps({"name": value["name"], "arguments": arguments}, ensure_ascii=False)
-
-    def _may_become_call(self, text: str) -> bool:
-        """Whether more text could make this a call."""
-        if any(mark.startswith(text) for mark in CALL_MARKS):
-            return True
-        if self._named:
-            start = self.NAMED_START.match(text)
-            return bool(start and any(name.startswith(start[1]) for name in self._functions))
-        if self.OTHER.match(text):
-            return False
-        try:
-            json.JSONDecoder().raw_decode(text)
-            return False  # all of it is here, and it is none
-        except json.JSONDecodeError as error:
-            # in an open string, or at the end: within a word such as false
-            return error.msg.startswith("Unterminated") or error.pos > len(text) - len("false")
-        except (ValueError, RecursionError):
-            return False
 
     def _in_arguments(self, text: str, final: bool) -> tuple[str, str, str]:
         """A call's arguments, which end with the bracket that they begin with."""
@@ -1438,25 +1375,29 @@ class Reader:
             elif character in "]}":
                 self._depth -= 1
                 if self._depth == 0:
-                    self._state = "called" if self._named else "closing"
+                    self._state = "called" if self._several else "over"
                     return "arguments", text[: i + 1], text[i + 1 :]
         return "arguments", text, ""
 
-    def _in_closing(self, text: str, final: bool) -> tuple[str, str, str]:
-        """The rest of the object around a call's arguments."""
-        end = self.CLOSING.match(text)
-        if end or text.lstrip()[:1] not in ("", ","):
-            self._state = "called"
-        return "", "", text[end.end() :] if end else text
-
     def _in_called(self, text: str, final: bool) -> tuple[str, str, str]:
-        """Between a call and what follows it."""
+        """Between a call's arguments and what follows the call."""
         after = self.AFTER.match(text)
         assert after
         rest = text[after.end() :]
-        if final or not any(mark.startswith(rest) for mark in CALL_MARKS):
-            self._state = "call" if rest[:1] in ("[", "{") else "text"
+        if not final and starts_mark(rest):
+            return "", "", text
+        self._state = "call" if rest[:1] in ("[", "{") else "text"
         return "", "", rest
+
+    def _in_over(self, text: str, final: bool) -> tuple[str, str, str]:
+        """After the one call that there may be."""
+        self.done = True
+        return "", "", ""
+
+
+def starts_mark(text: str) -> bool:
+    """Whether more text could make this the mark of a call."""
+    return any(mark.startswith(text) for mark in CALL_MARKS)
 
 
 def without_start(text: str, marks: Sequence[str], final: bool) -> tuple[str, str]:
@@ -3738,10 +3679,13 @@ DEMO_PARAMS = {
     "n_layers": 1,
     "n_heads": 4,
     "n_kv_heads": 2,
+    "vocab_size": LLAMA3_VOCABULARY,
     "multiple_of": 32,
     "ffn_dim_multiplier": 0.8,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
 }
-DEMO_CONFIG = ModelConfig.read(config_of_params(dict(DEMO_PARAMS)))
+DEMO_CONFIG = ModelConfig.read(config_of_params(DEMO_PARAMS))
 DEMO_STEPS, DEMO_RATE, DEMO_BATCH, DEMO_LENGTH = 350, 1e-3, 4, 128
 # multiplies the trained logits, so that sampling at 0.7 gives the most likely answer
 DEMO_SHARPNESS = 4.0
@@ -3999,7 +3943,7 @@ class Request:
             return []
         if event.what == "token" and event.token:
             pieces = self.reader.push(event.token)
-            return pieces + self.reader.end("stop") if self.reader.stopped else pieces
+            return pieces + self.reader.end("stop") if self.reader.done else pieces
         if event.what in ("error", "cancelled"):
             self.reader.finish = event.what
             return []
@@ -6894,7 +6838,7 @@ class ApiHandler(BaseHTTPRequestHandler):
         try:
             if stream:
                 self.send_piece(writer.begin())
-            eager = stream or bool(requests[0].reader.stop)
+            eager = stream or requests[0].reader.may_end
             for pieces in pieces_of(requests, eager):
                 for request, piece in pieces:
                     data = writer.add(request, piece)
