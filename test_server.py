@@ -8204,6 +8204,8 @@ class StructuredTest(FormCase):
             ({"structured_outputs": {"choice": labels}}, labels[1777]),
             (schema_form(wide), '{"a": "x", "b": [1, {"c": null}]}'),
             (schema_form({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}), "0.25"),
+            (schema_form({"type": "number", "exclusiveMinimum": -4, "exclusiveMaximum": 10}), "9.9"),
+            (schema_form({"type": "number", "exclusiveMinimum": -4, "exclusiveMaximum": 10}), "-3.9"),
             (schema_form({**wide, "$id": "Output Format", "$schema": "http://json-schema.org/draft-07/schema#"}),
              '{"a": "x", "b": 5}'),
             (schema_form({"type": "array", "uniqueItems": True, "items": {"type": "integer"}}), "[1, 2]"),
@@ -8243,6 +8245,11 @@ class StructuredTest(FormCase):
                 schema_form({"type": "number", "minimum": 1, "exclusiveMaximum": 2}),
                 "2",
                 lambda v: 1 <= v < 2,
+            ),
+            (
+                schema_form({"type": "number", "exclusiveMinimum": 17, "maximum": 17.7}),
+                "17",
+                lambda v: 17 < v <= 17.7,
             ),
         ]
         with acting(family("qwen")) as (api, actor):

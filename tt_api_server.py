@@ -1421,22 +1421,16 @@ def merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
 # Grammars
 # ==================================================================================================
 
-COMPILE_SECONDS = 5  # of the processor's time, for one grammar
-MASK_SECONDS = 2  # of the processor's time, for one mask
-WALL_SECONDS = 60  # for either, on a busy machine
+# Seconds of the processor's time for a grammar, for one that takes longer, and for a mask.
+QUICK_SECONDS, SLOW_SECONDS, MASK_SECONDS = 0.5, 5, 2
+QUICK_COMPILES, SLOW_COMPILES = 8, 4  # at once
+WALL_SECONDS = 60  # for any of these, on a busy machine
 GRAMMAR_MEMORY = 256 << 20  # bytes, for one grammar
-# Compiles that run at once: those that have just begun, for so many seconds, and those that take
-# longer, which wait for each other.
-QUICK_COMPILES, QUICK_SECONDS, SLOW_COMPILES = 8, 0.5, 4
 MASK, REFUSAL, MISFIT = b"=", b"!", b"?"  # the kinds of a child's answers
 
-
-class Schema(NamedTuple):
-    """A JSON schema, which is the rule `name` in Lark."""
-
-    name: str
-    schema: dict[str, Any]
-    strict: bool  # refuse what is not supported, instead of leaving it out
+# A JSON schema that is a rule in Lark: the rule's name, the schema, and whether what is not
+# supported is refused, instead of left out. No class: children could not unpickle it.
+Schema = tuple[str, dict[str, Any], bool]
 
 
 class Grammars:
@@ -1465,25 +1459,21 @@ class Grammars:
 
         Raises ApiError if that is not supported, or too large.
         """
-        with self._quick:
-            grammar = Grammar(self._fork())
-            grammar.send((rules, list(map(tuple, schemas))))
-            done = grammar.receive(QUICK_SECONDS)
-        if not done:
-            grammar.pause()  # so that the grammars of others come first
+        grammar = None
+        with self._quick, contextlib.suppress(ApiError):
+            grammar = self._compile(rules, schemas, slow=False)
+        if not grammar:  # once more, with more time, after other slow ones, and behind all others
             with self._slow:
-                grammar.go_on()
-                done = grammar.receive(WALL_SECONDS)
-        if not done:
-            raise ApiError(400, "the schema or grammar takes too long: make it simpler")
+                grammar = self._compile(rules, schemas, slow=True)
         check_answer(grammar.first)
         return grammar
 
-    def close(self) -> None:
-        """End the source. A child ends with its grammar."""
-        if self._source:
-            self._source.close()
-            self._source = None
+    def _compile(self, rules: Sequence[str], schemas: Sequence[Schema], slow: bool) -> Grammar:
+        grammar = Grammar(self._fork())
+        grammar.send((rules, schemas, slow))
+        if not grammar.receive(WALL_SECONDS):
+            raise ApiError(400, "the schema or grammar takes too long: make it simpler")
+        return grammar
 
     def _fork(self) -> Connection:
         """A connection to a new child."""
@@ -1494,7 +1484,7 @@ class Grammars:
                 with contextlib.suppress(OSError):
                     socket.send_fds(self._source, [b"."], [theirs.fileno()])
                     return ours
-                self.close()
+                self._source = None
         raise ApiError(500, "the process for grammars does not start")
 
     def _start(self) -> socket.socket:
@@ -1530,10 +1520,6 @@ class Grammar:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        try:
-            self._process = int.from_bytes(connection.recv_bytes(), "little")  # the child's id
-        except (EOFError, OSError) as error:
-            raise ApiError(500, "the process for grammars has ended: send it again") from error
         self._constraints: weakref.WeakValueDictionary[int, Constraint] = (
             weakref.WeakValueDictionary()
         )
@@ -1545,17 +1531,6 @@ class Grammar:
         number = next(self._numbers)
         self._constraints[number] = constraint
         return number
-
-    def pause(self) -> None:
-        """Stop the child's work, and let all other processes come before it from now on."""
-        with contextlib.suppress(ProcessLookupError):  # `receive` says that it has ended
-            os.setpriority(os.PRIO_PROCESS, self._process, 19)
-            os.kill(self._process, signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        """Let the child work again."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process, signal.SIGCONT)
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Tell the child."""
@@ -1633,33 +1608,30 @@ def run_grammars(descriptor: int) -> None:
 
 def serve_grammar(vocabulary: Any, connection: Connection) -> None:
     """A child: compile one grammar and compute its masks, until the connection is closed."""
-    confine()
-    connection.send_bytes(os.getpid().to_bytes(4, "little"))
-    rules, schemas = connection.recv()
-    with clock(COMPILE_SECONDS):
-        try:
-            grammar = compile_rules(vocabulary, rules, schemas)
-            connection.send_bytes(bytes(4) + next_mask(grammar))
-        except ValueError as error:
-            connection.send_bytes(bytes(4) + REFUSAL + str(error).encode(errors="replace"))
-    matchers: dict[int, Any] = {}
+    rules, schemas, slow = connection.recv()
+    confine(slow)
+    seconds = SLOW_SECONDS if slow else QUICK_SECONDS
+    matchers: dict[int, Any] = {}  # of each answer; 0: as each begins
+    number, tokens = 0, ()
     while True:
-        number, tokens = connection.recv()
-        with clock(MASK_SECONDS):
-            if number not in matchers:
-                matchers[number] = grammar.deep_copy()
-            matcher = matchers[number]
-            fits = matcher.try_consume_tokens(tokens) == len(tokens) or matcher.is_error()
+        with clock(seconds):
             try:
+                if number == 0:
+                    matchers[0] = compile_rules(vocabulary, rules, schemas)
+                matcher = matchers.get(number) or matchers[0].deep_copy()
+                matchers[number] = matcher
+                fits = matcher.try_consume_tokens(tokens) == len(tokens) or matcher.is_error()
                 answer = next_mask(matcher) if fits else MISFIT
             except ValueError as error:
                 answer = REFUSAL + str(error).encode(errors="replace")
         connection.send_bytes(number.to_bytes(4, "little") + answer)
+        number, tokens = connection.recv()
+        seconds = MASK_SECONDS
 
 
-def confine() -> None:
+def confine(slow: bool) -> None:
     """Limit what this process can take from others."""
-    os.nice(5)
+    os.nice(19 if slow else 5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(AttributeError, OSError):  # Linux only: end with the source
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -1688,18 +1660,14 @@ def next_mask(matcher: Any) -> bytes:
     return MASK + mask
 
 
-def compile_rules(vocabulary: Any, rules: Sequence[str], schemas: Sequence[tuple[Any, ...]]) -> Any:
+def compile_rules(vocabulary: Any, rules: Sequence[str], schemas: Sequence[Schema]) -> Any:
     """A grammar's matcher. Raises ValueError with the reason if it is not supported."""
-    # They come as plain tuples: a child cannot unpickle the server's classes.
-    ready = [Schema(n, repair(close(schema), strict), strict) for n, schema, strict in schemas]
-    try:
+    ready = [(name, repair(close(schema), strict), strict) for name, schema, strict in schemas]
+    with contextlib.suppress(ValueError):
         return new_matcher(vocabulary, with_schemas(rules, ready))
-    except ValueError:
-        if all(entry.strict for entry in ready):
-            raise
     ready = [
-        entry if entry.strict else entry._replace(schema=loosen(vocabulary, entry.schema))
-        for entry in ready
+        (name, schema if strict else loosen(vocabulary, schema), strict)
+        for name, schema, strict in ready
     ]
     return new_matcher(vocabulary, with_schemas(rules, ready))
 
@@ -1746,8 +1714,9 @@ FORMATS = (  # that llguidance knows; others are annotations
     "uuid",
 )
 NOT_RULES = ("$id", "id", "$schema", "x-guidance", "title", "description", "default", "examples")
-SCHEMAS = ("items", "additionalItems", "additionalProperties")
-SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+# The keywords whose value is a schema or a list of schemas, and those whose values are schemas.
+SCHEMAS = {"items", "additionalItems", "additionalProperties"}
+SCHEMAS |= {"allOf", "anyOf", "oneOf", "prefixItems"}
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 EXACT = 2**53  # llguidance computes with floats
 
@@ -1781,10 +1750,8 @@ def map_schemas(schema: dict[str, Any], change: Callable[[Any], Any]) -> dict[st
     for name, value in schema.items():
         if name in SCHEMA_MAPS and isinstance(value, dict):
             value = {key: change(entry) for key, entry in value.items()}
-        elif name in SCHEMA_LISTS and isinstance(value, list):
-            value = [change(entry) for entry in value]
         elif name in SCHEMAS:
-            value = change(value)
+            value = [*map(change, value)] if isinstance(value, list) else change(value)
         result[name] = value
     return result
 
@@ -1801,72 +1768,45 @@ def repair(schema: Any, strict: bool) -> Any:
         schema.pop(name, None)
     if schema.get("format") not in FORMATS:
         schema.pop("format", None)
-    if schema.get("uniqueItems") is False:
-        del schema["uniqueItems"]
     if schema.get("propertyNames") == {"type": "string"}:
         del schema["propertyNames"]
-    wrong = [name for name in ("const", "enum") if not exact(schema.get(name))]
-    wrong += [] if repair_bound(schema, "minimum", "exclusiveMinimum", 1) else ["minimum"]
-    wrong += [] if repair_bound(schema, "maximum", "exclusiveMaximum", -1) else ["maximum"]
-    least, required = schema.get("minProperties"), schema.get("required", [])
-    if isinstance(least, int) and isinstance(required, list) and len(required) + 1 < least:
-        wrong.append("minProperties")  # names that are not listed may come twice
-    if strict and wrong:
-        raise ValueError(f"{wrong[0]} cannot be enforced exactly")
-    for name in wrong:
-        schema.pop(name, None)
+    for name, side in JSON_BOUNDS.items():
+        if type(given := schema.get(name)) in (int, float):
+            bound = max(side * given, -EXACT)
+            if name.startswith("exclusive") and bound >= 0:
+                bound += 1e-9  # llguidance takes some bounds for included, if they are whole
+            schema[name] = side * bound
+    for name in ("const", "enum"):
+        if not exact(schema.get(name)):
+            if strict:
+                raise ValueError(f"{name} cannot be enforced exactly")
+            del schema[name]
     return schema
 
 
 def exact(value: Any) -> bool:
     """Whether llguidance reads all numbers in a JSON value exactly."""
-    if isinstance(value, (list, dict)):
-        return all(map(exact, value.values() if isinstance(value, dict) else value))
-    if isinstance(value, float) and value != float(f"{value:.15g}"):
-        return False
-    return not is_number(value) or abs(value) <= EXACT
+    if isinstance(value, float):
+        return value == float(f"{value:.15g}")
+    if isinstance(value, int):
+        return abs(value) <= EXACT
+    return all(map(exact, entries(value)))
 
 
-def repair_bound(schema: dict[str, Any], name: str, exclusive: str, sign: int) -> bool:
-    """Replace a bound by an inclusive one just inside, which is exact. False if there is none."""
-    whole = schema.get("type") == "integer"
-    given, beyond = schema.get(name), schema.pop(exclusive, None)
-    if beyond is True:  # JSON Schema of 2013
-        given, beyond = None, given
-    bound: float = -EXACT
-    if is_number(given):
-        bound = max(bound, sign * given)
-    if is_number(beyond):
-        value = max(min(sign * beyond, EXACT), -EXACT)
-        bound = max(bound, math.floor(value) + 1 if whole else value + 1e-12 * max(1, abs(value)))
-    if bound > EXACT:
-        return False
-    if whole:
-        bound = math.ceil(bound)
-    elif not exact(bound):
-        bound = float(f"{bound + 1e-13 * abs(bound):.14g}")
-    if is_number(given) or is_number(beyond):
-        schema[name] = sign * bound
-    return True
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+@functools.cache
+def compiles(vocabulary: Any, grammar: str) -> bool:
+    """Whether llguidance takes a grammar in Lark."""
+    with contextlib.suppress(ValueError):
+        new_matcher(vocabulary, grammar)
+        return True
+    return False
 
 
 def loosen(vocabulary: Any, root: dict[str, Any]) -> dict[str, Any]:
     """Leave out the keywords that are not supported."""
 
-    @functools.cache
-    def compiles(grammar: str) -> bool:
-        with contextlib.suppress(ValueError):
-            new_matcher(vocabulary, grammar)
-            return True
-        return False
-
     def works(schema: dict[str, Any]) -> bool:
-        return compiles(f"start: {json_rule(schema, strict=False)}")
+        return compiles(vocabulary, f"start: {json_rule(schema, strict=False)}")
 
     def prune(schema: Any) -> Any:
         if not isinstance(schema, dict):
