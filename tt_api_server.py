@@ -1718,6 +1718,7 @@ NOT_RULES = ("$id", "id", "$schema", "x-guidance", "title", "description", "defa
 SCHEMAS = {"items", "additionalItems", "additionalProperties"}
 SCHEMAS |= {"allOf", "anyOf", "oneOf", "prefixItems"}
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+JSON_BOUNDS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
 EXACT = 2**53  # llguidance computes with floats
 
 
@@ -1829,49 +1830,38 @@ def loosen(vocabulary: Any, root: dict[str, Any]) -> dict[str, Any]:
 
 
 class CallForm(NamedTuple):
-    """How a family of models writes tool calls, in Lark: the rules `one`, a call, and `calls`, one
-    or several.
-    """
+    """How a family of models writes tool calls."""
 
     mark: str  # the special token at the start
     opening: str  # the text at the start
     arguments: str  # their name in JSON; "" for name[ARGS]{...}
-    one: str
-    calls: str
-    more: str  # each further call; "" if there is one at most
+    calls: str  # the rule in Lark for one or more, each a `call`, a name with its arguments
 
 
 HERMES_CALLS = CallForm(  # and Qwen
     mark="<tool_call>",
     opening="<tool_call>",
     arguments="arguments",
-    one=r'mark "\n" call "\n" close',
-    calls=r'one more "\n"?',  # some models write it last, too, and would have to go on with a call
-    more=r'"\n" one',
+    # Some models write the line feed last, too, and would have to go on with a call.
+    calls=r'(mark "\n" call "\n" close "\n"?)+',
 )
 MISTRAL_CALLS = CallForm(
     mark="[TOOL_CALLS]",
     opening="[TOOL_CALLS]",
     arguments="arguments",
-    one="call",
-    calls='mark " "? "[" one more "]"',
-    more='", " one',
+    calls='mark " "? "[" call (", " call)* "]"',
 )
 NAMED_CALLS = CallForm(  # Mistral's newer models, such as Devstral
     mark="[TOOL_CALLS]",
     opening="[TOOL_CALLS]",
     arguments="",
-    one="mark call",
-    calls="one more",
-    more="one",
+    calls="(mark call)+",
 )
 LLAMA_CALLS = CallForm(
     mark="<|python_tag|>",
     opening='{"name": "',
     arguments="parameters",
-    one="call",
-    calls="mark? one",
-    more="",
+    calls="mark? call",
 )
 
 
@@ -1895,12 +1885,11 @@ def resembles_call(form: Form | None) -> bool:
     """Whether an answer of this form could begin as a call without its mark does, with {"name"."""
     if form is None or form.kind != "json":
         return form is not None
-    schema = form.value
+    schema = close(form.value)
     properties = schema.get("properties")
-    others = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties")
-    if not isinstance(properties, dict) or any(schema.get(other) for other in others):
+    if not isinstance(properties, dict) or schema.get("additionalProperties") is not False:
         return True
-    return "name" in properties or "name" in as_list(schema.get("required"))
+    return "name" in properties
 
 
 def call_form(template: str) -> CallForm:
@@ -1917,36 +1906,30 @@ def token_rule(tokenizer: Tokenizer, text: str) -> str:
 
 
 def call_rules(
-    tokenizer: Tokenizer, functions: Sequence[Function], several: bool, marked: bool
+    tokenizer: Tokenizer, functions: Sequence[Function], marked: bool
 ) -> tuple[list[str], list[Schema]]:
     """Lark's rule `calls` for calls of these functions, and the schemas of their arguments.
 
-    With `several`, an answer may hold more than one. With `marked`, it begins with the mark, as no
-    other text does.
+    With `marked`, it begins with the mark, as no other text does.
     """
     form = call_form(tokenizer.template.source)
-    more = f"({form.more})*" if several and form.more else ""
-    calls = form.calls.replace("more", more)
-    rules = [
-        f"calls: {calls.replace('mark?', 'mark') if marked else calls}",
-        f"one: {form.one}",
-        f"mark: {token_rule(tokenizer, form.mark)}",
-        f"close: {token_rule(tokenizer, '</tool_call>')}",
-        "call: " + " | ".join(f"call{i}" for i in range(len(functions))),
-    ]
+    calls, schemas = [], []
     for i, function in enumerate(functions):
+        name = json.dumps(function.name)
         if form.arguments:
             # In the pieces that JSON has: llguidance could not tell one long text from an answer
             # in JSON that begins with the same bracket.
-            keys = ['"name"', ": ", json.dumps(function.name), ", ", f'"{form.arguments}"', ": "]
-            start = " ".join(map(json.dumps, ["{", *keys]))
-            rules.append(f'call{i}: {start} arguments{i} "}}"')
+            pieces = ["{", '"name"', ": ", name, ", ", f'"{form.arguments}"', ": "]
+            calls.append(f'{" ".join(map(json.dumps, pieces))} arguments{i} "}}"')
         else:
-            marked_name = f"{json.dumps(function.name)} {token_rule(tokenizer, '[ARGS]')}"
-            rules.append(f"call{i}: {marked_name} arguments{i}")
-    schemas = [
-        Schema(f"arguments{i}", {**function.parameters, "type": "object"}, function.strict)
-        for i, function in enumerate(functions)
+            calls.append(f"{name} {token_rule(tokenizer, '[ARGS]')} arguments{i}")
+        parameters = {**function.parameters, "type": "object"}
+        schemas.append((f"arguments{i}", parameters, function.strict))
+    rules = [
+        f"calls: {form.calls.replace('mark?', 'mark') if marked else form.calls}",
+        f"mark: {token_rule(tokenizer, form.mark)}",
+        f"close: {token_rule(tokenizer, '</tool_call>')}",
+        f"call: {' | '.join(calls)}",
     ]
     return rules, schemas
 
@@ -1954,7 +1937,7 @@ def call_rules(
 def form_rules(form: Form) -> tuple[list[str], list[Schema]]:
     """Lark's rule `answer` for an answer of this form, or the schema of that name."""
     if form.kind == "json":
-        return [], [Schema("answer", form.value, form.strict)]
+        return [], [("answer", form.value, form.strict)]
     if form.kind == "choice":
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in form.value)
         return ["answer: CHOICE", f"CHOICE: {choices}"], []  # one terminal: rules have a limit
@@ -2062,7 +2045,6 @@ def constrain(
     functions: Sequence[Function],
     form: Form | None,
     forced: bool,
-    several: bool,
     state: str,
 ) -> Callable[[], Constraint] | None:
     """Makes the Constraint of each answer: calls if they are `forced`; else calls, or what `form`
@@ -2072,8 +2054,11 @@ def constrain(
 
     `state` is the Reader's at the start. Raises ApiError.
     """
-    marked = not forced and resembles_call(form)
-    rules, schemas = call_rules(tokenizer, functions, several, marked) if functions else ([], [])
+    form = None if forced else form
+    rules: list[str] = []
+    schemas: list[Schema] = []
+    if functions:
+        rules, schemas = call_rules(tokenizer, functions, resembles_call(form))
     if functions and not form and not forced:  # text that may become a call
         after = None if state == "text" else tokenizer.vocabulary.added.get(tokenizer.think_tags[1])
         try:
@@ -2084,12 +2069,13 @@ def constrain(
             return None  # the calls are then as good as the model
         trigger = call_form(tokenizer.template.source).opening
         return functools.partial(Constraint, grammar, tokenizer, trigger, after)
-    if not form and not forced:
-        return None
-    start = "calls" if forced else "answer | calls" if functions else "answer"
-    if form and not forced:
+    start = "calls"
+    if form:
         answer, answer_schemas = form_rules(form)
         rules, schemas = rules + answer, schemas + answer_schemas
+        start = "answer | calls" if functions else "answer"
+    elif not forced:
+        return None
     thinking = 'text over "\\n\\n"?'
     think = {"thinking": thinking, "opening": f"begin {thinking}"}.get(state, "")
     opening, closing = tokenizer.think_tags
