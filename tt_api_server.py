@@ -384,10 +384,9 @@ class ModelConfig:
         }
         kinds = {"default": (), "llama3": ROPE_SCALING, "longrope": LONG_ROPE}
         scaling = {name: settings[name] for name in kinds[settings["rope_type"]]}
-        for name, value in {**numbers, **scaling}.items():
-            for part in as_list(value):
-                if not isinstance(part, (int, float)) or part <= 0:
-                    raise ValueError(f"{name} is {shown(value)}")
+        for name, value in numbers.items():
+            if value <= 0:
+                raise ValueError(f"{name} is {shown(value)}")
         tied = bool(settings.get("tie_word_embeddings"))
         return ModelConfig(family, **numbers, rope_scaling=scaling or None, tied=tied)
 
@@ -782,27 +781,11 @@ def encodable(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-class Vocabulary(Protocol):
-    """Token ids, and the bytes that they stand for."""
-
-    size: int  # of the ids; a model may have more, or fewer
-    added: dict[str, int]  # tokens beside the learned ones, by their text
-    special: frozenset[str]  # those of them that only a chat template may write
-    start: list[int]  # token ids before a plain text
-    adds_space: bool  # before each text, as SentencePiece does: an answer begins with it, too
-
-    def encode(self, parts: Sequence[str]) -> list[int]:
-        """Token ids of a text that comes in parts, each encoded alone."""
-
-    def spell(self, token: int) -> bytes:
-        """The UTF-8 of a token, which may be half a character."""
-
-
 class Llama3Vocabulary:
     """Llama 3's tokenizer.model, through llama-models."""
 
-    size = LLAMA3_VOCABULARY
-    adds_space = False
+    size = LLAMA3_VOCABULARY  # of the ids; a model may have more, or fewer
+    adds_space = False  # before each text, as SentencePiece does: an answer begins with it, too
 
     def __init__(self, tokenizer_model: Path | None = None) -> None:
         """Without a file, llama-models' own copy.
@@ -819,22 +802,25 @@ class Llama3Vocabulary:
         try:
             self._tokenizer = tokenizer.Tokenizer(str(self.path))
         except (ValueError, AssertionError) as error:
+        # tokens beside the learned ones, by their text, and which only a chat template may write
             raise UserError(f"{self.path} is not a Llama 3 tokenizer: download it again") from error
         self.added: dict[str, int] = self._tokenizer.special_tokens
         self.special = frozenset(self.added)
-        self.start: list[int] = [self._tokenizer.bos_id]
+        self.start: list[int] = [self._tokenizer.bos_id]  # before a plain text
 
+        """Token ids of a text that comes in parts, each encoded alone."""
     def encode(self, parts: Sequence[str]) -> list[int]:
         encode = functools.partial(self._tokenizer.encode, bos=False, eos=False)
         return [token for part in parts for token in encode(part, allowed_special="all")]
 
+        """The UTF-8 of a token, which may be half a character."""
     def spell(self, token: int) -> bytes:
         spelled: bytes = self._tokenizer.model.decode_single_token_bytes(token)
         return spelled
 
 
 class FileVocabulary:
-    """A checkpoint's tokenizer.json, through tokenizers."""
+    """A checkpoint's tokenizer.json, through tokenizers, with what Llama3Vocabulary has."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError."""
@@ -888,6 +874,9 @@ class FileVocabulary:
         byte = re.fullmatch("<0x(..)>", text)  # SentencePiece's
         return bytes.fromhex(byte[1]) if byte else text.replace("\u2581", " ").encode()
 
+Vocabulary = Llama3Vocabulary | FileVocabulary
+
+
 
 class ChatTemplate:
     """A chat template in Jinja, rendered as transformers does, in a sandbox.
@@ -917,8 +906,7 @@ class ChatTemplate:
         @jinja2.pass_context
         def tojson(context: Any, value: Any, **options: Any) -> str:
             encoder = json.JSONEncoder(**{"ensure_ascii": False, **options})
-            text: str = context["join"](encoder.iterencode(value))
-            return text
+            return "".join(map(context["count"], encoder.iterencode(value)))
 
         def refuse(reason: str) -> NoReturn:
             raise jinja2.TemplateError(reason)
@@ -962,7 +950,7 @@ class ChatTemplate:
                 tools=self.inert(list(tools)) or None,
                 enable_thinking=thinking,
                 add_generation_prompt=starts,
-                join=limited_join(),
+                count=character_count(),
             )
             return prompt.split(self.CUT)
         except ApiError:
@@ -990,24 +978,21 @@ class ChatTemplate:
         return start[0] + self.CUT if found else start[0]
 
 
-def limited_join() -> Callable[[Iterable[str]], str]:
-    """A function that joins texts, and raises ApiError when it has joined more characters than a
-    prompt may have.
+def character_count() -> Callable[[str], str]:
+    """A function that returns its text, and raises ApiError when all its texts have more characters
+    than a prompt may have.
     """
     left = PROMPT_CHARACTERS
 
-    def join(texts: Iterable[str]) -> str:
+    def count(text: str) -> str:
         nonlocal left
-        joined = []
-        for text in texts:
-            left -= len(text)
-            if left < 0:
-                problem = f"the prompt has more than {PROMPT_CHARACTERS} characters: send less"
-                raise ApiError(400, problem, "messages")
-            joined.append(text)
-        return "".join(joined)
+        left -= len(text)
+        if left < 0:
+            problem = f"the prompt has more than {PROMPT_CHARACTERS} characters: send less"
+            raise ApiError(400, problem, "messages")
+        return text
 
-    return join
+    return count
 
 
 def single_calls(message: Message) -> list[Message]:
@@ -1035,8 +1020,9 @@ class Tokenizer:
         self.size = size
         self.vocabulary = vocabulary
         self.template = ChatTemplate(template, vocabulary.special, **names)
-        ends = vocabulary.added.get(names.get("eos_token", ""))
-        self.stop_tokens = frozenset(stop_tokens) | frozenset(() if ends is None else (ends,))
+        self.stop_tokens = frozenset(stop_tokens)
+        if (end := vocabulary.added.get(names.get("eos_token", ""))) is not None:
+            self.stop_tokens |= {end}
         self.thinks = "enable_thinking" in template
         self.think_tags = next(
             (tags for tags in THINK_TAGS if tags[0] in vocabulary.added), THINK_TAGS[-1]
@@ -1408,13 +1394,11 @@ def without_start(text: str, marks: Sequence[str], final: bool) -> tuple[str, st
 
 
 def merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Neighbouring pieces of one kind as one. Two calls stay two."""
-    for _, alike in itertools.groupby(
-        enumerate(pieces), lambda item: item[0] if item[1].kind == "call" else item[1].kind
-    ):
-        run = [piece for _, piece in alike]
+    """Neighbouring pieces of one kind as one. Two calls stay two: arguments part them."""
+    for kind, alike in itertools.groupby(pieces, lambda piece: piece.kind):
+        run = list(alike)
         tokens = [token for piece in run for token in piece.tokens]
-        yield Piece(run[0].kind, "".join(piece.text for piece in run), tokens)
+        yield Piece(kind, "".join(piece.text for piece in run), tokens)
 
 
 # ==================================================================================================
