@@ -102,7 +102,6 @@ import types
 import urllib.parse
 import uuid
 import warnings
-import weakref
 from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -802,19 +801,19 @@ class Llama3Vocabulary:
         try:
             self._tokenizer = tokenizer.Tokenizer(str(self.path))
         except (ValueError, AssertionError) as error:
-        # tokens beside the learned ones, by their text, and which only a chat template may write
             raise UserError(f"{self.path} is not a Llama 3 tokenizer: download it again") from error
+        # tokens beside the learned ones, by their text, and which only a chat template may write
         self.added: dict[str, int] = self._tokenizer.special_tokens
         self.special = frozenset(self.added)
         self.start: list[int] = [self._tokenizer.bos_id]  # before a plain text
 
-        """Token ids of a text that comes in parts, each encoded alone."""
     def encode(self, parts: Sequence[str]) -> list[int]:
+        """Token ids of a text that comes in parts, each encoded alone."""
         encode = functools.partial(self._tokenizer.encode, bos=False, eos=False)
         return [token for part in parts for token in encode(part, allowed_special="all")]
 
-        """The UTF-8 of a token, which may be half a character."""
     def spell(self, token: int) -> bytes:
+        """The UTF-8 of a token, which may be half a character."""
         spelled: bytes = self._tokenizer.model.decode_single_token_bytes(token)
         return spelled
 
@@ -874,8 +873,8 @@ class FileVocabulary:
         byte = re.fullmatch("<0x(..)>", text)  # SentencePiece's
         return bytes.fromhex(byte[1]) if byte else text.replace("\u2581", " ").encode()
 
-Vocabulary = Llama3Vocabulary | FileVocabulary
 
+Vocabulary = Llama3Vocabulary | FileVocabulary
 
 
 class ChatTemplate:
@@ -1410,7 +1409,7 @@ QUICK_SECONDS, SLOW_SECONDS, MASK_SECONDS = 0.5, 5, 2
 QUICK_COMPILES, SLOW_COMPILES = 8, 4  # at once
 WALL_SECONDS = 60  # for any of these, on a busy machine
 GRAMMAR_MEMORY = 256 << 20  # bytes, for one grammar
-MASK, REFUSAL, MISFIT = b"=", b"!", b"?"  # the kinds of a child's answers
+MASK, REFUSAL, MISFIT, ENDED = b"=", b"!", b"?", b""  # how a child's answers begin
 
 # A JSON schema that is a rule in Lark: the rule's name, the schema, and whether what is not
 # supported is refused, instead of left out. No class: children could not unpickle it.
@@ -1443,20 +1442,15 @@ class Grammars:
 
         Raises ApiError if that is not supported, or too large.
         """
-        grammar = None
-        with self._quick, contextlib.suppress(ApiError):
-            grammar = self._compile(rules, schemas, slow=False)
-        if not grammar:  # once more, with more time, after other slow ones, and behind all others
-            with self._slow:
-                grammar = self._compile(rules, schemas, slow=True)
-        check_answer(grammar.first)
-        return grammar
-
-    def _compile(self, rules: Sequence[str], schemas: Sequence[Schema], slow: bool) -> Grammar:
-        grammar = Grammar(self._fork())
-        grammar.send((rules, schemas, slow))
-        if not grammar.receive(WALL_SECONDS):
-            raise ApiError(400, "the schema or grammar takes too long: make it simpler")
+        # What takes long is begun again, after others that do, and behind all else.
+        for slots, slow in ((self._quick, False), (self._slow, True)):
+            with slots:
+                grammar = Grammar(self._fork())
+                grammar.send(0, (rules, schemas, slow))
+                answer = grammar.answer(0, WALL_SECONDS)
+            if answer:
+                break
+        check_answer(answer or ENDED)
         return grammar
 
     def _fork(self) -> Connection:
@@ -1477,22 +1471,20 @@ class Grammars:
             raise ApiError(400, "the server needs a package for this: pip install llguidance")
         ours, theirs = socket.socketpair()
         # With -c, Python would import from the current folder before all others.
-        run = "import sys; file, number, *sys.path = sys.argv[1:]; import runpy; "
-        run += "runpy.run_path(file)['run_grammars'](int(number))"
+        run = "import sys; file, *sys.path = sys.argv[1:]; import runpy; "
+        run += "runpy.run_path(file)['run_grammars']()"
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", run, __file__, str(theirs.fileno()), *sys.path],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.PIPE,
+                [sys.executable, "-c", run, __file__, *sys.path],
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # CTRL+C is for the server
             )
         threading.Thread(target=process.wait, name="grammars", daemon=True).start()
-        with contextlib.suppress(OSError), process.stdin:  # type: ignore[union-attr]
-            pickle.dump(self._tokens(), process.stdin)  # type: ignore[arg-type]
         ours.settimeout(WALL_SECONDS)
         with contextlib.suppress(OSError):
+            ours.sendall(pickle.dumps(self._tokens()))
             if ours.recv(1):
                 return ours
         process.kill()
@@ -1500,46 +1492,45 @@ class Grammars:
 
 
 class Grammar:
-    """A compiled grammar in its process, which ends with this object."""
+    """A grammar in its process, which ends with this object.
+
+    The process knows an answer by a number, and follows each with a matcher of its own. Number 0
+    has no tokens: its mask is that of every answer's start.
+    """
 
     def __init__(self, connection: Connection) -> None:
+        self.numbers = itertools.count(1)
         self._connection = connection
-        self._constraints: weakref.WeakValueDictionary[int, Constraint] = (
-            weakref.WeakValueDictionary()
-        )
-        self._numbers = itertools.count(1)
-        self.first = b""  # answer, the mask at the start
+        self._told: dict[int, bytes] = {}  # by number: the last that the process has said
+        self._awaited: Counter[int] = Counter()  # by number: what it has still to say
 
-    def add(self, constraint: Constraint) -> int:
-        """A number for an answer, by which the child knows it."""
-        number = next(self._numbers)
-        self._constraints[number] = constraint
-        return number
+    def send(self, number: int, message: Any) -> None:
+        """Tell the process, which will say something of this number."""
+        self._awaited[number] += 1
+        with contextlib.suppress(OSError):  # `answer` says that it has ended
+            self._connection.send((number, message))
 
-    def send(self, message: tuple[Any, ...]) -> None:
-        """Tell the child."""
-        with contextlib.suppress(OSError):  # `receive` says that it has ended
-            self._connection.send(message)
-
-    def receive(self, seconds: float) -> bool:
-        """Wait for an answer of the child and pass it on. Raises ApiError if the child ended."""
+    def answer(self, number: int, seconds: float) -> bytes | None:
+        """The last that the process has to say of a number; None if that takes longer."""
+        deadline = time.monotonic() + seconds
         try:
-            if not self._connection.poll(seconds):
-                return False
-            answer = self._connection.recv_bytes()
-        except (EOFError, OSError) as error:
-            problem = "takes too long, or too much memory: make it simpler"
-            raise ApiError(400, f"the schema or grammar {problem}") from error
-        number, answer = int.from_bytes(answer[:4], "little"), answer[4:]
-        if number == 0:
-            self.first = answer
-        elif constraint := self._constraints.get(number):
-            constraint.take(answer)
-        return True
+            while self._awaited[number]:
+                if not self._connection.poll(max(deadline - time.monotonic(), 0)):
+                    return None
+                answer = self._connection.recv_bytes()
+                answered = int.from_bytes(answer[:4], "little")
+                self._told[answered] = answer[4:]
+                self._awaited[answered] -= 1
+        except (EOFError, OSError):
+            return ENDED
+        return self._told.get(number, self._told[0])
 
 
 def check_answer(answer: bytes) -> None:
-    """Raise ApiError if a child's answer is a refusal."""
+    """Raise ApiError if a child has ended, or refuses."""
+    if answer == ENDED:
+        problem = "takes too long, or too much memory: make it simpler"
+        raise ApiError(400, f"the schema or grammar {problem}")
     if answer.startswith(REFUSAL):
         reason = printable(answer[1:].decode(errors="replace"))
         raise ApiError(400, f"the schema or grammar is not supported ({reason}): change it")
@@ -1561,12 +1552,12 @@ def unpack_bits(data: bytes) -> torch.Tensor:
 # What follows runs in the source and in its children.
 
 
-def run_grammars(descriptor: int) -> None:
+def run_grammars() -> None:
     """The source: build the vocabulary, and fork a child for each connection that comes."""
     from llguidance import LLTokenizer
 
-    server = socket.socket(fileno=descriptor)
-    tokens, ends = pickle.load(sys.stdin.buffer)
+    server = socket.socket(fileno=0)
+    tokens, ends = pickle.load(server.makefile("rb"))
     wrapper: Any = types.SimpleNamespace(  # what LLTokenizer wants to know of a vocabulary
         is_tokenizer_wrapper=True,
         tokens=tokens,
@@ -1592,11 +1583,11 @@ def run_grammars(descriptor: int) -> None:
 
 def serve_grammar(vocabulary: Any, connection: Connection) -> None:
     """A child: compile one grammar and compute its masks, until the connection is closed."""
-    rules, schemas, slow = connection.recv()
+    number, (rules, schemas, slow) = connection.recv()
     confine(slow)
     seconds = SLOW_SECONDS if slow else QUICK_SECONDS
-    matchers: dict[int, Any] = {}  # of each answer; 0: as each begins
-    number, tokens = 0, ()
+    matchers: dict[int, Any] = {}
+    tokens: Sequence[int] = ()
     while True:
         with clock(seconds):
             try:
@@ -1617,8 +1608,6 @@ def confine(slow: bool) -> None:
     """Limit what this process can take from others."""
     os.nice(19 if slow else 5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(AttributeError, OSError):  # Linux only: end with the source
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     with contextlib.suppress(OSError):  # Linux only
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory is short, end this first
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -1947,9 +1936,7 @@ class Constraint:
         """
         self.active = not trigger
         self._grammar = grammar
-        self._number = grammar.add(self)
-        self._answer = grammar.first  # the last one of the child
-        self._awaited = 0  # answers of the child
+        self._number = next(grammar.numbers)
         self._decode = tokenizer.decode
         self._size = tokenizer.vocabulary.size
         self._trigger = trigger.encode()
@@ -1969,9 +1956,8 @@ class Constraint:
 
     def _send(self, tokens: list[int]) -> None:
         """Have the child follow tokens. It computes the mask meanwhile."""
-        self._awaited += 1
         self._pushed = time.monotonic()
-        self._grammar.send((self._number, tokens))
+        self._grammar.send(self._number, tokens)
 
     def _look_for_trigger(self, token: int) -> None:
         self._tokens.append(token)
@@ -1987,40 +1973,27 @@ class Constraint:
             self._tokens = []
             self._trigger = self._trigger if self._anywhere else b""
 
-    def take(self, answer: bytes) -> None:
-        """Keep an answer of the child."""
-        self._awaited -= 1
-        self._answer = answer
-
-    def _answered(self, seconds: float) -> bool:
-        """Wait until the child has answered all. Raises ApiError if it ended."""
-        deadline = time.monotonic() + seconds
-        while self._awaited:
-            if not self._grammar.receive(max(deadline - time.monotonic(), 0)):
-                return False
-        return True
-
     @property
     def ready(self) -> bool:
         """Whether `allowed` needs not wait."""
-        with contextlib.suppress(ApiError):
-            return self._answered(0)
-        return True  # `allowed` says why
+        return self._grammar.answer(self._number, 0) is not None
 
     def allowed(self) -> torch.Tensor | None:
         """Which tokens [vocabulary] may come next; None if that is not known in time.
 
         Raises ApiError.
         """
-        if not self._answered(self._pushed + self.PATIENCE - time.monotonic()):
+        patience = self._pushed + self.PATIENCE - time.monotonic()
+        answer = self._grammar.answer(self._number, patience)
+        if answer is None:
             return None
-        check_answer(self._answer)
-        if self._answer == MISFIT:
+        check_answer(answer)
+        if answer == MISFIT:
             if not self._trigger:
                 raise ApiError(400, "the schema or grammar has too many cases: make it simpler")
             self.active, self._trigger = False, b""  # its last token went on as no call does
             return None
-        return unpack_bits(self._answer[1:])[: self._size]  # without the place for the end
+        return unpack_bits(answer[1:])[: self._size]  # without the place for the end
 
 
 def constrain(
