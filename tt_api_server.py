@@ -1411,9 +1411,9 @@ WALL_SECONDS = 60  # for any of these, on a busy machine
 GRAMMAR_MEMORY = 256 << 20  # bytes, for one grammar
 MASK, REFUSAL, MISFIT, ENDED = b"=", b"!", b"?", b""  # how a child's answers begin
 
-# A JSON schema that is a rule in Lark: the rule's name, the schema, and whether what is not
-# supported is refused, instead of left out. No class: children could not unpickle it.
-Schema = tuple[str, dict[str, Any], bool]
+# A rule of a grammar: in Lark; or its name, a JSON schema, and whether what is not supported there is
+# refused, instead of left out. No class: children could not unpickle it.
+Rule = str | tuple[str, dict[str, Any], bool]
 
 
 class Grammars:
@@ -1433,20 +1433,19 @@ class Grammars:
         """
         self._tokens = tokens
         self._lock = threading.Lock()
-        self._quick = threading.Semaphore(QUICK_COMPILES)
-        self._slow = threading.Semaphore(SLOW_COMPILES)
+        self._slots = threading.Semaphore(QUICK_COMPILES), threading.Semaphore(SLOW_COMPILES)
         self._source: socket.socket | None = None
 
-    def compile(self, rules: Sequence[str], schemas: Sequence[Schema] = ()) -> Grammar:
-        """Compile rules in Lark; each schema is one more rule.
+    def compile(self, rules: Sequence[Rule]) -> Grammar:
+        """Compile rules, of which `start` is the whole.
 
         Raises ApiError if that is not supported, or too large.
         """
         # What takes long is begun again, after others that do, and behind all else.
-        for slots, slow in ((self._quick, False), (self._slow, True)):
+        for slow, slots in enumerate(self._slots):
             with slots:
                 grammar = Grammar(self._fork())
-                grammar.send(0, (rules, schemas, slow))
+                grammar.send(0, (rules, slow))
                 answer = grammar.answer(0, WALL_SECONDS)
             if answer:
                 break
@@ -1539,7 +1538,7 @@ def check_answer(answer: bytes) -> None:
 @functools.cache
 def bit_table() -> torch.Tensor:
     """For each byte its bits, lowest first, as eight booleans in one int64."""
-    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
     return (torch.arange(256, dtype=torch.uint8)[:, None] & bits).ne(0).view(torch.int64).flatten()
 
 
@@ -1583,7 +1582,7 @@ def run_grammars() -> None:
 
 def serve_grammar(vocabulary: Any, connection: Connection) -> None:
     """A child: compile one grammar and compute its masks, until the connection is closed."""
-    number, (rules, schemas, slow) = connection.recv()
+    number, (rules, slow) = connection.recv()
     confine(slow)
     seconds = SLOW_SECONDS if slow else QUICK_SECONDS
     matchers: dict[int, Any] = {}
@@ -1592,7 +1591,7 @@ def serve_grammar(vocabulary: Any, connection: Connection) -> None:
         with clock(seconds):
             try:
                 if number == 0:
-                    matchers[0] = compile_rules(vocabulary, rules, schemas)
+                    matchers[0] = compile_rules(vocabulary, rules)
                 matcher = matchers.get(number) or matchers[0].deep_copy()
                 matchers[number] = matcher
                 fits = matcher.try_consume_tokens(tokens) == len(tokens) or matcher.is_error()
@@ -1604,7 +1603,7 @@ def serve_grammar(vocabulary: Any, connection: Connection) -> None:
         seconds = MASK_SECONDS
 
 
-def confine(slow: bool) -> None:
+def confine(slow: int) -> None:
     """Limit what this process can take from others."""
     os.nice(19 if slow else 5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -1633,16 +1632,18 @@ def next_mask(matcher: Any) -> bytes:
     return MASK + mask
 
 
-def compile_rules(vocabulary: Any, rules: Sequence[str], schemas: Sequence[Schema]) -> Any:
+def compile_rules(vocabulary: Any, rules: Sequence[Rule]) -> Any:
     """A grammar's matcher. Raises ValueError with the reason if it is not supported."""
-    ready = [(name, repair(close(schema), strict), strict) for name, schema, strict in schemas]
+    lark = [rule for rule in rules if isinstance(rule, str)]
+    schemas = [rule for rule in rules if not isinstance(rule, str)]
+    schemas = [(name, repair(close(schema), strict), strict) for name, schema, strict in schemas]
     with contextlib.suppress(ValueError):
-        return new_matcher(vocabulary, with_schemas(rules, ready))
-    ready = [
+        return new_matcher(vocabulary, "\n".join([*lark, *map(json_rule, schemas)]))
+    schemas = [
         (name, schema if strict else loosen(vocabulary, schema), strict)
-        for name, schema, strict in ready
+        for name, schema, strict in schemas
     ]
-    return new_matcher(vocabulary, with_schemas(rules, ready))
+    return new_matcher(vocabulary, "\n".join([*lark, *map(json_rule, schemas)]))
 
 
 def new_matcher(vocabulary: Any, grammar: str) -> Any:
@@ -1695,15 +1696,11 @@ JSON_BOUNDS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMax
 EXACT = 2**53  # llguidance computes with floats
 
 
-def with_schemas(rules: Sequence[str], schemas: Sequence[Schema]) -> str:
-    """A grammar in Lark with the schemas' rules."""
-    more = (f"{name}: {json_rule(schema, strict)}" for name, schema, strict in schemas)
-    return "\n".join([*rules, *more])
-
-
-def json_rule(schema: Any, strict: bool) -> str:
-    """A schema in Lark."""
-    return "%json " + json.dumps({**schema, "x-guidance": {**JSON_STYLE, "lenient": not strict}})
+def json_rule(rule: tuple[str, dict[str, Any], bool]) -> str:
+    """The rule of a schema in Lark."""
+    name, schema, strict = rule
+    options = {**JSON_STYLE, "lenient": not strict}
+    return f"{name}: %json {json.dumps({**schema, 'x-guidance': options})}"
 
 
 def close(schema: dict[str, Any]) -> dict[str, Any]:
@@ -1780,7 +1777,7 @@ def loosen(vocabulary: Any, root: dict[str, Any]) -> dict[str, Any]:
     """Leave out the keywords that are not supported."""
 
     def works(schema: dict[str, Any]) -> bool:
-        return compiles(vocabulary, f"start: {json_rule(schema, strict=False)}")
+        return compiles(vocabulary, json_rule(("start", schema, False)))
 
     def prune(schema: Any) -> Any:
         if not isinstance(schema, dict):
@@ -1806,33 +1803,28 @@ class CallForm(NamedTuple):
     """How a family of models writes tool calls."""
 
     mark: str  # the special token at the start
-    opening: str  # the text at the start
     arguments: str  # their name in JSON; "" for name[ARGS]{...}
     calls: str  # the rule in Lark for one or more, each a `call`, a name with its arguments
 
 
 HERMES_CALLS = CallForm(  # and Qwen
     mark="<tool_call>",
-    opening="<tool_call>",
     arguments="arguments",
     # Some models write the line feed last, too, and would have to go on with a call.
     calls=r'(mark "\n" call "\n" close "\n"?)+',
 )
 MISTRAL_CALLS = CallForm(
     mark="[TOOL_CALLS]",
-    opening="[TOOL_CALLS]",
     arguments="arguments",
     calls='mark " "? "[" call (", " call)* "]"',
 )
 NAMED_CALLS = CallForm(  # Mistral's newer models, such as Devstral
     mark="[TOOL_CALLS]",
-    opening="[TOOL_CALLS]",
     arguments="",
     calls="(mark call)+",
 )
 LLAMA_CALLS = CallForm(
     mark="<|python_tag|>",
-    opening='{"name": "',
     arguments="parameters",
     calls="mark? call",
 )
@@ -1879,14 +1871,14 @@ def token_rule(tokenizer: Tokenizer, text: str) -> str:
 
 
 def call_rules(
-    tokenizer: Tokenizer, functions: Sequence[Function], marked: bool
-) -> tuple[list[str], list[Schema]]:
-    """Lark's rule `calls` for calls of these functions, and the schemas of their arguments.
+    tokenizer: Tokenizer, form: CallForm, functions: Sequence[Function], marked: bool
+) -> list[Rule]:
+    """The rule `calls` for calls of these functions.
 
     With `marked`, it begins with the mark, as no other text does.
     """
-    form = call_form(tokenizer.template.source)
-    calls, schemas = [], []
+    calls: list[str] = []
+    rules: list[Rule] = []
     for i, function in enumerate(functions):
         name = json.dumps(function.name)
         if form.arguments:
@@ -1897,28 +1889,28 @@ def call_rules(
         else:
             calls.append(f"{name} {token_rule(tokenizer, '[ARGS]')} arguments{i}")
         parameters = {**function.parameters, "type": "object"}
-        schemas.append((f"arguments{i}", parameters, function.strict))
-    rules = [
+        rules.append((f"arguments{i}", parameters, function.strict))
+        *rules,
+    return [
         f"calls: {form.calls.replace('mark?', 'mark') if marked else form.calls}",
         f"mark: {token_rule(tokenizer, form.mark)}",
         f"close: {token_rule(tokenizer, '</tool_call>')}",
         f"call: {' | '.join(calls)}",
     ]
-    return rules, schemas
 
 
-def form_rules(form: Form) -> tuple[list[str], list[Schema]]:
-    """Lark's rule `answer` for an answer of this form, or the schema of that name."""
+def form_rules(form: Form) -> list[Rule]:
+    """The rule `answer` for an answer of this form."""
     if form.kind == "json":
-        return [], [("answer", form.value, form.strict)]
+        return [("answer", form.value, form.strict)]
     if form.kind == "choice":
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in form.value)
-        return ["answer: CHOICE", f"CHOICE: {choices}"], []  # one terminal: rules have a limit
+        return ["answer: CHOICE", f"CHOICE: {choices}"]  # one terminal: rules have a limit
     if form.kind == "regex":
         # \/ stays as it is
         escaped = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", form.value)
-        return [f"answer: /{escaped}/"], []
-    return [f"answer: %lark {{\n{form.value}\n}}"], []
+        return [f"answer: /{escaped}/"]
+    return [f"answer: %lark {{\n{form.value}\n}}"]
 
 
 class Constraint:
@@ -1949,9 +1941,9 @@ class Constraint:
         """Follow the answer's next token."""
         if self.active:
             self._send([token])
-        elif self._after is not None:
-            self._after = None if token == self._after else self._after
-        elif self._trigger:
+        elif token == self._after:
+            self._after = None
+        elif self._trigger and self._after is None:
             self._look_for_trigger(token)
 
     def _send(self, tokens: list[int]) -> None:
@@ -2006,33 +1998,30 @@ def constrain(
 ) -> Callable[[], Constraint] | None:
     """Makes the Constraint of each answer: calls if they are `forced`; else calls, or what `form`
     says.
+    if not (form or functions):
+        return None
 
     None: nothing rules it.
 
     `state` is the Reader's at the start. Raises ApiError.
     """
     form = None if forced else form
-    rules: list[str] = []
-    schemas: list[Schema] = []
-    if functions:
-        rules, schemas = call_rules(tokenizer, functions, resembles_call(form))
-    if functions and not form and not forced:  # text that may become a call
+    family = call_form(tokenizer.template.source)
+    rules = call_rules(tokenizer, family, functions, resembles_call(form)) if functions else []
+    if not form and not forced:  # text that may become a call
         after = None if state == "text" else tokenizer.vocabulary.added.get(tokenizer.think_tags[1])
         try:
-            grammar = grammars.compile(["start: calls", *rules], schemas)
+            grammar = grammars.compile(["start: calls", *rules])
         except ApiError:
             if any(function.strict for function in functions):
                 raise
             return None  # the calls are then as good as the model
-        trigger = call_form(tokenizer.template.source).opening
+        trigger = '{"name": "' if family is LLAMA_CALLS else family.mark
         return functools.partial(Constraint, grammar, tokenizer, trigger, after)
     start = "calls"
     if form:
-        answer, answer_schemas = form_rules(form)
-        rules, schemas = rules + answer, schemas + answer_schemas
+        rules += form_rules(form)
         start = "answer | calls" if functions else "answer"
-    elif not forced:
-        return None
     thinking = 'text over "\\n\\n"?'
     think = {"thinking": thinking, "opening": f"begin {thinking}"}.get(state, "")
     opening, closing = tokenizer.think_tags
@@ -2041,7 +2030,7 @@ def constrain(
         f"over: {token_rule(tokenizer, closing)}",
         "text: /(?s:.*)/",
     ]
-    grammar = grammars.compile([f"start: {think} ({start})", *rules], schemas)
+    grammar = grammars.compile([f"start: {think} ({start})", *rules])
     return functools.partial(Constraint, grammar, tokenizer)
 
 
