@@ -267,6 +267,12 @@ NAME_FOLDER = "name a folder with config.json, model.safetensors or its index, a
 NAME_ANOTHER = f"name a text model of the family {', '.join(FAMILIES)} in bfloat16"
 NAME_ANOTHER += ", not a quantized copy (GPTQ, AWQ, FP8, MLX)"
 
+# The settings of the rotary wavelengths' stretching, of Llama 3.1's and of Phi-3's for long contexts.
+ROPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
 # The settings of config.json that change what transformers computes, and the values that are
 # supported. If a setting is absent, the first value is meant, as in transformers.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -276,7 +282,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "quantization_config": (None,),
     "quantization": (None,),  # MLX's name
-    "rope_type": ("default", "llama3", "longrope"),
+    "rope_type": tuple(ROPES),
     "partial_rotary_factor": (1.0, None),
 }
 # transformers' defaults, by family, for what config.json may leave out.
@@ -308,9 +314,6 @@ GENERATION = {
     "min_p": (0.0, 1),
     "repetition_penalty": (0.01, 100),
 }
-# Llama 3.1's stretching of the rotary wavelengths, and that of Phi-3's long contexts
-LONG_ROPE = ("short_factor", "long_factor", "original_max_position_embeddings")
-ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 WEIGHTS = (  # of all families, in the same form; {} is the number of the layer
     ("tok_embeddings.weight", "model.embed_tokens.weight", "vocabulary dim"),
     ("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", "dim"),
@@ -342,7 +345,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     max_position: int  # tokens of the longest context
-    rope_scaling: dict[str, Any] | None  # ROPE_SCALING or LONG_ROPE
+    rope_scaling: dict[str, Any] | None  # see ROPES
     tied: bool  # the embedding is the output matrix, if the checkpoint has no other
 
     @staticmethod
@@ -381,8 +384,7 @@ class ModelConfig:
                 settings["max_position_embeddings"], (slides and window) or math.inf
             ),
         }
-        kinds = {"default": (), "llama3": ROPE_SCALING, "longrope": LONG_ROPE}
-        scaling = {name: settings[name] for name in kinds[settings["rope_type"]]}
+        scaling = {name: settings[name] for name in ROPES[settings["rope_type"]]}
         for name, value in numbers.items():
             if value <= 0:
                 raise ValueError(f"{name} is {shown(value)}")
@@ -435,7 +437,7 @@ def config_of_params(params: dict[str, Any]) -> dict[str, Any]:
         # params.json does not tell Llama 3.2's scaling factor from 3.1's and 3.3's. The width does:
         # the text models of 3.2 are 2048 and 3072 wide, all others 4096 or more.
         factors = (32.0 if dim <= 3072 else 8.0, 1.0, 4.0, 8192)
-        config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPE_SCALING, factors))}
+        config["rope_scaling"] = {"rope_type": "llama3", **dict(zip(ROPES["llama3"], factors))}
         config["max_position_embeddings"] = 131072
     return config
 
@@ -869,7 +871,7 @@ class FileVocabulary:
             return self._added[token].content.encode()
         text = self._tokenizer.id_to_token(token) or ""  # a model's vocabulary may be padded
         if self._byte_level and self._bytes.keys() >= set(text):
-            return bytes(self._bytes[character] for character in text)
+            return bytes(map(self._bytes.__getitem__, text))
         byte = re.fullmatch("<0x(..)>", text)  # SentencePiece's
         return bytes.fromhex(byte[1]) if byte else text.replace("\u2581", " ").encode()
 
@@ -929,13 +931,9 @@ class ChatTemplate:
             ) from error
 
     def render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Message] = (),
-        thinking: bool = False,
-        starts: bool = True,
+        self, messages: Sequence[Message], tools: Sequence[Message], **options: bool
     ) -> list[str]:
-        """The prompt in parts, which are encoded one by one.
+        """The prompt in parts, which are encoded one by one. `options` are the template's.
 
         Raises ApiError if the template refuses the messages.
         """
@@ -947,9 +945,8 @@ class ChatTemplate:
             prompt = self._template.render(
                 messages=self.inert(list(messages)),
                 tools=self.inert(list(tools)) or None,
-                enable_thinking=thinking,
-                add_generation_prompt=starts,
                 count=character_count(),
+                **options,
             )
             return prompt.split(self.CUT)
         except ApiError:
@@ -1040,7 +1037,8 @@ class Tokenizer:
 
         Raises ApiError.
         """
-        return self.vocabulary.encode(self.template.render(messages, tools, thinking, starts))
+        options = {"enable_thinking": thinking, "add_generation_prompt": starts}
+        return self.vocabulary.encode(self.template.render(messages, tools, **options))
 
     def encode_document(self, text: str) -> list[int]:
         """Token ids of plain text at the start of a document."""
@@ -1081,14 +1079,11 @@ def read_template(folder: Path, settings: Mapping[str, Any]) -> str:
 
     `settings` is the content of its tokenizer_config.json.
     """
-    template = settings.get("chat_template") or ""
+    template = settings.get("chat_template")
     named = {"default": template}
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
-    files = [
-        folder / "chat_template.jinja",
-        *sorted(folder.glob("additional_chat_templates/*.jinja")),
-    ]
+    files = [folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")]
     for path in filter(Path.is_file, files):
         try:
             named[path.stem] = path.read_text()
@@ -1890,12 +1885,12 @@ def call_rules(
             calls.append(f"{name} {token_rule(tokenizer, '[ARGS]')} arguments{i}")
         parameters = {**function.parameters, "type": "object"}
         rules.append((f"arguments{i}", parameters, function.strict))
-        *rules,
     return [
         f"calls: {form.calls.replace('mark?', 'mark') if marked else form.calls}",
         f"mark: {token_rule(tokenizer, form.mark)}",
         f"close: {token_rule(tokenizer, '</tool_call>')}",
         f"call: {' | '.join(calls)}",
+        *rules,
     ]
 
 
@@ -1998,13 +1993,13 @@ def constrain(
 ) -> Callable[[], Constraint] | None:
     """Makes the Constraint of each answer: calls if they are `forced`; else calls, or what `form`
     says.
-    if not (form or functions):
-        return None
 
     None: nothing rules it.
 
     `state` is the Reader's at the start. Raises ApiError.
     """
+    if not (form or functions):
+        return None
     form = None if forced else form
     family = call_form(tokenizer.template.source)
     rules = call_rules(tokenizer, family, functions, resembles_call(form)) if functions else []
@@ -2736,7 +2731,7 @@ def rotary_tables(config: ModelConfig, length: int) -> tuple[torch.Tensor, torch
         frequency /= torch.tensor(scaling["long_factor" if length > original else "short_factor"])
         size = math.sqrt(1 + math.log(config.max_position / original) / math.log(original))
     elif scaling:
-        factor, low, high, original = (scaling[name] for name in ROPE_SCALING)
+        factor, low, high, original = (scaling[name] for name in ROPES["llama3"])
         turns = original * frequency / (2 * torch.pi)  # in the original context
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / factor)
