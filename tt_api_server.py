@@ -1193,13 +1193,13 @@ class Reader:
         tokenizer: Tokenizer,
         stop: Sequence[str] = (),
         state: str = "text",
-        functions: Iterable[str] = (),
+        functions: Sequence[str] = (),
         several: bool = True,
         marked: bool = False,
         chat: bool = True,
     ) -> None:
-        """`state` is "opening" if thinking may come, "thinking" if the prompt has begun it, else
-        "text".
+        """`stop` are strings that end the answer. `state` is "opening" if thinking may come,
+        "thinking" if the prompt has begun it, else "text".
 
         `functions` are the names that may be called; if there are none, all is text. Without
         `several` the answer ends with the first call. With `marked` a call begins with a mark, and
@@ -1213,14 +1213,13 @@ class Reader:
         self.done = False  # by that, or by the one call: what comes after it is not read
         self._tokenizer = tokenizer
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self.stop = stop  # strings that end the answer before the model does
+        self._stop = stop
         self._state = state
         self._open, self._close = tokenizer.think_tags
-        self._functions = list(functions)
+        self._functions = functions
         self._several = several
-        self.may_end = bool(stop) or (
-            bool(self._functions) and not several
-        )  # before the model ends
+        # whether the answer may end before the model ends it
+        self.may_end = bool(stop or (functions and not several))
         self._bare = not marked  # so a call may begin without a mark
         self._depth = 0  # of the brackets in its arguments
         self._quoted = self._escaped = False  # inside a string there, and after a backslash
@@ -1258,11 +1257,11 @@ class Reader:
         if text and self._first:
             text, self._first = text.removeprefix(self._first), ""
         text = self._held + text
-        ends = [(text.find(stop), stop) for stop in self.stop if stop in text]
+        ends = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if ends:
             end, self.stopped = min(ends)
             text, final, self.done = text[:end], True, True
-        text, may_stop = without_start(text, self.stop, final)
+        text, may_stop = without_start(text, self._stop, final)
         pieces: list[Piece] = []
         while True:
             before = self._state, text
@@ -1629,16 +1628,20 @@ def next_mask(matcher: Any) -> bytes:
 
 def compile_rules(vocabulary: Any, rules: Sequence[Rule]) -> Any:
     """A grammar's matcher. Raises ValueError with the reason if it is not supported."""
-    lark = [rule for rule in rules if isinstance(rule, str)]
-    schemas = [rule for rule in rules if not isinstance(rule, str)]
-    schemas = [(name, repair(close(schema), strict), strict) for name, schema, strict in schemas]
     with contextlib.suppress(ValueError):
-        return new_matcher(vocabulary, "\n".join([*lark, *map(json_rule, schemas)]))
-    schemas = [
-        (name, schema if strict else loosen(vocabulary, schema), strict)
-        for name, schema, strict in schemas
-    ]
-    return new_matcher(vocabulary, "\n".join([*lark, *map(json_rule, schemas)]))
+        return new_matcher(vocabulary, "\n".join(map(in_lark, rules)))
+    return new_matcher(vocabulary, "\n".join(in_lark(rule, vocabulary) for rule in rules))
+
+
+def in_lark(rule: Rule, vocabulary: Any = None) -> str:
+    """A rule in Lark. With a vocabulary, what is not supported is left out if that is allowed."""
+    if isinstance(rule, str):
+        return rule
+    name, schema, strict = rule
+    schema = repair(close(schema), strict)
+    if vocabulary and not strict:
+        schema = loosen(vocabulary, schema)
+    return f"{name}: {json_in_lark(schema, strict)}"
 
 
 def new_matcher(vocabulary: Any, grammar: str) -> Any:
@@ -1691,11 +1694,9 @@ JSON_BOUNDS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMax
 EXACT = 2**53  # llguidance computes with floats
 
 
-def json_rule(rule: tuple[str, dict[str, Any], bool]) -> str:
-    """The rule of a schema in Lark."""
-    name, schema, strict = rule
-    options = {**JSON_STYLE, "lenient": not strict}
-    return f"{name}: %json {json.dumps({**schema, 'x-guidance': options})}"
+def json_in_lark(schema: dict[str, Any], strict: bool) -> str:
+    """A schema in Lark."""
+    return "%json " + json.dumps({**schema, "x-guidance": {**JSON_STYLE, "lenient": not strict}})
 
 
 def close(schema: dict[str, Any]) -> dict[str, Any]:
@@ -1772,7 +1773,7 @@ def loosen(vocabulary: Any, root: dict[str, Any]) -> dict[str, Any]:
     """Leave out the keywords that are not supported."""
 
     def works(schema: dict[str, Any]) -> bool:
-        return compiles(vocabulary, json_rule(("start", schema, False)))
+        return compiles(vocabulary, f"start: {json_in_lark(schema, strict=False)}")
 
     def prune(schema: Any) -> Any:
         if not isinstance(schema, dict):
