@@ -7963,16 +7963,24 @@ class CrossingTest(unittest.TestCase):
                     runs_on = "ignore_eos" in body and not kind.ruled
                     expected = kind.said._replace(finish="length" if runs_on else "stop")
                     self.assertEqual(what_was_said(path, whole), [expected] * body.get("n", 1))
-                    self.check_scores(tokens, whole, actor.script[:-1])
+                    one_call = kind.fields.get("tool_choice") == NAMED
+                    self.check_scores(tokens, whole, actor.script[:-1], one_call)
                 count += 1
         self.assertGreater(count, 450)
 
-    def check_scores(self, tokens: server.Tokenizer, whole: Body, script: list[int]) -> None:
-        """Where there are log-probabilities, there is one for each token."""
+    def check_scores(
+        self, tokens: server.Tokenizer, whole: Body, script: list[int], one_call: bool
+    ) -> None:
+        """Where there are log-probabilities, there is one for each token; one call ends with its
+        arguments, and what closes it is not told.
+        """
         for choice in whole.get("choices", []):
             if scores := choice["logprobs"]:
                 names = [server.spelled(tokens, token)[0] for token in script]
                 told = scores.get("tokens") or [entry["token"] for entry in scores["content"]]
+                if one_call:
+                    names = names[: len(told)]
+                    self.assertEqual("".join(names)[-2:], "{}")
                 self.assertEqual(told[: len(names)], names)
 
     @needs("llguidance", "tokenizers")
@@ -8080,6 +8088,27 @@ class FormTest(FormCase):
                 if len(expected.calls) > 1 and not expected.text:
                     first = expected._replace(calls=expected.calls[:1])
                     self.check(name, script, first, parallel_tool_calls=False)
+
+    def test_one_call_ends_the_answer(self) -> None:
+        """Where there may be one, nothing is generated after it."""
+        named = {"type": "function", "function": {"name": "get_weather"}}
+        for one in ({"parallel_tool_calls": False}, {"tool_choice": named}):
+            steps: list[float] = []
+
+            def slowly(batch: object, steps: list[float] = steps) -> None:
+                steps.append(1)
+                time.sleep(0.005)
+
+            with self.subTest(one), acting(family("qwen"), before_step=slowly) as (api, actor):
+                actor.say("\n".join([HERMES_CALL] * 30))
+                asked = {"messages": QUESTION, "tools": TOOLS, "max_tokens": 1000, **one}
+                if "tool_choice" in one and absent("llguidance"):
+                    continue
+                reply = ask(api.server_port, "/v1/chat/completions", asked).json
+                (choice,) = reply["choices"]
+                self.assertEqual(choice["finish_reason"], "tool_calls")
+                self.assertLess(reply["usage"]["completion_tokens"], 100)
+                self.assertLess(len(steps), 300)
 
     def test_thinking_that_is_special(self) -> None:
         """Tags that are special tokens."""

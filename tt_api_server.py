@@ -786,13 +786,10 @@ class Llama3Vocabulary:
     """Llama 3's tokenizer.model, through llama-models."""
 
     size = LLAMA3_VOCABULARY  # of the ids; a model may have more, or fewer
-    adds_space = False  # before each text, as SentencePiece does: an answer begins with it, too
+    adds_space = False  # before each text, and so before an answer, as SentencePiece does
 
     def __init__(self, tokenizer_model: Path | None = None) -> None:
-        """Without a file, llama-models' own copy.
-
-        Raises UserError.
-        """
+        """Without a file, llama-models' own copy. Raises UserError."""
         try:
             from llama_models.llama3.api import tokenizer
         except ImportError as error:
@@ -1435,7 +1432,7 @@ class Grammars:
 
         Raises ApiError if that is not supported, or too large.
         """
-        # What takes long is begun again, after others that do, and behind all else.
+        # What takes longer is begun again with more time, in its turn, and behind all else.
         for slow, slots in enumerate(self._slots):
             with slots:
                 grammar = Grammar(self._fork())
