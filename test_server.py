@@ -1175,6 +1175,7 @@ class CheckpointErrorTest(unittest.TestCase):
             (folder_of({**META, "params.json": {"dim": 64}}), "vocab_size.*download"),
             (params(vision_chunk_size=5), "vision_chunk_size.*qwen3"),
             (config(hidden_size=None), "configuration.*download"),
+            (config(eos_token_id=["</s>"]), "configuration.*download"),
             (params(vocab_size=32000), "vocab_size is 32000.*Llama 3"),
             (config(model_type="gemma"), "model_type.*gemma.*qwen3"),
             (

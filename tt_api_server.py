@@ -696,6 +696,8 @@ def read_checkpoint(folder: Path, repository: str = "") -> Checkpoint:
     generation = read_json(home / "generation_config.json")
     try:
         config = ModelConfig.read(settings if hf else config_of_params(settings))
+        ends = {*as_list(settings.get("eos_token_id")), *as_list(generation.get("eos_token_id"))}
+        stop_tokens = frozenset(map(int, ends - {None}))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
@@ -703,9 +705,8 @@ def read_checkpoint(folder: Path, repository: str = "") -> Checkpoint:
         raise UserError(
             f"{folder}: the model's configuration is damaged ({error!r}): download it again"
         ) from error
-    ends = {end for source in (settings, generation) for end in as_list(source.get("eos_token_id"))}
     defaults = read_defaults(generation)
-    return Checkpoint(files, hf, config, name, frozenset(ends - {None}), defaults, repository)
+    return Checkpoint(files, hf, config, name, stop_tokens, defaults, repository)
 
 
 def read_defaults(generation: dict[str, Any]) -> dict[str, float]:
@@ -887,19 +888,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special: Iterable[str], **tokens: str) -> None:
         """`tokens` are bos_token and its like. Raises UserError."""
-        import jinja2.ext
         import jinja2.sandbox
-
-        class Generation(jinja2.ext.Extension):
-            """{% generation %}, which marks what a model is trained on, and changes nothing
-            here.
-            """
-
-            tags = {"generation"}  # noqa: RUF012
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
         @jinja2.pass_context
         def tojson(context: Any, value: Any, **options: Any) -> str:
@@ -916,10 +905,12 @@ class ChatTemplate:
         self._lengths = {len(token) for token in self._special}
         self._one_call = "tool_calls[0]" in source  # Llama 3's templates take one call a message
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = tojson
         environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, **tokens}
+        # {% generation %} marks what a model is trained on: a comment.
+        source = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", source)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
