@@ -778,11 +778,6 @@ LLAMA_TEMPLATE = """\
 {%- endif %}"""
 
 
-def encodable(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which JSON can spell and UTF-8 cannot."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
 class Llama3Vocabulary:
     """Llama 3's tokenizer.model, through llama-models."""
 
@@ -884,7 +879,7 @@ class ChatTemplate:
     and so stays text.
     """
 
-    CUT = "\ud800"  # a lone surrogate, which `encodable` removes from every text
+    CUT = "\ud800"  # a lone surrogate, which `inert` removes from every text
 
     def __init__(self, source: str, special: Iterable[str], **tokens: str) -> None:
         """`tokens` are bos_token and its like. Raises UserError."""
@@ -945,13 +940,16 @@ class ChatTemplate:
             ) from error
 
     def inert(self, value: Any) -> Any:
-        """A JSON value with the special tokens in its texts cut in two."""
+        """A JSON value with the special tokens in its texts cut in two, and U+FFFD for lone
+        surrogates, which JSON can spell and UTF-8 cannot.
+        """
         if isinstance(value, dict):
             return {self.inert(name): self.inert(entry) for name, entry in value.items()}
         if isinstance(value, list):
             return [self.inert(entry) for entry in value]
         if isinstance(value, str):
-            return self._starts.sub(self._cut, encodable(value))
+            encodable = re.sub("[\ud800-\udfff]", "\ufffd", value)
+            return self._starts.sub(self._cut, encodable)
         return value
 
     def _cut(self, start: re.Match[str]) -> str:
@@ -1570,16 +1568,18 @@ def serve_grammar(vocabulary: Any, connection: Connection) -> None:
     matchers: dict[int, Any] = {}
     tokens: Sequence[int] = ()
     while True:
-        with clock(seconds):
-            try:
-                if number == 0:
-                    matchers[0] = compile_rules(vocabulary, rules)
-                matcher = matchers.get(number) or matchers[0].deep_copy()
-                matchers[number] = matcher
-                fits = matcher.try_consume_tokens(tokens) == len(tokens) or matcher.is_error()
-                answer = next_mask(matcher) if fits else MISFIT
-            except ValueError as error:
-                answer = REFUSAL + str(error).encode(errors="replace")
+        # If it takes longer, the process ends; a thread could not stop llguidance.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            if number == 0:
+                matchers[0] = compile_rules(vocabulary, rules)
+            matcher = matchers.get(number) or matchers[0].deep_copy()
+            matchers[number] = matcher
+            fits = matcher.try_consume_tokens(tokens) == len(tokens) or matcher.is_error()
+            answer = next_mask(matcher) if fits else MISFIT
+        except ValueError as error:
+            answer = REFUSAL + str(error).encode(errors="replace")
+        signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(number.to_bytes(4, "little") + answer)
         number, tokens = connection.recv()
         seconds = MASK_SECONDS
@@ -1594,14 +1594,6 @@ def confine(slow: int) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + GRAMMAR_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-@contextlib.contextmanager
-def clock(seconds: float) -> Iterator[None]:
-    """The process ends if the block takes longer; a thread could not stop llguidance."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    yield
-    signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def next_mask(matcher: Any) -> bytes:
