@@ -109,7 +109,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -385,8 +385,8 @@ class ModelConfig:
             ),
         }
         scaling = {name: settings[name] for name in ROPES[settings["rope_type"]]}
-        for name, value in numbers.items():
-            if value <= 0:
+        for name, value in {**numbers, **scaling}.items():
+            if any(part <= 0 for part in as_list(value)):
                 raise ValueError(f"{name} is {shown(value)}")
         tied = bool(settings.get("tie_word_embeddings"))
         return ModelConfig(family, **numbers, rope_scaling=scaling or None, tied=tied)
@@ -5375,7 +5375,6 @@ def make_requests(asked: Asked, encoded: list[list[int]], model: Model) -> list[
         asked.functions,
         asked.form,
         asked.forced,
-        asked.several,
         # Where thinking is not asked for, a grammar holds from the start.
         state if state == "thinking" or asked.thinks else "text",
     )
