@@ -3048,7 +3048,7 @@ class TTEngineTest(unittest.TestCase):
                 ):
                     client(scheduler, 1.0, *reserving(9, 300, 30))
                     jobs = []
-                    for length in chance.choices((300, 1000, 4000, 20000), k=45):
+                    for length in chance.choices((300, 1000, 4000, 20000), k=30):
                         count, hosted = chance.choice((1, 2, 5, 10, 39)), chance.random() < 0.2
                         job = reserving(chance.randrange(15), length, count, hosted)
                         jobs.append(pool.submit(client, scheduler, chance.random(), *job))
@@ -4562,7 +4562,8 @@ class DemoCacheTest(unittest.TestCase):
         A whole one is left alone and may be read-only.
         """
         cache = Path(tempfile.mkdtemp(dir=SCRATCH)) / "tt-api-server"
-        trained, vocabulary = [], Path(server.Llama3Vocabulary().path).read_bytes()
+        trained, read = [], server.Llama3Vocabulary()
+        vocabulary = Path(read.path).read_bytes()
 
         def train(*_: object) -> dict[str, torch.Tensor]:
             trained.append(1)
@@ -4580,8 +4581,11 @@ class DemoCacheTest(unittest.TestCase):
             self.assertEqual(left, set())
             return len(trained)
 
-        environ = mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(cache.parent)})
-        with environ, mock.patch.object(server, "train_demo", train):
+        with (
+            mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(cache.parent)}),
+            mock.patch.object(server, "train_demo", train),
+            mock.patch.object(server, "Llama3Vocabulary", lambda: read),
+        ):
             self.assertEqual(start(), 1)
             folder = server.demo_checkpoint(no_progress).folder
             weights, params, model = (
@@ -4589,17 +4593,12 @@ class DemoCacheTest(unittest.TestCase):
             )
             damages: list[tuple[Callable[[Path], object], Path]] = [
                 (lambda path: os.truncate(path, path.stat().st_size - 1), weights),
-                (lambda path: os.truncate(path, path.stat().st_size // 2), weights),
-                (lambda path: os.truncate(path, 0), weights),
                 (zero_middle, weights),
                 (other_shapes, weights),
                 (Path.unlink, weights),
                 (lambda path: path.write_text("{"), params),
-                (lambda path: path.write_text('{"dim": 64}'), params),
                 (Path.unlink, params),
                 (lambda path: os.truncate(path, 1000), model),
-                (lambda path: path.write_bytes(b""), model),
-                (emptied, folder),
                 (replaced, folder),
                 (emptied, folder.parent),
                 (replaced, folder.parent),
@@ -10478,10 +10477,10 @@ class CheckTest(unittest.TestCase):
             return logits
 
         def keep_stale(model: PagedLlama, *work: Any) -> torch.Tensor:
-            stale = [cache[40].clone() for cache in model.cache]  # slot 19's, if all have two
+            stale = [cache[12].clone() for cache in model.cache]  # slot 5's, if all have two
             logits = read(model, *work)
             for cache, block in zip(model.cache, stale):
-                cache[40] = block
+                cache[12] = block
             return logits
 
         def start_late(
@@ -10510,7 +10509,7 @@ class CheckTest(unittest.TestCase):
             (engine_class, share_less, {prefixes[2]}),
         ):
             with self.subTest(fault.__name__), stand_in("2026-09"), mock.patch(place, fault):
-                with contextlib.closing(tt_engine()) as engine:
+                with contextlib.closing(tt_engine(8)) as engine:
                     check = server.EngineCheck(engine, tokenizer(), 0.001)
                     check.run(no_progress)
                 check.compare(reference)
