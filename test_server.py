@@ -9259,11 +9259,12 @@ class OperationTest(unittest.TestCase):
                     ended.set()
             return outcomes
 
-        for number in range(100):  # until it knows both
-            wait_until(functools.partial(answered, f"{number} ?", False))
-            if all(finished(scrape(process.port))[1] for process in servers):
-                break
+        def knows_both() -> bool:
+            list(pool.map(answered, [f"{number} ?" for number in range(8)], [False] * 8))
+            return all(finished(scrape(process.port))[1] for process in servers)
+
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            wait_until(knows_both)
             outcomes = collections.Counter(itertools.chain(*pool.map(client, range(8))))
         del outcomes["whole"]
         begun = {"lost, stream=True, late=False"} if act == "kill" else set()
