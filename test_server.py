@@ -2212,32 +2212,6 @@ class FamilyTest(unittest.TestCase):
             reply = ask(api.server_port, "/v1/completions", {"prompt": "Hi", "max_tokens": 3})
             self.assertEqual(reply.json["usage"]["completion_tokens"], 3)
 
-    def test_thinking(self) -> None:
-        """It stands in a field of its own, streamed or not, and only where it is asked for."""
-        tokenizer = server.open_tokenizer(server.read_checkpoint(family_checkpoint("qwen3")))
-        for script, thinking, answer in (
-            ("<think>\nIs it 4? </ </think>\n\nIt is 4.", "\nIs it 4? </ ", "It is 4."),
-            ("\nIt is <think> 4.", "", "\nIt is <think> 4."),
-            ("<think>forever", "forever", ""),
-        ):
-            with self.subTest(script), serving(Speaker(script, tokens=tokenizer)) as api:
-                use(api, tokenizer)
-                asked: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": True}}
-                reply = chat(api.server_port, **asked)
-                self.assertEqual((reply.get("thinking", ""), reply["response"]), (thinking, answer))
-                with streamed(api.server_port, **asked) as lines:
-                    *pieces, last = lines
-                for name, expected in (("thinking", thinking), ("response", answer)):
-                    self.assertEqual("".join(piece.get(name, "") for piece in pieces), expected)
-                body = {"messages": [{"role": "user", "content": "2 + 2?"}], **asked}
-                message = ask(api.server_port, "/v1/chat/completions", body).json["choices"][0][
-                    "message"
-                ]
-                self.assertEqual(
-                    (message.get("reasoning_content", ""), message["content"]), (thinking, answer)
-                )
-        self.assertEqual(last["thinking"], "forever")
-
 
 # ==================================================================================================
 # A stand-in for tt-metal
@@ -4083,38 +4057,6 @@ class SchedulerTest(unittest.TestCase):
                 )
                 self.assertEqual(sum(tokens for _, tokens in engine.steps), 20 * streams + 1000 + 2)
 
-    def test_a_thousand_requests_leave_nothing_behind(self) -> None:
-        def client(scheduler: server.Scheduler, number: int) -> None:
-            chance, stop_tokens = random.Random(number), frozenset((7, 8))
-            for _ in range(125):
-                prompt = [number % 3] * chance.randint(1, 30) + [
-                    chance.randrange(94)
-                ] * chance.randint(0, 30)
-                asked = request(prompt, chance.randint(1, 30), stop_tokens)
-                scheduler.submit(asked)
-                if chance.random() < 0.5:
-                    time.sleep(chance.random() * 0.003)
-                    scheduler.cancel(asked)
-                asked.ended.wait(PATIENCE)
-                if asked.outcome == "cancelled":
-                    self.assertRaises(server.ApiError, collect, asked)
-                else:
-                    self.assertEqual(
-                        collect(asked), fake_answer(prompt, asked.max_tokens, stop_tokens)
-                    )
-
-        for engine in (
-            FakeEngine(8, max_seq_len=96),
-            FakeEngine(8, max_seq_len=96, prompt_chunk=0, pool=400),
-        ):
-            with self.subTest(pool=engine.kv_cache_tokens), scheduling(engine) as scheduler:
-                with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                    list(pool.map(functools.partial(client, scheduler), range(8)))
-                wait_until(functools.partial(lambda s: s.busy == 0, scheduler))
-                counted = scheduler.statistics
-                self.assertEqual((counted.accepted, sum(counted.finished.values())), (1000, 1000))
-                self.assertEqual((len(scheduler.queue), scheduler.state), (0, "healthy"))
-
     def check_use(self, engine: FakeEngine, scheduler: server.Scheduler) -> None:
         """What is told of the room is what requests have, up to the rounding to blocks."""
         busy = [slot.index for slot in scheduler.slots if slot.request]
@@ -4279,7 +4221,7 @@ class SchedulerTest(unittest.TestCase):
         self.assertEqual(max(used), 2 * 60 / 200)
 
     def test_torture(self) -> None:
-        """Requests of all kinds over pools that are too small, many given up on the way."""
+        """Requests of all kinds, also over pools that are too small, many given up on the way."""
         chance = random.Random(3)
         bases = [[chance.randrange(94) for _ in range(length)] for length in (30, 64, 100, 150)]
 
@@ -4291,7 +4233,8 @@ class SchedulerTest(unittest.TestCase):
                     chance.randrange(94) for _ in range(chance.choice((0, 1, 40)))
                 ]
                 count = chance.randint(0, 250 - len(prompt))
-                requests = [request(prompt, count) for _ in range(chance.choice((1, 1, 4)))]
+                ends = frozenset(chance.choice(((), (7, 8))))
+                requests = [request(prompt, count, ends) for _ in range(chance.choice((1, 1, 4)))]
                 scheduler.submit(*requests)
                 given_up = [asked for asked in requests if chance.random() < 0.3]
                 if given_up:
@@ -4300,7 +4243,7 @@ class SchedulerTest(unittest.TestCase):
                     scheduler.cancel(asked)
                 for asked in requests:
                     self.assertTrue(asked.ended.wait(PATIENCE))
-                    answer, expected = received(asked), fake_answer(prompt, count)
+                    answer, expected = received(asked), fake_answer(prompt, count, ends)
                     if asked.outcome == "cancelled":
                         self.assertIn(asked, given_up)
                         expected = expected[: len(answer)]
@@ -4308,6 +4251,7 @@ class SchedulerTest(unittest.TestCase):
 
         options: dict[str, Any]
         for options in (
+            {},
             {"pool": 300, "block": 4, "align": 16},
             {"pool": 700, "block": 4, "align": 16, "pools": 2},
             {"pool": 600, "pools": 2},
@@ -4440,7 +4384,17 @@ UNKNOWN = """Who won the world cup in 1998? | Translate 'good morning' into Fren
     | How do I cook rice? | What is 2+2? | Why is the sky blue? | Tell me about dogs | Summarize the news"""
 
 
-class DemoTest(unittest.TestCase):
+class DemoCase(unittest.TestCase):
+    def start(self, cache: Path, steps: int = 3, before: str = "") -> ServerProcess:
+        """A start with this cache, and with so many steps of training."""
+        program = f"import os, sys, tt_api_server as s; s.DEMO_STEPS = {steps}; {before}os._exit(s.main(sys.argv[1:]))"
+        variables = {**ONE_THREAD, "PYTHONPATH": str(SERVER.parent), "XDG_CACHE_HOME": str(cache)}
+        process = ServerProcess(program=("-c", program), **variables)
+        self.addCleanup(process.close)
+        return process
+
+
+class DemoTest(DemoCase):
     """What a first start without any model gives."""
 
     def answers(self, prompts: Sequence[str], **fields: object) -> list[str]:
@@ -4484,14 +4438,6 @@ class DemoTest(unittest.TestCase):
             if pair[1] != server.DEMO_UNKNOWN
         ]
         self.assertLessEqual(len(wrong), 0.2 * len(prompts), wrong)
-
-    def start(self, cache: Path, steps: int = 3, before: str = "") -> ServerProcess:
-        """A start with this cache, and with so many steps of training."""
-        program = f"import os, sys, tt_api_server as s; s.DEMO_STEPS = {steps}; {before}os._exit(s.main(sys.argv[1:]))"
-        variables = {**ONE_THREAD, "PYTHONPATH": str(SERVER.parent), "XDG_CACHE_HOME": str(cache)}
-        process = ServerProcess(program=("-c", program), **variables)
-        self.addCleanup(process.close)
-        return process
 
     def test_the_cache(self) -> None:
         """Two first starts at once train it and do each other no harm; the next start trains
@@ -4544,17 +4490,8 @@ def emptied(path: Path) -> None:
     path.mkdir()
 
 
-class DemoCacheTest(unittest.TestCase):
+class DemoCacheTest(DemoCase):
     """The demo's own files are never the user's to repair."""
-
-    def start(self, cache: Path, steps: int = 3) -> ServerProcess:
-        """A start with this cache, and with so many steps of training."""
-        program = f"import os, sys, tt_api_server as s; s.DEMO_STEPS = {steps}; "
-        program += "os._exit(s.main(sys.argv[1:]))"
-        variables = {"PYTHONPATH": str(SERVER.parent), "XDG_CACHE_HOME": str(cache)}
-        process = ServerProcess(program=("-c", program), **ONE_THREAD, **variables)
-        self.addCleanup(process.close)
-        return process
 
     def test_damage(self) -> None:
         """Whatever it is, the demo is made again, once.
@@ -4651,6 +4588,7 @@ class DemoCacheTest(unittest.TestCase):
 QUESTION = [{"role": "user", "content": "What is machine learning?"}]
 ASKED: Body = {"prompt": "Hi", "max_tokens": 1}
 CLOSE = "Connection: close"
+COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 
 
 def said(reply: Reply) -> str:
@@ -6300,17 +6238,6 @@ class ToolTest(unittest.TestCase):
         message: Body = {**choice["message"], "finish_reason": choice["finish_reason"]}
         return message
 
-    def stream(self, api: server.ApiServer, **body: object) -> list[Body]:
-        """The deltas of a chat, and last the reason of its end."""
-        reply = ask(
-            api.server_port, "/v1/chat/completions", {"messages": QUESTION, "stream": True, **body}
-        )
-        choices = [event["choices"][0] for event in events(reply.body)]
-        return [
-            *(choice["delta"] for choice in choices),
-            {"finish_reason": choices[-1]["finish_reason"]},
-        ]
-
     @needs("safetensors", "tokenizers", "transformers", "trl")  # trl has the models' templates
     def test_the_prompt_is_the_templates(self) -> None:
         """Token for token, with tools and without, for Meta's layout and for checkpoints with a
@@ -6417,40 +6344,22 @@ class ToolTest(unittest.TestCase):
         ]
         for text, content, calls in cases:
             with self.subTest(text[:60]), serving(Speaker(text)) as api:
-                message, *rest = self.post(api, tools=TOOLS), *self.stream(api, tools=TOOLS)
-                found = [
-                    (c["function"]["name"], json.loads(c["function"]["arguments"]))
-                    for c in message.get("tool_calls", [])
-                ]
-                self.assertEqual((message["content"], found), (content, calls))
-                self.assertEqual(message["finish_reason"], "tool_calls" if calls else "stop")
-                self.assertEqual(rest[-1]["finish_reason"], message["finish_reason"])
-                self.assertEqual(
-                    "".join(delta.get("content") or "" for delta in rest), content or ""
-                )
-                in_stream: list[
-                    Body
-                ] = []  # each call's name comes first, and then its arguments in pieces
-                for (call,) in (delta["tool_calls"] for delta in rest if "tool_calls" in delta):
-                    if "id" in call:
-                        in_stream.append(call)
-                    else:
-                        in_stream[call["index"]]["function"]["arguments"] += call["function"][
-                            "arguments"
-                        ]
-                self.assertEqual([call["index"] for call in in_stream], list(range(len(calls))))
-                self.assertEqual(
-                    [call["function"] for call in in_stream],
-                    [call["function"] for call in message.get("tool_calls", [])],
-                )
-                self.assertEqual(len({call["id"] for call in in_stream}), len(calls))
+                whole = both(api.server_port, CHATS, {"messages": QUESTION, "tools": TOOLS})
+                message = whole["choices"][0]["message"]
+                ids = {call["id"] for call in message.get("tool_calls", [])}
+                self.assertEqual((message["content"], len(ids)), (content, len(calls)))
+                (said,) = what_was_said(CHATS, whole)
+                found = [(name, json.loads(arguments)) for name, arguments in said.calls]
+                self.assertEqual((found, said.finish), (calls, "stop"))
                 # without tools, and with none to choose
                 self.assertEqual(self.post(api)["content"], text)
                 self.assertEqual(self.post(api, tools=TOOLS, tool_choice="none")["content"], text)
         speaker = Speaker('{"answer": "' + "x " * 50)
         with serving(speaker) as api:
             speaker.before_step = in_step(api)
-            deltas = self.stream(api, tools=TOOLS)
+            body = {"messages": QUESTION, "tools": TOOLS, "stream": True}
+            told = events(ask(api.server_port, CHATS, body).body)
+            deltas = [chunk["choices"][0]["delta"] for chunk in told]
             self.assertGreater(sum("content" in delta for delta in deltas), 10)
 
     @needs("tokenizers", "llguidance", "jsonschema")
@@ -6785,89 +6694,50 @@ class ResponsesTest(unittest.TestCase):
     def test_the_items_of_an_answer(self) -> None:
         """Streamed or not: thinking, text and calls, and how they ended."""
         call, more = HERMES_CALL, {"max_output_tokens": 1000}
-        arguments = json.dumps(PARIS)
+        weather = "get_weather", json.dumps(PARIS)
         tokens = family_tools("qwen3", "<tool_call>")
-        cut, cut_thought = (
-            tokens.encode_text("Hello there.")[:2],
-            tokens.encode_text("<think>Hello")[:-1],
-        )
-        begun, begun_thought = (tokens.decode(some).decode() for some in (cut, cut_thought))
-        for script, fields, items, status in (
-            ("Hello there.", {}, [("message", "Hello there.")], "completed"),
-            ("", {}, [], "completed"),
-            (
-                "<think>\nHm.</think>\n\nYes",
-                more,
-                [("reasoning", "\nHm."), ("message", "Yes")],
-                "completed",
-            ),
-            (
-                f"Well. {call}\n{call}",
-                {},
-                [("message", "Well. "), *[("function_call", arguments)] * 2],
-                "completed",
-            ),
-            (
-                f"<think>No</think>{call}",
-                {},
-                [("reasoning", "No"), ("function_call", arguments)],
-                "completed",
-            ),
-            ("Hello there.", {"max_output_tokens": 2}, [("message", begun)], "incomplete"),
-            (
-                "<think>Hello",
-                {"max_output_tokens": len(cut_thought)},
-                [("reasoning", begun_thought.removeprefix("<think>"))],
-                "incomplete",
-            ),
-        ):
+        cut = tokens.encode_text("Hello there.")[:2]
+        thought = tokens.encode_text("<think>Hello")[:-1]
+        begun, thinking = tokens.decode(cut).decode(), tokens.decode(thought[1:]).decode()
+        short, shorter = {"max_output_tokens": len(thought)}, {"max_output_tokens": len(cut)}
+        for script, fields, items, expected in (
+            ("Hello there.", {}, "message", Said("Hello there.")),
+            ("", {}, "", Said()),
+            ("<think>\nHm.</think>\n\nYes", more, "reasoning message", Said("Yes", "\nHm.")),
+            (f"Well. {call}\n{call}", {}, "message function_call function_call", Said("Well. ", calls=(weather,) * 2)),
+            (f"<think>No</think>{call}", {}, "reasoning function_call", Said("", "No", (weather,))),
+            ("Hello there.", shorter, "message", Said(begun, finish="length")),
+            ("<think>Hello", short, "reasoning", Said("", thinking, finish="length")),
+        ):  # fmt: skip
             with self.subTest(script), serving(Speaker(script, tokens)) as api:
                 use(api, tokens)
-                whole = self.post(api, **fields).json
-                streamed = replay(self.post(api, **fields, stream=True).body)
-                for response in (whole, streamed):
-                    output = response["output"]
-                    texts = [
-                        item.get("arguments")
-                        or "".join(
-                            part["text"] for part in item.get("summary", item.get("content"))
-                        )
-                        for item in output
-                    ]
-                    self.assertEqual(
-                        [(item["type"], text) for item, text in zip(output, texts)], items
-                    )
-                    self.assertEqual(
-                        {item["status"] for item in output}, {status} if output else set()
-                    )
-                    self.assertEqual(response["status"], status)
-                    details = {"reason": "max_output_tokens"} if status == "incomplete" else None
-                    self.assertEqual(
-                        (response["incomplete_details"], response["error"]), (details, None)
-                    )
-                    for item in output:
-                        if item["type"] == "message":
-                            self.assertEqual(
-                                (item["role"], item["content"][0]["annotations"]), ("assistant", [])
-                            )
-                        if item["type"] == "function_call":
-                            self.assertEqual(item["name"], "get_weather")
-                    ids = [
-                        response["id"],
-                        *(item["id"] for item in output),
-                        *(i["call_id"] for i in output if "name" in i),
-                    ]
-                    self.assertEqual(len(set(ids)), len(ids))
-                usage, thought = whole["usage"], items[:1] and items[0][0] == "reasoning"
+                body = {"input": "Hi", "tools": RESPONSE_TOOLS, **fields}
+                whole = both(api.server_port, RESPONSES, body)
+                output, usage = whole["output"], whole["usage"]
+                self.assertEqual([item["type"] for item in output], items.split())
+                self.assertEqual(what_was_said(RESPONSES, whole), [expected])
+                cut_off = expected.finish == "length"
+                status = "incomplete" if cut_off else "completed"
+                self.assertLessEqual({item["status"] for item in (whole, *output)}, {status})
+                details = {"reason": "max_output_tokens"} if cut_off else None
+                self.assertEqual((whole["incomplete_details"], whole["error"]), (details, None))
+                ids = [
+                    item[name]
+                    for item in (whole, *output)
+                    for name in ("id", "call_id")
+                    if name in item
+                ]
+                self.assertEqual(len(set(ids)), len(ids))
                 self.assertEqual(
                     usage["total_tokens"], usage["input_tokens"] + usage["output_tokens"]
                 )
-                self.assertEqual(
-                    usage["output_tokens_details"]["reasoning_tokens"] > 0, bool(thought)
-                )
-                self.assertEqual(usage["input_tokens_details"]["cached_tokens"], 0)
-                cached = streamed["usage"].pop("input_tokens_details")["cached_tokens"]
-                self.assertEqual((cached > 0, {**usage, **streamed["usage"]}), (True, usage))
+                thinks = usage["output_tokens_details"]["reasoning_tokens"] > 0
+                self.assertEqual(thinks, "reasoning" in items)
+                again = self.post(api, **fields).json["usage"]
+                cached = [
+                    told["input_tokens_details"]["cached_tokens"] > 0 for told in (usage, again)
+                ]
+                self.assertEqual(cached, [False, True])
 
     @needs("tokenizers")
     def test_the_conversation(self) -> None:
@@ -8655,54 +8525,16 @@ class TemplateTest(unittest.TestCase):
         goes.
         """
         text = "    indented\n  more"
-        with checkpoint_server(
-            llama_folder(byte_folder(), {"chat_template.jinja": CHATML}), text
-        ) as api:
-            for path in NOT_IN:
-                body = in_dialect(path, {})
-                assert body
-                self.assertEqual(
-                    what_was_said(path, both(api.server_port, path, body)), [Said(text)], path
-                )
-        with checkpoint_server(
-            llama_folder(spaced_tokenizer(), {"chat_template.jinja": CHATML}), text
-        ) as api:
-            # The script's tokens spell a space, which SentencePiece has put there, and then the
-            # text.
-            for path in NOT_IN:
-                said = " " + text if path == "/v1/completions" else text
-                body = in_dialect(path, {})
-                assert body
-                self.assertEqual(
-                    what_was_said(path, both(api.server_port, path, body)), [Said(said)], path
-                )
-
-
-@functools.cache
-def spaced_tokenizer() -> Path:
-    """The folder of a small tokenizer.json in SentencePiece's way: a space comes before each
-    text.
-    """
-    import tokenizers
-
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
-    space = tokenizers.normalizers.Replace(" ", "\u2581")
-    made.normalizer = tokenizers.normalizers.Sequence(
-        [tokenizers.normalizers.Prepend("\u2581"), space]
-    )
-    made.decoder = sentencepiece_decoder()
-    special = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "[TOOL_CALLS]"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, show_progress=False
-    )
-    made.train_from_iterator(SERVER.read_text().splitlines()[:500], trainer)
-    content = json.loads(made.to_str())
-    content["model"]["vocab"] |= {
-        f"<0x{byte:02X}>": made.get_vocab_size() + byte for byte in range(256)
-    }
-    folder = Path(tempfile.mkdtemp(dir=SCRATCH))
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    return folder
+        for tokens, before in ((byte_folder(), ""), (family_checkpoint("mistral"), " ")):
+            folder = llama_folder(tokens, {"chat_template.jinja": CHATML})
+            with checkpoint_server(folder, text) as api:
+                for path in NOT_IN:
+                    body = in_dialect(path, {})
+                    assert body
+                    # SentencePiece has put a space there, which goes where an answer begins
+                    said = before * (path == COMPLETIONS) + text
+                    whole = both(api.server_port, path, body)
+                    self.assertEqual(what_was_said(path, whole), [Said(said)], path)
 
 
 class Chunks:
@@ -8924,7 +8756,6 @@ class SiblingTest(FormCase):
 # Hostile bodies
 # ==================================================================================================
 
-COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 SMALL_LISTS: list[Any] = [[]] * 250_000  # 1 MB of JSON; more work for their size than anything else
 
 
@@ -10349,72 +10180,8 @@ class DownloadTest(unittest.TestCase):
         self.assertEqual(Hub.asked, [], "what is there is not asked for again")
 
 
-class FaultyEngine(server.TorchEngine):
-    """The CPU engine with a fault of those that a card may have."""
-
-    fault = ""
-    room: dict[int, int] = {}  # noqa: RUF012
-
-    def step(
-        self, batch: Sequence[server.Work], meanwhile: Callable[[], None] = lambda: None
-    ) -> list[server.Result]:
-        # a block of slot 6 stays as it is
-        block = [cache[6, 32:64].clone() for cache in (*self.keys, *self.values)]
-        results = super().step(batch, meanwhile)
-        if self.fault == "a stale block":
-            for cache, old in zip((*self.keys, *self.values), block):
-                cache[6, 32:64] = old
-        slots = [work.slot for work in batch]
-        if self.fault == "two slots exchanged" and {2, 3} <= set(slots):
-            one, other = slots.index(2), slots.index(3)
-            results[one], results[other] = results[other], results[one]
-        return results
-
-    def reserve(self, slot: int, length: int) -> bool:
-        # gives back a block too many of several
-        if self.fault == "a wrong prefix in the slot" and 0 < length < self.room.get(slot, 0) - 16:
-            for cache in (*self.keys, *self.values):
-                cache[slot, length - 32 : length] = 0
-        self.room[slot] = length
-        return super().reserve(slot, length)
-
-    def copy(self, source: int, slot: int, length: int) -> None:
-        super().copy(source, slot, length - 32 * (self.fault == "a wrong prefix shared"))
-
-    def logits(self, *run: Any) -> list[tuple[server.Work, torch.Tensor]]:
-        scale = 2 if self.fault == "a wrong scale" else 1
-        return [(work, scale * row) for work, row in super().logits(*run)]
-
-
 class CheckTest(unittest.TestCase):
     """`--check` finds nothing wrong with a right engine, and the fault of a wrong one."""
-
-    @needs("safetensors", "tokenizers")
-    def test_each_fault(self) -> None:
-        """What it says is wrong is what the fault makes wrong, and no more."""
-        slots = {"the same text in every slot, alone", "the same text in every slot, together"}
-        left = "the same text from a prefix left in its slot"
-        shared = "the same text from a prefix of another slot"
-        five, scale = "one of the CPU's five likeliest", "the CPU's scale of log-probabilities"
-        checkpoint = server.read_checkpoint(family_checkpoint("mistral"))
-        engine = FaultyEngine(checkpoint, 8, 512, no_progress, dtype="float32")
-        words = server.open_tokenizer(checkpoint)
-        for fault, wrong in (
-            ("", set[str]()),
-            ("two slots exchanged", {"the same text in every slot, together", five}),
-            ("a stale block", slots),
-            ("a wrong prefix in the slot", {left}),
-            ("a wrong prefix shared", {shared}),
-            ("a wrong scale", {scale}),
-        ):
-            with self.subTest(fault):
-                engine.fault = fault
-                check = server.EngineCheck(engine, words, 0.001)
-                check.run(no_progress)
-                engine.fault = ""
-                check.compare(engine)
-                self.assertEqual(set(check.wrong), wrong, check)
-                self.assertEqual(str(check).splitlines()[-1][:5], "WRONG" if wrong else "RIGHT")
 
     def test_the_demo(self) -> None:
         """Without a model and a card it checks the demo. It needs no port."""
