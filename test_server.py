@@ -8854,13 +8854,13 @@ class HostileTest(unittest.TestCase):
                         ended = hostile.done() and other.done()
                         if ended or time.monotonic() > deadline:
                             break
-                self.assertLess(gap, 5)
+                self.assertLess(gap, 3)
                 self.assertEqual(other.result()["tokens_generated"], 2)
                 reply = hostile.result()
                 self.assertIn(reply.status, (200, 400), reply.body[:200])
                 began = clock()
                 self.assertEqual(ask(port, "/health").json["status"], "healthy")
-                self.assertLess(clock() - began, 5)
+                self.assertLess(clock() - began, 3)
 
     def test_the_queue_has_a_size(self) -> None:
         """Bodies that wait are counted in bytes, too; one alone may always wait."""
@@ -9160,12 +9160,18 @@ class OperationTest(unittest.TestCase):
 
 
 def cpu_seconds(pid: int) -> float:
-    """What this process and its children have had of the processors."""
-    children = [file.read_text().split() for file in Path(f"/proc/{pid}/task").glob("*/children")]
+    """What this process and its children of now have had of the processors."""
+
+    def read(file: str) -> str:
+        with contextlib.suppress(OSError):  # a thread, or a child, that has ended
+            return Path("/proc", file).read_text()
+        return ""
+
+    tasks = os.listdir(f"/proc/{pid}/task")
+    children = [read(f"{pid}/task/{task}/children").split() for task in tasks]
     ticks = 0
     for one in (pid, *itertools.chain(*children)):
-        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
+        ticks += sum(map(int, read(f"{one}/stat").rpartition(")")[2].split()[11:13]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -9299,6 +9305,7 @@ class TextAttackTest(unittest.TestCase):
         meanwhile.
         """
         port = shared_server("random").port
+        clock = functools.partial(cpu_seconds, shared_server("random").process.pid)
         for text in (
             " ",
             "a",
@@ -9309,21 +9316,16 @@ class TextAttackTest(unittest.TestCase):
         ):
             size = len(json.dumps(text, ensure_ascii=False).encode()) - 2
             body = {"prompt": f"x{text * ((server.MAX_BODY - 100) // size)}x", "max_tokens": 1}
-            data = json.dumps(body, ensure_ascii=False).encode()
-
-            def meanwhile(data: bytes = data) -> int:
-                """How many times /health is answered."""
-                answers = 0
-                with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                    reply = pool.submit(ask, port, "/chat", data)
-                    while not reply.done():
-                        answers += ask(port, "/health").status == 200
+            data, longest = json.dumps(body, ensure_ascii=False).encode(), 0.0
+            with self.subTest(text[:9]), concurrent.futures.ThreadPoolExecutor(1) as pool:
+                reply = pool.submit(ask, port, "/chat", data)
+                while not reply.done():
+                    began = clock()
+                    self.assertEqual(ask(port, "/health").status, 200)
+                    longest = max(longest, clock() - began)
                 expected = r"^prompt is too long: \d{5,} tokens > \d+ maximum"
                 check_error(reply.result(), 400, expected)
-                return answers
-
-            with self.subTest(text[:9]):
-                wait_until(lambda: meanwhile() > 2)  # often at once
+                self.assertLess(longest, 3)
 
     def test_special_tokens_in_every_field(self) -> None:
         """They are text: the prompt is as long as for text."""
