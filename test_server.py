@@ -65,7 +65,7 @@ server.import_torch()
 import torch  # noqa: E402  (after import_torch, which keeps torch from complaining that NumPy is missing)
 
 SERVER = Path(server.__file__).resolve()
-PATIENCE = 60.0  # seconds until a test gives up on what should have happened long ago
+PATIENCE = 120.0  # seconds until a test gives up on what should have happened long ago
 SCHEMAS = int(os.environ.get("TT_TEST_SCHEMAS", "9"))  # random ones for each way to use them
 SOAK_SECONDS = 6.0  # of each soak; --soak changes it
 GREEDY = server.Sampler(server.SamplingParams(temperature=0))
@@ -4802,18 +4802,6 @@ class ChatTest(unittest.TestCase):
             timed = {name: value for name, value in last.items() if "second" in name}
             self.assertEqual(last, {**plain, **timed, "done": True})
 
-    def test_stop_strings(self) -> None:
-        fields: Body = {"max_tokens": 40, "temperature": 0}
-        whole = chat(self.port, "Go on", **fields)["response"]
-        stop = whole[20:24]  # wherever its tokens end
-        for stops in (stop, [stop], ["never in there", stop, "nor this"]):
-            with streamed(self.port, "Go on", stop=stops, **fields) as lines:
-                *pieces, last = lines
-            self.assertEqual(
-                (last["response"], last["finish_reason"]), (whole[: whole.index(stop)], "stop")
-            )
-            self.assertEqual("".join(piece["response"] for piece in pieces), last["response"])
-
     def test_prompts_of_all_kinds(self) -> None:
         for text in (
             "🦙👩‍🚀",
@@ -5524,22 +5512,6 @@ class OpenAITest(unittest.TestCase):
                         usage = reply.json["usage"]
                         self.assertEqual(usage["total_tokens"], 600)
 
-    def test_answers_of_one_prompt(self) -> None:
-        """A card reads a long prompt once for all of them, and its pool holds it once."""
-        engine = FakeEngine(8, 8192, 1024, pool=8192, block=32, align=128)
-        body = {"prompt": "word " * 4000, "n": 8, "max_tokens": 20, "seed": 1}
-        with serving(engine) as api:
-            reply = ask(api.server_port, "/v1/completions", body).json
-            usage, port = reply["usage"], api.server_port
-            again = ask(port, "/v1/completions", {**body, "prompt": "word " * 4000 + "more"}).json
-        texts = {choice["text"] for choice in reply["choices"]}
-        self.assertEqual((len(reply["choices"]), len(texts)), (8, 1))
-        self.assertEqual(max(answers for answers, _ in engine.steps), 8)
-        read = usage["prompt_tokens"] + 7 * (usage["prompt_tokens"] % 128)
-        self.assertLess(sum(tokens for _, tokens in engine.steps), read + 8 * 128)
-        cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
-        self.assertGreater(cached, usage["prompt_tokens"] - 2 * 128)
-
     def test_completions(self) -> None:
         prompt, tokens = "Once upon a time", tokenizer().encode_document("Once upon a time")
         first = self.post("completions", prompt=prompt).json
@@ -5573,24 +5545,14 @@ class OpenAITest(unittest.TestCase):
         ]
         alone = [self.post("completions", prompt=prompt).json for prompt in lists]
         texts = [reply["choices"][0]["text"] for reply in alone for _ in range(2)]
-        body = {"prompt": lists, "n": 2, "stream_options": {"include_usage": True}}
+        body: Body = {"prompt": lists, "n": 2, "max_tokens": 6, "temperature": 0}
         for stop in ([], [texts[4][2:5]]):
             expected = [text.partition(stop[0])[0] if stop else text for text in texts]
-            whole = self.post("completions", **body, stop=stop).json
-            chunks = events(self.post("completions", **body, stop=stop, stream=True).body)
-            parts: dict[int, str] = collections.defaultdict(str)
-            for chunk in chunks[:-1]:
-                (choice,) = chunk["choices"]
-                parts[choice["index"]] += choice["text"] + f" {choice['finish_reason']}" * bool(
-                    choice["finish_reason"]
-                )
-            reasons = [" stop" if text != old else " length" for text, old in zip(expected, texts)]
+            whole = both(self.port, COMPLETIONS, {**body, "stop": stop})
+            reasons = ["stop" if text != old else "length" for text, old in zip(expected, texts)]
             self.assertEqual([choice["index"] for choice in whole["choices"]], list(range(22)))
-            self.assertEqual([choice["text"] for choice in whole["choices"]], expected)
-            self.assertEqual(
-                [parts[i] for i in range(22)], [text + end for text, end in zip(expected, reasons)]
-            )
-            self.assertEqual(chunks[-1]["usage"]["total_tokens"], whole["usage"]["total_tokens"])
+            said = [Said(text, finish=reason) for text, reason in zip(expected, reasons)]
+            self.assertEqual(what_was_said(COMPLETIONS, whole), said)
             self.assertEqual(
                 whole["usage"]["prompt_tokens"],
                 sum(reply["usage"]["prompt_tokens"] for reply in alone),
@@ -10306,7 +10268,7 @@ class CountingResult(unittest.TextTestResult):
         # or each collection, as an engine's close makes one, goes through all imported modules
         gc.freeze()
         # one that hangs ends them all
-        faulthandler.dump_traceback_later(10 * PATIENCE + 2 * SOAK_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(5 * PATIENCE + 2 * SOAK_SECONDS, exit=True)
         self.began = time.monotonic()
 
     def stopTest(self, test: unittest.TestCase) -> None:
@@ -10354,7 +10316,7 @@ def run(share: Share, verbosity: int) -> Body:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the tests that are named, or all, in two processes; returns the exit status."""
+    """Run the tests that are named, or all, these in two processes; returns the exit status."""
     # the servers of this process log to nobody, unless a test listens
     server.logger.addHandler(logging.NullHandler())
     # Beside other work two threads spend their time waiting for each other, and these models need
@@ -10381,7 +10343,7 @@ def main(arguments: Sequence[str]) -> int:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for _ in names[1:2]
+        for _ in range(names == cases)
     ]
     total = run(share, verbosity)
     for process in second:
