@@ -8976,6 +8976,7 @@ class MetricsTest(unittest.TestCase):
 
         port = shared_server("random").port
         chat(port, max_tokens=2)
+        wait_until(lambda: "tt_http_responses_total{" in " ".join(scrape(port)))
         text = ask(port, "/metrics").body.decode()
         families = {family.name: family for family in text_string_to_metric_families(text)}
         names = (
