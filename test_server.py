@@ -8189,7 +8189,7 @@ class StructuredTest(FormCase):
         enums = [tool(f"tool_{i}", {"type": "object", "properties": words}) for i in range(43)]
         with acting(family("qwen")) as (api, actor):
             actor.max_seq_len = 10**6
-            api.scheduler.max_seq_len = 10**6
+            api.served = api.served._replace(max_seq_len=10**6)
             actor.kv_cache_tokens = 10**7
             for tools, arguments in (
                 (ordinary, '{"parameter_1": "x"}'),
