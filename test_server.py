@@ -2247,8 +2247,8 @@ class Card:
     the card.
 
     With a folder, for another process: `log` is written to the file of that name there, and before
-    each call of the model it waits for as long as the file "hold" names the kind of call: "load",
-    "prefill", "decode" or "close", and with "hour" it sleeps in one call; it fails while there is a
+    each call of the model it waits for as long as the file "hold" names the kind of call: "open",
+    "load", "prefill", "decode" or "close", and with "hour" it sleeps in one call; it fails while there is a
     file "fail".
     """
 
@@ -2317,6 +2317,7 @@ class Card:
         )
         self.mesh, self.trace_region_size = Mesh(self, *shape), trace_region_size
         self.note(f"open {shape[0]}x{shape[1]}")
+        self.call("open")
         return self.mesh
 
     def close_mesh_device(self, mesh: Mesh) -> None:
@@ -3737,10 +3738,11 @@ class TTServerTest(unittest.TestCase):
 
     def test_stopping_while_it_loads(self) -> None:
         """The card is closed within seconds, whatever the load does: Python's steps, or one call of
-        hours. The closing takes longer than a second here, and nothing interrupts it.
+        hours. Opening and closing take longer than a second here, and nothing interrupts them.
         """
         for number, (hold, stage) in enumerate(
             (
+                ("open", "opening the card"),
                 ("load close", "loading Llama"),
                 ("load hour", "loading Llama"),
                 ("prefill hour", "compiling"),
@@ -3753,7 +3755,7 @@ class TTServerTest(unittest.TestCase):
                 process.wait_for(stage, 4 * PATIENCE)
                 time.sleep(0.5)
                 process.process.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
-                if "close" in hold:
+                if "hour" not in hold:
                     wait_until(lambda: ask(process.port, "/health").json["status"] == "stopping")  # noqa: B023
                     time.sleep(2.2)
                     (folder / "hold").unlink()

@@ -7791,12 +7791,10 @@ def may_be_interrupted(frame: types.FrameType | None) -> bool:
     """Whether a thread loads or checks, and does not open or close the card, which would stay
     open.
     """
-    stack = (caller for caller, _ in traceback.walk_stack(frame))
-    running = {caller.f_code.co_name for caller in stack if caller.f_globals is globals()}
-    return bool(running & {"load", "run_check", "find_checkpoint"}) and not running & {
-        "open_mesh",
-        "close",
-    }
+    stack = {caller.f_code for caller, _ in traceback.walk_stack(frame)}
+    loads = {function.__code__ for function in (load, run_check, find_checkpoint)}
+    holds = {function.__code__ for function in (Card._open_mesh, TTEngine.close)}
+    return bool(stack & loads) and not stack & holds
 
 
 def interrupt(_: int, frame: types.FrameType | None) -> None:
