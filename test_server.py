@@ -2490,9 +2490,7 @@ class GeneratorBase:
 
     def __del__(self) -> None:
         # a server that keeps traces at a change of sampling lets them go before it closes
-        self.card.traced = any(
-            "reset_trace" in vars(model.sampling or self) for model in self.model
-        )
+        self.card.traced = any(model.sampling and model.sampling.traces for model in self.model)
         for model in self.model if len(self.model) > 1 else []:
             self.card.close_mesh_device(model.mesh)
 

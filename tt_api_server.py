@@ -786,6 +786,8 @@ class Llama3Vocabulary:
 
     def __init__(self, tokenizer_model: Path | None = None) -> None:
         """Without a file, llama-models' own copy. Raises UserError."""
+        # else tiktoken keeps a copy of each path's first file, and another in its place is not read
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
         try:
             from llama_models.llama3.api import tokenizer
         except ImportError as error:
@@ -797,6 +799,8 @@ class Llama3Vocabulary:
             self._tokenizer = tokenizer.Tokenizer(str(self.path))
         except (ValueError, AssertionError) as error:
             raise UserError(f"{self.path} is not a Llama 3 tokenizer: download it again") from error
+        if (size := self._tokenizer.n_words) != LLAMA3_VOCABULARY:
+            raise UserError(f"{self.path} is not a Llama 3 tokenizer: it has {size} tokens")
         # tokens beside the learned ones, by their text, and which only a chat template may write
         self.added: dict[str, int] = self._tokenizer.special_tokens
         self.special = frozenset(self.added)
@@ -895,7 +899,7 @@ class ChatTemplate:
 
         self.source = source
         self._special = {token for token in special if len(token) > 1}
-        starts = {f"{re.escape(token[0])}(?={re.escape(token[1])})" for token in self._special}
+        starts = {f"{re.escape(token[0])}(?={re.escape(token[1:4])})" for token in self._special}
         self._starts = re.compile("|".join(starts) or "(?!)")
         self._lengths = {len(token) for token in self._special}
         self._one_call = "tool_calls[0]" in source  # Llama 3's templates take one call a message
@@ -1068,7 +1072,7 @@ def read_template(folder: Path, settings: Mapping[str, Any]) -> str:
     template = settings.get("chat_template")
     named = {"default": template}
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
+        named = {entry.get("name"): entry.get("template") for entry in template}
     files = [folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")]
     for path in filter(Path.is_file, files):
         try:
@@ -1155,23 +1159,21 @@ class Reader:
 
     MARK = re.compile("|".join(map(re.escape, CALL_MARKS)))
     BEFORE = re.compile(rf"(?:\s|{MARK.pattern})*")  # a call
-    # A call up to its arguments, and a text that may become that: as JSON, where the name is the
-    # last member before the arguments, and as Mistral's newer models write it.
-    KEY = r'"(?:type|id|function|name)"\s*:\s*'
+    # A call up to its arguments, as JSON and as Mistral's newer models write it, and what may become
+    # that; and JSON that may be a call in another form, for its first key.
     JSON_CALL = re.compile(
-        rf'\[?\s*\{{\s*(?:{KEY}"([^"\s]*)"\s*,\s*)+"(?:arguments|parameters)"\s*:\s*(?=\{{)'
+        r'\[?\s*\{\s*(?:"(?:type|id)"\s*:\s*"[^"]*"\s*,\s*)*"name"\s*:\s*"([^"]*)"\s*,\s*'
+        r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
     )
-    JSON_START = re.compile(
-        rf'\[?\s*(?:\{{\s*(?:{KEY}"[^"\s]*"\s*,\s*)*'
-        rf'(?:{KEY}"[^"\s]*(?:"\s*)?|"\w*(?:"\s*(?::\s*)?)?)?)?\Z'
-    )
+    JSON_START = re.compile(r'\[?\s*(?:\{\s*(?:"\w*)?)?\Z')
+    LIKE_CALL = re.compile(r'\[?\s*\{\s*"(?:name|type|id|function|arguments|parameters)"')
     NAMED_CALL = re.compile(r"([\w.-]+)(?:\[CALL_ID\]\w*)?\[ARGS\]\s*(?=\{)")
     NAMED_START = re.compile(r"[\w.-]*(?:\[[\w\]]*)*\s*\Z")
-    # What stands after a call's arguments: brackets, members of the object around them, of which
-    # the last may only have begun, and what parts it from the next call.
+    # What stands after a call's arguments: members of the object around them, of which the last may
+    # only have begun, brackets, and what parts it from the next call.
     AFTER = re.compile(
-        r'(?:[\s;,\]}]|</tool_call>|"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+))*'
-        r'(?:"\w*(?:"\s*(?::\s*(?:"[^"]*)?)?)?\Z)?'
+        r'(?:\s*,\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+))*'
+        r'(?:\s*,\s*(?:"\w*(?:"\s*(?::\s*(?:"[^"]*)?)?)?)?\Z|(?:[\s;,\]}]|</tool_call>)*)'
     )
 
     def __init__(
@@ -1196,7 +1198,8 @@ class Reader:
         self.calls: list[Call] = []
         self.count = 0  # tokens of the answer
         self.stopped = ""  # the stop string that has come; the text ends before it
-        self.done = False  # by that, or by the one call: what comes after it is not read
+        # ended by that, or by the one call that may come: what follows is not read
+        self.done = False
         self._tokenizer = tokenizer
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stop = stop
@@ -1320,10 +1323,31 @@ class Reader:
         if begun and begun[1] in self._functions:
             self._state, self._depth = "arguments", 0
             return "call", begun[1], call[begun.end() :]
-        if not (begun or final) and (start.match(call) or starts_mark(call)):
+        if whole is self.JSON_CALL and self.LIKE_CALL.match(call):
+            usual = self._usual_calls(call)
+            if usual or (usual is None and not final):
+                return "", "", before[0] + usual if usual else text
+        elif not (begun or final) and (start.match(call) or starts_mark(call)):
             return "", "", text
         self._state, self._bare = "text", False
         return "text", text[:1], text[1:]
+
+    def _usual_calls(self, text: str) -> str | None:
+        """The text with the calls at its start in the usual form; "" if there are none, and None
+        while their JSON is not complete.
+        """
+        try:
+            value, end = json.JSONDecoder().raw_decode(text)
+        except json.JSONDecodeError as error:
+            # in an open string, or at the end: within a word such as false
+            goes_on = error.msg.startswith("Unterminated") or error.pos > len(text) - len("false")
+            return None if goes_on else ""
+        except RecursionError:
+            return ""
+        calls = [usual_call(entry) for entry in as_list(value)]
+        if any(call.get("name") not in self._functions for call in calls):
+            return ""
+        return "; ".join(json.dumps(call, ensure_ascii=False) for call in calls) + text[end:]
 
     def _in_arguments(self, text: str, final: bool) -> tuple[str, str, str]:
         """A call's arguments, which end with the bracket that they begin with."""
@@ -1360,6 +1384,24 @@ class Reader:
         return "", "", ""
 
 
+def usual_call(value: Any) -> dict[str, Any]:
+    """A call of a JSON value, its name first; {} if that is none.
+
+    Some models write the arguments first, as Hermes 2 Pro's template has it, or in a string, or
+    OpenAI's form.
+    """
+    value = value if isinstance(value, dict) else {}
+    inner = value.get("function")
+    value = inner if isinstance(inner, dict) else {"name": inner, **value}
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            arguments = from_json(arguments)
+    if not isinstance(arguments, dict):
+        return {}
+    return {"name": value.get("name"), "arguments": arguments}
+
+
 def starts_mark(text: str) -> bool:
     """Whether more text could make this the mark of a call."""
     return any(mark.startswith(text) for mark in CALL_MARKS)
@@ -1384,7 +1426,7 @@ def merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
 # Grammars
 # ==================================================================================================
 
-# Seconds of the processor's time for a grammar, for one that takes longer, and for a mask.
+# Seconds of the processor's time: to compile at the first try, at the second, and for one mask.
 QUICK_SECONDS, SLOW_SECONDS, MASK_SECONDS = 0.5, 5, 2
 QUICK_COMPILES, SLOW_COMPILES = 8, 4  # at once
 WALL_SECONDS = 60  # for any of these, on a busy machine
@@ -1413,7 +1455,7 @@ class Grammars:
         """
         self._tokens = tokens
         self._lock = threading.Lock()
-        self._slots = threading.Semaphore(QUICK_COMPILES), threading.Semaphore(SLOW_COMPILES)
+        self._turns = threading.Semaphore(QUICK_COMPILES), threading.Semaphore(SLOW_COMPILES)
         self._source: socket.socket | None = None
 
     def compile(self, rules: Sequence[Rule]) -> Grammar:
@@ -1422,11 +1464,11 @@ class Grammars:
         Raises ApiError if that is not supported, or too large.
         """
         # What takes longer is begun again with more time, in its turn, and behind all else.
-        for slow, slots in enumerate(self._slots):
-            with slots:
+        for slow, turns in enumerate(self._turns):
+            with turns:
                 grammar = Grammar(self._fork())
                 grammar.send(0, (rules, slow))
-                answer = grammar.answer(0, WALL_SECONDS)
+                answer = grammar.answer(0, WALL_SECONDS if slow else 2 * QUICK_SECONDS)
             if answer:
                 break
         check_answer(answer or ENDED)
@@ -1490,7 +1532,7 @@ class Grammar:
             self._connection.send((number, message))
 
     def answer(self, number: int, seconds: float) -> bytes | None:
-        """The last that the process has to say of a number; None if that takes longer."""
+        """The process's newest answer for this number; None if it does not come in time."""
         deadline = time.monotonic() + seconds
         try:
             while self._awaited[number]:
@@ -1670,6 +1712,7 @@ NOT_RULES = ("$id", "id", "$schema", "x-guidance", "title", "description", "defa
 SCHEMAS = {"items", "additionalItems", "additionalProperties"}
 SCHEMAS |= {"allOf", "anyOf", "oneOf", "prefixItems"}
 SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+# Upper bounds are negated where they are compared, so that all are lower bounds.
 JSON_BOUNDS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
 EXACT = 2**53  # llguidance computes with floats
 
@@ -1717,17 +1760,25 @@ def repair(schema: Any, strict: bool) -> Any:
         schema.pop("format", None)
     if schema.get("propertyNames") == {"type": "string"}:
         del schema["propertyNames"]
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    wrong = [name for name in ("const", "enum") if not exact(schema.get(name))]
     for name, side in JSON_BOUNDS.items():
         if type(given := schema.get(name)) in (int, float):
             bound = max(side * given, -EXACT)
-            if name.startswith("exclusive") and bound >= 0:
+            exclusive = name.startswith("exclusive")
+            if bound > EXACT or (exclusive and bound == EXACT):
+                wrong.append(name)
+            if exclusive and bound >= 0:
                 bound += 1e-9  # llguidance takes some bounds for included, if they are whole
             schema[name] = side * bound
-    for name in ("const", "enum"):
-        if not exact(schema.get(name)):
-            if strict:
-                raise ValueError(f"{name} cannot be enforced exactly")
-            del schema[name]
+    least, required = schema.get("minProperties"), as_list(schema.get("required", []))
+    if isinstance(least, int) and len(required) + 1 < least:
+        wrong.append("minProperties")  # names that are not listed may come twice
+    if strict and wrong:
+        raise ValueError(f"{wrong[0]} cannot be enforced exactly")
+    for name in wrong:
+        del schema[name]
     return schema
 
 
@@ -3225,9 +3276,8 @@ class TTEngine:
         """
         for model in self._card.generator.model:
             if sampling := getattr(model, "sampling", None):
+                self._card.opened.callback(sampling.reset_trace)  # before the mesh is closed
                 sampling.reset_trace = lambda: None
-                # before the Generator is released, which calls the class's own
-                self._card.opened.callback(vars(sampling).pop, "reset_trace")
 
     def _warm_up(self, progress: Progress) -> None:
         """Compile decode and every shape of prefill, then trace them, before the first request.
@@ -4648,7 +4698,10 @@ COMPLETIONS: Table = {
     "echo": (False, FLAG),
     "add_special_tokens": (True, FLAG),
 }
+LEFT_OUT: Check = "left out here", lambda v: False
 RESPONSES: Table = {
+    # of other dialects; and OpenAI keeps prompts for its users
+    **dict.fromkeys(("max_tokens", "messages", "prompt"), (None, LEFT_OUT)),
     "input": (
         ...,
         (
@@ -4660,7 +4713,6 @@ RESPONSES: Table = {
     "max_output_tokens": (None, LIMIT),
     "metadata": ({}, OBJECT),
     "previous_response_id": (None, TEXT),
-    "prompt": (None, ("left out here", lambda v: False)),  # OpenAI keeps prompts for its users
     "store": (True, FLAG),
     "text": ({}, object_of({"format": ({"type": "text"}, OBJECT)})),
     "truncation": ("disabled", one_of(("disabled", "auto"))),
@@ -4746,12 +4798,10 @@ UNSUPPORTED: dict[str, Sequence[Any]] = {
             "guided_json",
             "guided_regex",
             "json_schema",
-            "max_tokens",
             "mcp_servers",
             "n_predict",
             "prompt_logprobs",
             "regex",
-            "response_format",
             "structural_tag",
             "thread",
             "truncate_prompt_tokens",
@@ -4787,6 +4837,7 @@ UNSUPPORTED: dict[str, Sequence[Any]] = {
     "modalities": [["text"]],
     "n": [1],
     "repeat_penalty": [1],
+    "response_format": [{"type": "text"}],
     "skip_special_tokens": [True],
     "typical_p": [1],
 }
@@ -5186,7 +5237,7 @@ def read_thinking(fields: dict[str, Any], model: Model) -> bool:
         fields["reasoning"].get("effort"),
     )
     wish = next((wish for wish in wishes if wish is not None), False)
-    return wish not in (False, "none") and model.tokenizer.thinks
+    return wish not in (False, "none", "") and model.tokenizer.thinks
 
 
 def read_message(fields: dict[str, Any]) -> Message:
@@ -6374,14 +6425,14 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.connection.settimeout(self.server.patience + 1)
         # by when a whole header or body must be here; the sweep enforces it
         self.deadline = math.inf
-        self.late = False  # no more is read from the client than has come
+        self.late = False  # the client's time is over: only what has arrived is read
         self.busy = False  # a request is here, or at least its header
         self.waiting: list[Request] = []  # the requests that are being answered
         self.server.make_room()
         self.server.handlers.add(self)
 
     def expire(self) -> None:
-        """Wait for the client no longer. A request that has come meanwhile is still answered."""
+        """Stop reading from this client. A request that has arrived is still answered."""
         self.late = True
         self.deadline = math.inf
         with contextlib.suppress(OSError):
@@ -6407,6 +6458,8 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.route = "other"  # or a path in ROUTES
         self.headers = self.MessageClass()
         self.status = 0
+        # a connection that waits keeps nothing of its last request
+        self.body, self.writer = b"", Writer()
         self.unread = self.busy = False
         self.deadline = time.monotonic() + self.server.patience
         try:
