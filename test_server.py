@@ -1242,11 +1242,14 @@ class CheckpointErrorTest(unittest.TestCase):
         training = write_checkpoint(
             SCRATCH / "training", "meta", TINY, lambda w: w.update(model={})
         )
-        other = write_checkpoint(SCRATCH / "other", "meta")
+        other, cut = (write_checkpoint(SCRATCH / name, "meta") for name in ("other", "cut"))
         (other / "tokenizer.model").write_text("not a tokenizer")
+        whole = server.Llama3Vocabulary().path.read_bytes().splitlines(keepends=True)
+        (cut / "tokenizer.model").write_bytes(b"".join(whole[:100_000]))
         self.check(
             (training, "holds more than tensors.*download"),
             (other, "is not a Llama 3 tokenizer.*download"),
+            (cut, "is not a Llama 3 tokenizer: it has 100256 tokens"),
         )
 
     @needs("safetensors")
@@ -6275,7 +6278,14 @@ class ToolTest(unittest.TestCase):
                 None,
                 one,
             ),
+            (json.dumps({"arguments": PARIS, "name": "get_weather"}), None, one),
+            (
+                json.dumps({"function": {"name": "get_weather", "arguments": json.dumps(PARIS)}}),
+                None,
+                one,
+            ),
             (HERMES_CALL, None, one),
+            (f'{HERMES_CALL}\n"Hello"', '"Hello"', one),
             (f"I look.\n{HERMES_CALL}\n{HERMES_CALL}", "I look.\n", one * 2),
             (f"{HERMES_CALL} Done.", "Done.", one),
             (f"[TOOL_CALLS] [{HERMES_CALL[12:-13]}]", None, one),
@@ -6318,6 +6328,12 @@ class ToolTest(unittest.TestCase):
                 # without tools, and with none to choose
                 self.assertEqual(self.post(api)["content"], text)
                 self.assertEqual(self.post(api, tools=TOOLS, tool_choice="none")["content"], text)
+        with serving(Speaker('{"name": "two words", "parameters": {}}')) as api:
+            whole = both(
+                api.server_port, CHATS, {"messages": QUESTION, "tools": [tool("two words")]}
+            )
+            (said,) = what_was_said(CHATS, whole)
+            self.assertEqual(said.calls, (("two words", "{}"),))
         speaker = Speaker('{"answer": "' + "x " * 50)
         with serving(speaker) as api:
             speaker.before_step = in_step(api)
@@ -8095,6 +8111,8 @@ class StructuredTest(FormCase):
             (schema_form({**wide, "$id": "Output Format", "$schema": "http://json-schema.org/draft-07/schema#"}),
              '{"a": "x", "b": 5}'),
             (schema_form({"type": "array", "uniqueItems": True, "items": {"type": "integer"}}), "[1, 2]"),
+            (schema_form({"type": "array", "uniqueItems": False, "items": {"type": "integer"}}, strict=True),
+             "[1, 1]"),
             (schema_form({"type": "object", "properties": {"d": decimal}, "required": ["d"]}), '{"d": 1.5}'),
             (schema_form({"type": "string", "format": "path"}), '"/a/b"'),
             (schema_form({"type": "string", "format": "binary"}), '"xx"'),
@@ -8145,10 +8163,16 @@ class StructuredTest(FormCase):
                     said = self.post(api, **body, max_tokens=60, temperature=0)
                     if said.finish == "stop":
                         self.assertTrue(fits(json.loads(said.text)), said)
-            for schema in ({"const": big}, {"enum": [-big, 5]}):
+            inexact: list[Body] = [
+                {"const": big},
+                {"enum": [-big, 5]},
+                {"type": "integer", "exclusiveMinimum": big - 1},
+                {"type": "object", "minProperties": 3, "additionalProperties": {"type": "null"}},
+            ]
+            for schema in inexact:
                 reply = ask(api.server_port, "/v1/chat/completions",
                             {"messages": QUESTION, **schema_form(schema, strict=True)})  # fmt: skip
-                check_error(reply, 400, "(const|enum) cannot be enforced exactly")
+                check_error(reply, 400, f"({'|'.join(schema)}) cannot be enforced exactly")
             open_ones: list[Body] = [
                 {},
                 {"properties": {}},
@@ -8202,6 +8226,23 @@ class StructuredTest(FormCase):
                     with self.subTest(choice, tools=str(tools)[:90]):
                         said = self.post(api, tools=tools, tool_choice=choice, max_tokens=500)
                         self.assertEqual(said, Said(calls=(("tool_41", arguments),)))
+
+    def test_a_connection_that_waits(self) -> None:
+        """It keeps no grammar: that one's process ends with the answer."""
+        asked = {"messages": QUESTION, **schema_form(AGE)}
+        with acting(family("qwen")) as (api, actor), contextlib.ExitStack() as stack:
+            actor.say('{"age": 21}')
+            self.post(api, **schema_form(AGE))
+            before = count("fd", os.getpid())
+            for _ in range(5):
+                client = http.client.HTTPConnection("127.0.0.1", api.server_port, timeout=PATIENCE)
+                stack.enter_context(contextlib.closing(client))
+                client.request(
+                    "POST", CHATS, json.dumps(asked), {"Content-Type": "application/json"}
+                )
+                self.assertIn(b"age", client.getresponse().read())
+            # a connection has two ends here
+            wait_until(lambda: count("fd", os.getpid()) <= before + 10, PATIENCE / 4)
 
     def test_a_machine_without_processes(self) -> None:
         """That is the server's failure: the client is told, and did not leave."""

@@ -1907,7 +1907,7 @@ def call_rules(
     calls: list[str] = []
     rules: list[Rule] = []
     for i, function in enumerate(functions):
-        name = json.dumps(function.name)
+        name = json.dumps(function.name, ensure_ascii=False)
         if form.arguments:
             # In the pieces that JSON has: llguidance could not tell one long text from an answer
             # in JSON that begins with the same bracket.
