@@ -4873,7 +4873,8 @@ def check(body: Any, table: Table | Kinds, where: str = "", strict: bool = False
             if strict:
                 refuse_unknown(path, name, table)
             if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
-                cure = "send previous_response_id" if name == "conversation" else "leave it out"
+                known = name == "conversation" and "previous_response_id" in table
+                cure = "send previous_response_id" if known else "leave it out"
                 message = f"{path} is not supported here: {cure}"
                 raise ApiError(400, message, path, "unsupported_parameter")
     fields = {}
